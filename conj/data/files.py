@@ -1,0 +1,80 @@
+"""JSONL files that survive a kill: whole files are written beside and renamed, growing files drop a torn last line."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from conj import InputError
+
+
+def read_jsonl(path: str | Path, columns: Iterable[str] = ()) -> list[dict]:
+    """Rows of a JSONL file. Raises InputError (file and line) for a missing or empty file, a line that is not a
+    JSON object, or a missing column."""
+    rows, columns = [], set(columns)
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                rows.append(_parse_line(line, f"{path}:{number}", columns))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot be read: {e}") from None
+    if not rows:
+        raise InputError(f"{path}: expected at least one row, found none")
+    return rows
+
+
+def _parse_line(line: str, where: str, columns: set[str]) -> dict:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{where}: expected a JSON object, found {line.strip()[:60]!r} ({e})") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    if missing := sorted(columns - row.keys()):
+        raise InputError(f"{where}: missing column {', '.join(missing)}; found {', '.join(sorted(row)) or 'none'}")
+    return row
+
+
+def dump_line(row: dict) -> str:
+    """One JSONL line, raw UTF-8; lone surrogates (which UTF-8 cannot hold) are escaped."""
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(row)
+    return line + "\n"
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file beside its place, syncs it and renames it: a reader sees the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    with open(beside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    write_atomic(path, "".join(map(dump_line, rows)).encode())
+
+
+def recover_jsonl(path: Path, columns: Iterable[str] = ()) -> list[dict]:
+    """Rows of a file that an earlier, perhaps killed, run appended to; none if there is no file.
+    A torn last line (one without a newline) is cut off the file."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+    return read_jsonl(path, columns) if whole else []
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

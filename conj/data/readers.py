@@ -1,0 +1,332 @@
+"""Preference data sets of any known layout, as records of one kind.
+
+A data set is a local file, a local folder or a name on the hub, each with an optional split (`name:test_prefs`).
+Parquet, arrow and the hub are read by `datasets`, which also says which files of a folder make up a split. JSON files
+are read by `json`: `datasets` 5.2 turns a column of answers that look like dates into timestamps, refuses lone
+surrogates, fills a missing column with null, and does not say which line is malformed. Texts must come out as they
+went in. Layouts are recognised by their columns (LAYOUTS); a row that breaks its layout is an InputError.
+"""
+
+import gzip
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from conj import InputError
+
+SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+Answer = str | bool | int | float  # real data sets hold JSON booleans where a judge read "true"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference:
+    """A question and its two answers; `unusable` says why a well-formed row states no preference."""
+
+    question: str | list[dict]  # a text, or the chat messages up to the one to answer
+    better: Answer
+    worse: Answer
+    subset: str = ""
+    unusable: str | None = None  # "tie", "two_questions"
+
+
+def read_preferences(data: str, limit: int | None = None) -> Iterator[Preference]:
+    """Records of the first `limit` rows of a data set (all if None), in its order.
+
+    Raises InputError for a data set that is missing, empty or of no known layout, and, with file and line or row, for
+    a malformed row."""
+    layout = None
+    for number, (where, row) in enumerate(read_rows(data)):
+        if number == limit:
+            break
+        try:
+            if not isinstance(row, dict):
+                raise InputError(f"expected a JSON object, found {type(row).__name__}")
+            layout = layout or _recognise(row)
+            if missing := [column for column in layout.columns if row.get(column) is None]:
+                raise InputError(f"missing column {', '.join(missing)}; found {', '.join(sorted(row)) or 'none'}")
+            records = list(layout.records(row))
+        except InputError as e:
+            raise InputError(f"{where}: {e}") from None
+        yield from records
+    if layout is None:
+        raise InputError(f"{data}: expected at least one row, found none")
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def split_name(data: str) -> tuple[str, str | None]:
+    """The path or hub name of a data set, and its split if one is named after a colon."""
+    if Path(data).exists() or ":" not in data:
+        return data, None
+    name, _, split = data.rpartition(":")
+    return name, split
+
+
+def read_rows(data: str) -> Iterator[tuple[str, dict]]:
+    """Rows of a data set, each with where it stands. Raises InputError when it cannot be read."""
+    name, split = split_name(data)
+    path = Path(name)
+    if path.is_file():
+        if split is not None:
+            raise InputError(f"{data}: a file has no splits; expected {name}")
+        return _read_file(path)
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and path.suffix not in (*SUFFIXES, ".gz")
+    if not path.is_dir() and not is_hub_name:
+        raise InputError(f"{name}: no such file or folder")
+    return _read_builder(name, split)
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
+    suffix = Path(path.stem if path.suffix == ".gz" else path).suffix
+    if suffix in (".json", ".jsonl"):
+        return _read_json(path)
+    if suffix in (".parquet", ".arrow") and path.suffix != ".gz":
+        return _read_table(path)
+    raise InputError(f"{path}: expected a file ending in {', '.join(SUFFIXES)} (JSON also with .gz)")
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
+    """Rows of a JSON array or of JSON lines: which of the two, the first character says."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            text = file.read().decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot be read: {e}") from None
+    if text.lstrip().startswith("["):
+        for number, row in enumerate(_parse_json(text, path, 1), 1):
+            yield f"{path}: row {number}", row
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", _parse_json(line, path, number)
+
+
+def _parse_json(text: str, path: Path, first_line: int):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        line, found = first_line + e.lineno - 1, text[e.pos : e.pos + 40]
+        raise InputError(f"{path}:{line}: expected JSON, found {found!r} at column {e.colno} ({e.msg})") from None
+    except (ValueError, RecursionError) as e:  # a number or a nesting too long for Python
+        raise InputError(f"{path}:{first_line}: expected JSON: {e}") from None
+
+
+def _read_table(path: Path) -> Iterator[tuple[str, dict]]:
+    import datasets  # a second to import, which those who read JSON need not wait for
+
+    try:
+        table = datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
+    except Exception as e:  # datasets and pyarrow share no base class
+        raise InputError(f"{path}: cannot be read: {_first_line(e)}") from None
+    for number, row in enumerate(table, 1):
+        yield f"{path}: row {number}", row
+
+
+def _read_builder(name: str, split: str | None) -> Iterator[tuple[str, dict]]:
+    """Rows of a folder or of a data set on the hub, whose splits `datasets` knows."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(name)
+        splits = list(map(str, builder.info.splits or builder.config.data_files))
+    except Exception as e:  # whatever the hub, the network or a data card's parser raises
+        raise InputError(f"{name}: expected a folder with data files or a name on the hub: {_first_line(e)}") from None
+    split = _choose_split(name, split, splits)
+    if Path(name).is_dir():
+        for file in builder.config.data_files[split]:
+            yield from _read_file(Path(file))
+        return
+    try:
+        builder.download_and_prepare()
+        table = builder.as_dataset(split=split)
+    except Exception as e:
+        raise InputError(f"{name}:{split}: cannot be read: {_first_line(e)}") from None
+    for number, row in enumerate(table, 1):
+        yield f"{name}:{split}: row {number}", row
+
+
+def _choose_split(name: str, split: str | None, splits: list[str]) -> str:
+    if split is None:
+        split = splits[0] if len(splits) == 1 else "train"
+    if split not in splits:
+        raise InputError(f"{name}: no split {split!r}; expected {name}:SPLIT with one of {', '.join(splits)}")
+    return split
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def _chosen_rejected(row: dict) -> Iterator[Preference]:
+    """`chosen` and `rejected` as texts, messages or conversations, which may open with the question themselves."""
+    if isinstance(row["chosen"], list) and all(isinstance(answer, str) for answer in row["chosen"]):
+        yield from _rm_bench(row)
+        return
+    chosen, rejected = (_turns(row[column], "assistant") for column in ("chosen", "rejected"))
+    asked = row["prompt"] if row.get("prompt") is not None else row.get("conversations")
+    if asked is None and not chosen[:-1]:
+        raise InputError("missing column prompt or conversations (chosen does not open with the question)")
+    better, worse = (_answer(turns[-1]["content"]) for turns in (chosen, rejected))
+    yield Preference(
+        question=_question(chosen[:-1] or _turns(asked, "user")),
+        better=better,
+        worse=worse,
+        subset=_subset(row),
+        unusable="two_questions" if chosen[:-1] != rejected[:-1] else "tie" if _equal_scores(row) else None,
+    )
+
+
+def _equal_scores(row: dict) -> bool:
+    scores = row["metadata"] if isinstance(row.get("metadata"), dict) else row
+    return scores.get("score_chosen") is not None and scores["score_chosen"] == scores.get("score_rejected")
+
+
+def _rm_bench(row: dict) -> Iterator[Preference]:
+    """Three chosen × three rejected answers: concise, detailed, detailed in markdown. Hard: the worse one looks richer."""
+    styles = ("concise", "detailed", "markdown")
+    if not (isinstance(row["rejected"], list) and len(row["chosen"]) == len(row["rejected"]) == len(styles)):
+        raise InputError("expected three texts each in chosen and rejected")
+    question = _question(_turns(row.get("prompt"), "user"))
+    for i, better in enumerate(row["chosen"]):
+        for j, worse in enumerate(row["rejected"]):
+            difficulty = "easy" if i > j else "hard" if i < j else "normal"
+            subset = f"{_subset(row)}/{difficulty}/{styles[i]}-{styles[j]}"
+            yield Preference(question=question, better=_answer(better), worse=_answer(worse), subset=subset)
+
+
+def _pku_saferlhf(row: dict) -> Iterator[Preference]:
+    """Two judgments of one pair of responses: which is better, which is safer."""
+    for subset in ("better", "safer"):
+        label = 1 + _member(row, f"{subset}_response_id", (0, 1))
+        yield _labelled(row["prompt"], row["response_0"], row["response_1"], label, subset)
+
+
+def _llmbar(row: dict) -> Iterator[Preference]:
+    yield _labelled(row["input"], row["output_1"], row["output_2"], _member(row, "label", (0, 1, 2)), _subset(row))
+
+
+def _judgebench(row: dict) -> Iterator[Preference]:
+    label = ("A=B", "A>B", "B>A").index(_member(row, "label", ("A=B", "A>B", "B>A")))
+    yield _labelled(row["question"], row["response_A"], row["response_B"], label, _subset(row))
+
+
+def _pandalm(row: dict) -> Iterator[Preference]:
+    """Three annotators; a tie (0) or no majority states no preference."""
+    question = "\n\n".join(text for text in (_text(row["instruction"]), _text(row["input"])) if text)
+    votes = Counter(_member(row, f"annotator{i}", (0, 1, 2)) for i in (1, 2, 3))
+    label, count = votes.most_common(1)[0]
+    yield _labelled(question, row["response1"], row["response2"], label if count > 1 else 0, _subset(row))
+
+
+def _conj(row: dict) -> Iterator[Preference]:
+    label = _member(row, "label", (0, 1, 2))
+    yield _labelled(row.get("messages") or row["question"], row["answer_1"], row["answer_2"], label, _subset(row))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Columns that a row of this layout must have, and what makes records of it."""
+
+    name: str
+    columns: tuple[str, ...]
+    records: Callable[[dict], Iterable[Preference]]
+
+
+LAYOUTS = (
+    Layout("prompt or conversations, chosen, rejected", ("chosen", "rejected"), _chosen_rejected),
+    Layout(
+        "PKU-SafeRLHF",
+        ("prompt", "response_0", "response_1", "better_response_id", "safer_response_id"),
+        _pku_saferlhf,
+    ),
+    Layout("LLMBar", ("input", "output_1", "output_2", "label"), _llmbar),
+    Layout("JudgeBench", ("question", "response_A", "response_B", "label"), _judgebench),
+    Layout(
+        "PandaLM",
+        ("instruction", "input", "response1", "response2", "annotator1", "annotator2", "annotator3"),
+        _pandalm,
+    ),
+    Layout("conj", ("question", "answer_1", "answer_2", "label"), _conj),
+    Layout("conj, multi-turn", ("messages", "answer_1", "answer_2", "label"), _conj),
+)
+
+
+def _recognise(row: dict) -> Layout:
+    for layout in LAYOUTS:
+        if row.keys() >= set(layout.columns):
+            return layout
+    expected = "; ".join(f"{layout.name} ({', '.join(layout.columns)})" for layout in LAYOUTS)
+    raise InputError(
+        f"columns {', '.join(map(str, row)) or 'none'} are of no known layout; expected one of: {expected}"
+    )
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def _labelled(question, answer_1, answer_2, label: int, subset: str) -> Preference:
+    """A record whose label is the better answer's number, or 0 for a tie."""
+    better, worse = (answer_2, answer_1) if label == 2 else (answer_1, answer_2)
+    return Preference(
+        question=_question(_turns(question, "user")),
+        better=_answer(better),
+        worse=_answer(worse),
+        subset=subset,
+        unusable=None if label else "tie",
+    )
+
+
+def _turns(value, role: str) -> list[dict]:
+    """Chat messages of a text (one turn of `role`), of one message or of a list of them, in either naming of the hub:
+    role and content, or from and value."""
+    if value == []:
+        raise InputError("expected messages, found an empty list")
+    if isinstance(value, list):
+        return [_turn(message) for message in value]
+    return [_turn(value) if isinstance(value, dict) else {"role": role, "content": value}]
+
+
+def _turn(message) -> dict:
+    roles = {"human": "user", "gpt": "assistant"}
+    for role, content in (("role", "content"), ("from", "value")):
+        if isinstance(message, dict) and isinstance(message.get(role), str) and content in message:
+            return {"role": roles.get(message[role], message[role]), "content": message[content]}
+    raise InputError(f"expected a message with role and content or from and value, found {str(message)[:60]!r}")
+
+
+def _question(turns: list[dict]) -> str | list[dict]:
+    """A lone user turn as its text, anything longer as messages: the same question is the same in every layout."""
+    turns = [{**turn, "content": _text(turn["content"])} for turn in turns]
+    return turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "user" else turns
+
+
+def _text(value) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"expected a question of text, found {type(value).__name__}")
+    return value
+
+
+def _answer(value) -> Answer:
+    if not isinstance(value, Answer):
+        raise InputError(f"expected an answer of text, found {type(value).__name__}")
+    return value
+
+
+def _subset(row: dict) -> str:
+    """The finest grouping a row names; "" if none."""
+    named = (row.get(column) for column in ("subset", "task_category", "source"))
+    return next((name for name in named if isinstance(name, str)), "")
+
+
+def _member(row: dict, column: str, allowed: tuple):
+    value = row[column]
+    if isinstance(value, bool) or value not in allowed:
+        raise InputError(f"expected {column} to be one of {', '.join(map(str, allowed))}; found {value!r}")
+    return value

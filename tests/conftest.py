@@ -1,0 +1,132 @@
+"""What the tests share: a small tokenizer and random Qwen2 models in Hugging Face folders, and runs with pairs."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from conj.data.files import write_jsonl
+from conj.data.prompts import HINT_INSTRUCTIONS, JUDGE_INSTRUCTION, judge_messages, judgment_text
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"  # larger real data; tests that want it skip where it is absent
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Where Qwen2's tokenizer splits text before BPE; `transformers` applies it to any tokenizer of a qwen2 folder.
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WORDS = "the a of and red blue green one two three 天空 是 蓝色 的 回答 更好".split()
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer in Qwen2's form: no added token but the three control tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=560, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    corpus = [JUDGE_INSTRUCTION, *HINT_INSTRUCTIONS.values(), judgment_text(" ".join(WORDS), 1)] * 3
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"chat_template": CHATML, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    config |= {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 2048}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_model(folder: Path, *, tied: bool = True, max_shard_size: str = "1GB", **changes) -> Path:
+    """A random Qwen2 of 2 layers, saved by `transformers`."""
+    torch.manual_seed(0)
+    settings = dict(vocab_size=600, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4)
+    settings |= dict(num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=tied)
+    settings |= dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}) | changes
+    model = Qwen2ForCausalLM(Qwen2Config(**settings)).float()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tied_model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "tied")
+
+
+@pytest.fixture(scope="session")
+def untied_model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "untied", tied=False)
+
+
+@pytest.fixture
+def model_copy(tied_model, tmp_path) -> Path:
+    """A model folder that a test may damage."""
+    return Path(shutil.copytree(tied_model, tmp_path / "model"))
+
+
+def random_pairs(num_prompts: int, seed: int = 0, max_pairs: int = 4) -> list[dict]:
+    """Rows of pairs.jsonl: 1 to `max_pairs` pairs a prompt, judgments from empty to 20 words, a tenth held out."""
+    rng = random.Random(seed)
+
+    def words(most: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
+
+    rows = []
+    for i in range(num_prompts):
+        prompt = judge_messages(words(12), words(25), words(25))
+        for j in range(rng.randint(1, max_pairs)):
+            chosen, rejected = judgment_text(words(20), 1), "" if j == 3 else judgment_text(words(20), 2)
+            rows.append(
+                {"prompt": prompt, "chosen": [{"role": "assistant", "content": chosen}]}
+                | {"rejected": [{"role": "assistant", "content": rejected}], "id": f"p{i:03}", "label": 1}
+                | {"pair_type": "repeated", "split": "eval" if i % 10 == 9 else "train"}
+            )
+    return rows
+
+
+@pytest.fixture
+def run_folder(tmp_path) -> Path:
+    """A run folder that holds pairs.jsonl of 30 prompts."""
+    run = tmp_path / "run"
+    write_jsonl(run / "pairs.jsonl", random_pairs(30))
+    return run
+
+
+def command(*arguments, ranks: int | None = None, **options) -> subprocess.CompletedProcess:
+    """Runs `python -m ARGUMENTS`, or torchrun with `ranks` processes, as a user would."""
+    launch = [] if ranks is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    if ranks is not None:
+        arguments = ["--run-dir" if a == "--run" else a for a in arguments]
+    line = [sys.executable, *launch, "-m", *map(str, arguments)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(line, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300, **options)
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess, *parts: str) -> None:
+    """The contract on bad input: exit code 2, one line on stderr that names each of `parts`, no traceback."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    for part in parts:
+        assert part in lines[0], lines[0]

@@ -1,0 +1,154 @@
+"""Stage 1: what is left out and what is kept, each counted; ids and the order of answers depend on content alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conj import InputError
+from conj.data.options import run_command
+from conj.data.preprocess import PreprocessOptions, load_prompts, preprocess, question_of, read_prompts
+
+DATA = Path(__file__).parent / "data"
+LLMBAR = str(DATA / "llmbar" / "adver_neighbor.json")
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+def row(question="q", answer_1="a", answer_2="b", label=1, **more):
+    return {"question": question, "answer_1": answer_1, "answer_2": answer_2, "label": label, **more}
+
+
+def test_label_follows_the_better_answer():
+    """A label that kept the position of the source would be the position of `chosen`: always 1."""
+    better = {s["input"]: s[f"output_{s['label']}"] for s in json.loads(Path(LLMBAR).read_text("utf-8"))}
+    rows, counts = load_prompts([LLMBAR])
+    assert all(r[f"answer_{r['label']}"] == better[r["question"]] for r in rows)
+    assert len(rows) == counts["records"] == 134
+
+
+def test_coin_lands_on_both_sides():
+    """A judge trained on one position learns the position. 134 fair coins stay within 40..94 but for once in 2e5."""
+    rows, _ = load_prompts([LLMBAR])
+    assert 40 < sum(r["label"] == 1 for r in rows) < 94
+
+
+def test_seed_decides_the_order_and_nothing_else():
+    """Another seed swaps other rows; ids, questions and the better answers stay."""
+    first, second = load_prompts([LLMBAR], seed=1)[0], load_prompts([LLMBAR], seed=2)[0]
+    assert [r["id"] for r in first] == [r["id"] for r in second]
+    assert [r["label"] for r in first] != [r["label"] for r in second]
+    assert [r[f"answer_{r['label']}"] for r in first] == [r[f"answer_{r['label']}"] for r in second]
+
+
+def test_row_order_and_source_order_do_not_matter(tmp_path):
+    """The same pair, stated the other way round in a shuffled file, is the same row."""
+    rows = [row(f"q{i}", "a", "b", 1) for i in range(20)]
+    turned = [row(f"q{i}", "b", "a", 2) for i in reversed(range(20))]
+    first, _ = load_prompts([write(tmp_path / "rows.jsonl", rows)])
+    second, _ = load_prompts([write(tmp_path / "rows.jsonl", turned)])
+    assert first == second[::-1]
+
+
+def test_ids_are_stable():
+    """Ids name a record across machines and versions: judgments sampled last year must still find their prompts."""
+    rows, _ = load_prompts([LLMBAR], limit=2)
+    assert [r["id"] for r in rows] == ["20c48c469992f5e0", "6295298154edb979"]
+
+
+def test_every_odd_row_meets_a_counted_fate(tmp_path):
+    """Nothing is dropped, or kept, silently."""
+    rows = [
+        row(),
+        row(),
+        row("identical", "same", "same"),
+        row("a boolean and its text", True, "true"),
+        row("tie", label=0),
+        row("empty", "", "b"),
+        row("boolean", True, "True."),
+    ]
+    two_questions = {
+        "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+        "rejected": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "b"}],
+    }
+    data = [write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", [two_questions])]
+    prompts, counts = load_prompts(data)
+    assert [r["question"] for r in prompts] == ["q", "empty", "boolean"]
+    assert counts == {
+        "records": 8,
+        "left_out_duplicate": 1,
+        "left_out_identical": 2,
+        "left_out_tie": 1,
+        "left_out_two_questions": 1,
+        "empty_answers": 1,
+        "non_string_answers": 1,
+    }
+    boolean = prompts[2]
+    assert boolean[f"answer_{boolean['label']}"] == "true"
+
+
+def test_conversation_is_kept_as_messages():
+    """`question` is a text; a conversation, or a system turn, stands under `messages`."""
+    prompts, _ = load_prompts([str(DATA / "dpo_zh")])
+    assert {("question" in r, "messages" in r) for r in prompts} == {(True, False), (False, True)}
+    assert all(question_of(r) == r.get("question", r.get("messages")) for r in prompts)
+
+
+def test_subsets_are_chosen_by_name(tmp_path):
+    """`--subsets` keeps what it names; a name that is not there is a mistake, not an empty result."""
+    data = write(tmp_path / "rows.jsonl", [row("q1", subset="hep-go"), row("q2", subset="math-prm")])
+    prompts, counts = load_prompts([data], subsets=["math-prm"])
+    assert [(r["question"], r["subset"], r["source"]) for r in prompts] == [("q2", "math-prm", "rows.jsonl")]
+    assert counts["left_out_subset"] == 1
+    with pytest.raises(InputError, match="no records of 'math'; found 'hep-go', 'math-prm'"):
+        load_prompts([data], subsets=["math"])
+
+
+def test_nothing_left_is_an_input_error(tmp_path):
+    """The counts say why."""
+    data = write(tmp_path / "rows.jsonl", [row(label=0)])
+    with pytest.raises(InputError, match="every record was left out: .*'left_out_tie': 1"):
+        load_prompts([data])
+
+
+def test_stage_writes_prompts_and_manifest_once(tmp_path):
+    """A second start finds the file complete; other options are refused rather than mixed."""
+    options = PreprocessOptions(run=tmp_path, data=(LLMBAR,), limit=20)
+    preprocess(options)
+    prompts, manifest = tmp_path / "prompts.jsonl", json.loads((tmp_path / "prompts.jsonl.manifest.json").read_text())
+    before = prompts.read_bytes()
+    assert len(read_prompts(prompts)) == manifest["num_rows"] == 20
+    assert manifest["inputs"][0]["sha256"] == "6712c7eda6342602e0bc7c06c282fa95e2110d4e741a284026a62d937f9780a0"
+    preprocess(options)
+    assert prompts.read_bytes() == before
+    with pytest.raises(InputError, match="made with limit=20, now 10"):
+        preprocess(PreprocessOptions(run=tmp_path, data=(LLMBAR,), limit=10))
+
+
+def test_mistake_does_not_block_the_run_folder(tmp_path, capsys):
+    """After a mistyped path, the right one must work in the same folder."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(preprocess, PreprocessOptions, None, ["--run", str(tmp_path), "--data", "./mistyped.json"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: ./mistyped.json: no such file or folder"
+    run_command(preprocess, PreprocessOptions, None, ["--run", str(tmp_path), "--data", LLMBAR])
+    assert len(read_prompts(tmp_path / "prompts.jsonl")) == 134
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": 3}, "expected label 1 or 2, found 3"),
+        ({"messages": []}, "expected either question or messages"),
+        ({"id": "x"}, "id x appears twice"),
+    ],
+)
+def test_prompts_are_checked_when_read(change, message, tmp_path):
+    """Later stages trust what `read_prompts` lets through."""
+    good = row(id="x", source="s", subset="")
+    path = write(tmp_path / "prompts.jsonl", [good, good | {"id": "y"} | change])
+    with pytest.raises(InputError, match=f"prompts.jsonl:2: {message}"):
+        read_prompts(Path(path))

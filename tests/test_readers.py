@@ -1,0 +1,361 @@
+"""Readers: every layout comes out as the same records, texts untouched, and a bad row is named by file and line."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from conj import InputError
+from conj.data.readers import read_preferences
+
+DATA = Path(__file__).parent / "data"
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+LLMBAR = {"input": "q", "output_1": "a", "output_2": "b", "label": 2}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """`datasets` keeps its cache out of the user's home."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    return str(path)
+
+
+def records(*rows: dict, path: Path) -> list:
+    return list(read_preferences(write(path / "rows.jsonl", list(rows))))
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+LAYOUTS = {
+    "strings": ({"prompt": "q", "chosen": "a", "rejected": "b", "subset": "hep-go", "id": 3}, "hep-go"),
+    "skywork": ({"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")], "source": "m"}, "m"),
+    "ultrafeedback": (
+        {
+            "prompt": "q",
+            "chosen": [user("q"), assistant("a")],
+            "rejected": [user("q"), assistant("b")],
+            "messages": [user("q"), assistant("a")],
+            "score_chosen": 8.0,
+            "score_rejected": 7.5,
+        },
+        "",
+    ),
+    "infinity": (
+        {
+            "prompt": "q",
+            "chosen": [user("q"), assistant("a")],
+            "rejected": [user("q"), assistant("b")],
+            "task_category": "Math",
+        },
+        "Math",
+    ),
+    "trl": ({"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}, ""),
+    "sharegpt": ({"conversations": [human("q")], "chosen": gpt("a"), "rejected": gpt("b")}, ""),
+    "llmbar": ({"input": "q", "output_1": "b", "output_2": "a", "label": 2}, ""),
+    "judgebench": ({"question": "q", "response_A": "b", "response_B": "a", "label": "B>A", "source": "law"}, "law"),
+    "pandalm": (
+        {
+            "instruction": "q",
+            "input": "",
+            "response1": "b",
+            "response2": "a",
+            "annotator1": 2,
+            "annotator2": 1,
+            "annotator3": 2,
+        },
+        "",
+    ),
+    "conj": ({"question": "q", "answer_1": "a", "answer_2": "b", "label": 1}, ""),
+    "conj_messages": ({"messages": [user("q")], "answer_1": "a", "answer_2": "b", "label": 1}, ""),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_record(layout, tmp_path):
+    """A layout read the wrong way round would train the judge to prefer the worse answers."""
+    row, subset = LAYOUTS[layout]
+    (record,) = records(row, path=tmp_path)
+    assert (record.question, record.better, record.worse, record.subset) == ("q", "a", "b", subset)
+    assert record.unusable is None
+
+
+def test_all_turns_but_the_last_are_the_question(tmp_path):
+    """A multi-turn question cut to its first turn would be judged against answers to something else."""
+    opening = [{"role": "system", "content": "s"}, user("q1"), assistant("a1"), user("q2")]
+    (record,) = records({"chosen": [*opening, assistant("a")], "rejected": [*opening, assistant("b")]}, path=tmp_path)
+    assert (record.question, record.better, record.worse) == (opening, "a", "b")
+
+
+def test_system_turn_of_sharegpt_is_kept():
+    """A system turn changes what a good answer is."""
+    questions = [record.question for record in read_preferences(str(DATA / "dpo_zh"))]
+    with_system = [question for question in questions if isinstance(question, list)]
+    assert len(with_system) == 4
+    assert all([turn["role"] for turn in question] == ["system", "user"] for question in with_system)
+
+
+def test_answers_to_different_questions_state_no_preference(tmp_path):
+    """Two conversations that part before the last turn do not answer the same question."""
+    chosen, rejected = [user("q"), assistant("a")], [user("another"), assistant("b")]
+    (record,) = records({"chosen": chosen, "rejected": rejected}, path=tmp_path)
+    assert record.unusable == "two_questions"
+
+
+def test_saferlhf_row_is_two_records(tmp_path):
+    """The better response is often not the safer one: one label for both would be wrong for one of them."""
+    row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0, "safer_response_id": 1}
+    found = [(record.subset, record.better, record.worse) for record in records(row, path=tmp_path)]
+    assert found == [("better", "a", "b"), ("safer", "b", "a")]
+
+
+def test_rm_bench_row_is_nine_records_named_by_difficulty():
+    """Hard means that the worse answer looks richer; swapped, the benchmark would report easy as hard."""
+    (row,) = json.loads((DATA / "rm_bench" / "rm_bench.json").read_text("utf-8"))
+    found = {record.subset: (record.better, record.worse) for record in read_preferences(str(DATA / "rm_bench"))}
+    assert len(found) == 9
+    assert found["alpacaeval/hard/concise-markdown"] == (row["chosen"][0], row["rejected"][2])
+    assert found["alpacaeval/easy/markdown-concise"] == (row["chosen"][2], row["rejected"][0])
+    assert found["alpacaeval/normal/detailed-detailed"] == (row["chosen"][1], row["rejected"][1])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        LLMBAR | {"label": 0},
+        LAYOUTS["judgebench"][0] | {"label": "A=B"},
+        LAYOUTS["ultrafeedback"][0] | {"score_chosen": 7.5},
+        LAYOUTS["strings"][0] | {"metadata": {"score_chosen": 6.0, "score_rejected": 6.0}},
+        LAYOUTS["pandalm"][0] | {"annotator1": 0, "annotator3": 0},
+        LAYOUTS["pandalm"][0] | {"annotator3": 0},
+    ],
+    ids=["label 0", "A=B", "scores", "metadata scores", "majority 0", "no majority"],
+)
+def test_ties_state_no_preference(row, tmp_path):
+    """The label of a tie is arbitrary."""
+    (record,) = records(row, path=tmp_path)
+    assert record.unusable == "tie"
+
+
+def test_annotators_of_pandalm_decide_by_majority(tmp_path):
+    """Reading the first annotator alone would invert rows in which the other two disagree with it."""
+    row = LAYOUTS["pandalm"][0] | {"annotator1": 2, "annotator2": 1, "annotator3": 1, "input": "context"}
+    (record,) = records(row, path=tmp_path)
+    assert (record.question, record.better) == ("q\n\ncontext", "b")
+
+
+def test_booleans_among_answers_are_kept_as_booleans():
+    """PandaLM holds JSON booleans for some answers; a reader with one type a column would drop them or fail."""
+    found = list(read_preferences(str(DATA / "pandalm")))
+    answers = [answer for record in found for answer in (record.better, record.worse)]
+    assert sum(answer is True for answer in answers) == 6
+    assert answers.count("") == 1
+
+
+TEXTS = {
+    "date": "2024-01-01",
+    "lone surrogate": "cut \ud83d",
+    "carriage return": "a\r\nb\rc",
+    "control characters": "\x00\x01\x1b[0m",
+    "line separator": "a\u2028b\u0085c",
+    "BOM": "\ufeffa",
+    "not NFC": "e\u0301",
+    "braces": "{question} {0} {{",
+}
+
+
+@pytest.mark.parametrize("escaped", [True, False], ids=["ASCII", "UTF-8"])
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_texts_come_out_as_they_went_in(text, escaped, tmp_path):
+    """`datasets` would turn the date into a timestamp and refuse the surrogate."""
+    escaped |= text == TEXTS["lone surrogate"]  # UTF-8 cannot hold it otherwise
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(LLMBAR | {"output_2": text}, ensure_ascii=escaped).encode())
+    assert [record.better for record in read_preferences(str(path))] == [text]
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz", "rows.jsonl.gz"])
+@pytest.mark.parametrize("array", [True, False], ids=["array", "lines"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
+def test_json_is_read_in_every_wrapping(name, array, mark, tmp_path):
+    """Array or lines, gzip or not, with a byte order mark or not: the content says which, not the name."""
+    text = json.dumps([LLMBAR] * 3) if array else "\n".join([json.dumps(LLMBAR)] * 3) + "\n\n"
+    content = mark + text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert [record.better for record in read_preferences(str(tmp_path / name))] == ["b"] * 3
+
+
+def test_tables_and_folders_are_read_like_json(tmp_path):
+    """Parquet, arrow, and what `save_to_disk` writes hold the same records as the JSON they came from."""
+    import datasets
+
+    rows = [LLMBAR | {"input": f"q{i}"} for i in range(3)]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    expected = list(read_preferences(write(tmp_path / "folder" / "rows.jsonl", rows)))
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    for data in (tmp_path / "rows.parquet", tmp_path / "saved", arrow, tmp_path / "folder"):
+        assert list(read_preferences(str(data))) == expected
+
+
+def test_split_is_train_unless_named(tmp_path):
+    """A test split mixed into the training data would be measured on what was trained on."""
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", [LLMBAR | {"input": split}])
+    assert [record.question for record in read_preferences(str(tmp_path))] == ["train"]
+    assert [record.question for record in read_preferences(f"{tmp_path}:test")] == ["test"]
+    with pytest.raises(InputError, match="no split 'eval'.* one of train, test"):
+        list(read_preferences(f"{tmp_path}:eval"))
+
+
+def test_split_must_be_named_where_none_is_train(tmp_path):
+    """RewardBench has the splits raw and filtered: either could be meant."""
+    for split in ("raw", "filtered"):
+        write(tmp_path / "data" / f"{split}-00000-of-00001.jsonl", [LLMBAR | {"input": split}])
+    with pytest.raises(InputError, match="SPLIT with one of"):
+        list(read_preferences(str(tmp_path)))
+    assert [record.question for record in read_preferences(f"{tmp_path}:filtered")] == ["filtered"]
+
+
+def test_limit_counts_rows(tmp_path):
+    """`--limit 64` means 64 rows of the source, whatever becomes of them."""
+    row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0, "safer_response_id": 1}
+    path = write(tmp_path / "rows.jsonl", [row] * 5)
+    assert len(list(read_preferences(path, limit=2))) == 4
+
+
+def test_malformed_line_is_named(tmp_path):
+    """Among 80,000 lines nobody finds the broken one by its content."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([json.dumps(LLMBAR)] * 16 + ['{"input": "q", '] + [json.dumps(LLMBAR)]))
+    with pytest.raises(InputError, match=r"rows\.jsonl:17: expected JSON, found"):
+        list(read_preferences(str(path)))
+
+
+def test_malformed_array_is_named_by_line(tmp_path):
+    """A pretty-printed array breaks at a line, too."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([LLMBAR] * 3, indent=1)[:-20])
+    with pytest.raises(InputError, match=r"rows\.json:\d\d: expected JSON"):
+        list(read_preferences(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input": "q", "output_1": "a", "label": 1}, "missing column output_2; found input, label, output_1"),
+        (LLMBAR | {"output_1": None}, "missing column output_1"),
+        (LLMBAR | {"label": 3}, "expected label to be one of 0, 1, 2; found 3"),
+        (LLMBAR | {"label": True}, "found True"),
+        (LLMBAR | {"label": "2"}, "found '2'"),
+        (LLMBAR | {"label": [2]}, r"found \[2\]"),
+        (LLMBAR | {"input": 7}, "expected a question of text, found int"),
+        (LLMBAR | {"output_2": {"text": "b"}}, "expected an answer of text, found dict"),
+        ([1, 2], "expected a JSON object, found list"),
+    ],
+)
+def test_bad_row_is_named(row, message, tmp_path):
+    """What was expected, what was found, and where."""
+    with pytest.raises(InputError, match=rf"rows\.jsonl:2: .*{message}"):
+        records(LLMBAR, row, path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [], "rejected": []},
+        {"chosen": "a", "rejected": "b"},
+        {"chosen": [assistant("a")], "rejected": [assistant("b")]},
+        {"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": []},
+        {"prompt": [], "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": [{"text": "a"}], "rejected": [assistant("b")]},
+        {"prompt": "q", "chosen": ["a", "b"], "rejected": ["c"]},
+        {"prompt": "q", "chosen": ["a", "b", "c"], "rejected": "d"},
+        {"prompt": ["q"], "chosen": "a", "rejected": "b", "metadata": "text"},
+    ],
+)
+def test_unreadable_chosen_and_rejected_are_an_input_error(row, tmp_path):
+    """Whatever stands in these columns, the user sees one line and no traceback."""
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: "):
+        records(row, path=tmp_path)
+
+
+def test_unknown_layout_lists_what_was_found_and_what_is_known(tmp_path):
+    """The user has to rename columns, and must know to what."""
+    with pytest.raises(InputError, match="columns text, score are of no known layout; .*LLMBar .input, output_1"):
+        records({"text": "t", "score": 1}, path=tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "[]"])
+def test_empty_data_set_is_an_input_error(content, tmp_path):
+    """Zero rows would otherwise surface stages later."""
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(InputError, match="expected at least one row, found none"):
+        list(read_preferences(str(tmp_path / "rows.json")))
+
+
+@pytest.mark.parametrize("name", ["nothing.jsonl", "/nothing/here", "./nothing", "a/b/c", "nothing.json.gz"])
+def test_missing_file_is_not_looked_for_on_the_hub(name, monkeypatch):
+    """A mistyped path must not wait for the network."""
+    monkeypatch.setattr("datasets.load_dataset_builder", None)
+    with pytest.raises(InputError, match="no such file or folder"):
+        list(read_preferences(name))
+
+
+def test_hub_failure_is_one_line(monkeypatch):
+    """No network, no such data set, a gated one: all end in one line."""
+
+    def fail(name):
+        raise ConnectionError(f"Couldn't reach {name!r} on the Hub\nmore")
+
+    monkeypatch.setattr("datasets.load_dataset_builder", fail)
+    with pytest.raises(InputError, match=r"^nobody/nothing: .*Couldn't reach 'nobody/nothing' on the Hub$"):
+        list(read_preferences("nobody/nothing:train"))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.parquet", "rows.arrow", "rows.csv", "rows.jsonl"])
+def test_file_of_other_content_is_an_input_error(name, tmp_path):
+    """A file that is not what its name says ends in one line."""
+    (tmp_path / name).write_bytes(b"\xff\xfe not this")
+    with pytest.raises(InputError, match=name):
+        list(read_preferences(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("ultrafeedback", 1000),
+        ("dpo_zh", 300),
+        ("llmbar", 234),
+        ("pandalm/testset-v1.json", 999),
+        ("layouts/judgebench.jsonl", 3),
+        ("layouts/rm_bench.json", 27),
+        ("llmbar_judge_outputs/natural/GPT-4_CoT/result.json", 100),
+    ],
+)
+def test_real_data_sets_are_read_whole(name, count):
+    """Counts from the sources' own descriptions."""
+    if not (SHARED / name).exists():
+        pytest.skip(f"{SHARED / name} is not here")
+    assert len(list(read_preferences(str(SHARED / name)))) == count
