@@ -1,0 +1,205 @@
+"""Qwen2 by hand, over packed tokens.
+
+Dimension letters, here and everywhere: T packed tokens, S segments, P pairs, D hidden, F mlp, N query heads,
+K key/value heads, H head size, V vocabulary, L layers. Parameters have the names that `transformers` gives them,
+so the weight map is the identity. Source: Qwen2 technical report (arXiv 2407.10671), section 2.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from conj import InputError
+from conj.model.attention import Segments, attention
+from conj.model.logprob import linear_logprob
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen2Config:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    dtype: str  # of the stored weights: "float32", "bfloat16" or "float16"
+
+
+def read_config(folder: Path) -> Qwen2Config:
+    """The config of a Hugging Face model folder.
+
+    Raises InputError when it is missing or malformed, is not a plain Qwen2, or asks for remote code: a feature this
+    model does not have (rope scaling, sliding windows, other activations) is refused, never ignored."""
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{folder}: not a model folder: config.json is missing") from None
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read: {e}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    expected = {
+        "model_type": (raw.get("model_type"), "qwen2"),
+        "auto_map (remote code)": (raw.get("auto_map"), None),
+        "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
+        "use_sliding_window": (raw.get("use_sliding_window", False), False),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+    }
+    for name, (found, supported) in expected.items():
+        if found != supported:
+            raise InputError(f"{path}: {name}: expected {supported!r}, found {found!r}")
+    try:
+        heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+        config = Qwen2Config(
+            vocab_size=int(raw["vocab_size"]),
+            hidden_size=hidden,
+            intermediate_size=int(raw["intermediate_size"]),
+            num_hidden_layers=int(raw["num_hidden_layers"]),
+            num_attention_heads=heads,
+            num_key_value_heads=int(raw.get("num_key_value_heads", heads)),
+            head_dim=int(raw.get("head_dim") or hidden // heads),
+            rms_norm_eps=float(raw["rms_norm_eps"]),
+            rope_theta=float(raw.get("rope_theta", rope.get("rope_theta", 10_000.0))),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            max_position_embeddings=int(raw["max_position_embeddings"]),
+            dtype=str(raw.get("dtype", raw.get("torch_dtype", "float32"))),
+        )
+    except KeyError as e:
+        raise InputError(f"{path}: missing {e.args[0]!r}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as e:
+        raise InputError(f"{path}: {e}") from None
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise InputError(f"{path}: num_attention_heads is not a multiple of num_key_value_heads")
+    return config
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rope_tables(positions: Tensor, config: Qwen2Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, (T, 1, H), of rotary position embedding (arXiv 2104.09864), computed in fp32."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    angles = positions.float()[:, None] * (1.0 / config.rope_theta**exponents)  # (T, H/2)
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates (T, heads, H) by its position; the halves of H are the two coordinates."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=True)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        out = attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, segments)  # (T, N, H)
+        return self.o_proj(out.flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.recompute = False  # activation checkpointing: keep only the block's input, run it again in backward
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._block, x, cos, sin, segments, use_reentrant=False)
+        return self._block(x, cos, sin, segments)
+
+    def _block(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segments)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, segments: Segments) -> Tensor:
+        x = self.embed_tokens(input_ids)  # (T, D)
+        cos, sin = rope_tables(positions, self.config, x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, segments)
+        return self.norm(x)
+
+
+class Qwen2(nn.Module):
+    """Qwen2 for causal language modelling, packed. Built on the meta device and filled by `conj.model.weights`."""
+
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        # A tied head is no parameter of its own, so that parameters and checkpoint keys match one to one.
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+
+    @property
+    def head_weight(self) -> Tensor:  # (V, D)
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (T,) int64
+        positions: Tensor,  # (T,) int64, from 0 in each sequence; a judgment goes on from its prompt's
+        segments: Segments,
+        predict: Tensor,  # (M,) int64: the rows of T whose next token is asked for
+        targets: Tensor,  # (M,) int64: those next tokens
+    ) -> Tensor:  # (M,) fp32 logprobs in nats
+        hidden = self.model(input_ids, positions, segments)
+        return linear_logprob(hidden[predict], self.head_weight, targets)
+
+    def logits(self, input_ids: Tensor, positions: Tensor, segments: Segments) -> Tensor:  # (T, V)
+        """All logits, for tests and inspection; training never holds them."""
+        return F.linear(self.model(input_ids, positions, segments), self.head_weight)

@@ -1,0 +1,190 @@
+"""Weights in and out of Hugging Face model folders: safetensors only, every key, shape and dtype accounted for.
+
+Refused with one line: pickles, remote code, index files that name a file outside the folder, keys that are missing
+or not the model's, shapes that do not fit the config, dtypes that are no floating point. Reading goes row by row
+into the shard that a rank holds, so no rank ever needs the whole model in memory.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from conj import InputError
+from conj.data.files import write_atomic
+from conj.model.qwen2 import Qwen2, Qwen2Config, read_config
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FLOAT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# What makes a model folder complete beside the weights; copied from the base to the trained model as they are.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder. Raises InputError when there are none or the index is not sound."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such model folder")
+    if not (folder / INDEX).exists():
+        if (folder / SINGLE).exists():
+            return [folder / SINGLE]
+        pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+        found = f"; {pickles[0]} is a pickle, which is never loaded" if pickles else ""
+        raise InputError(f"{folder}: not a model folder: expected {SINGLE} or {INDEX}{found}")
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{folder / INDEX}: expected a JSON object with weight_map: {e}") from None
+    for name in names:
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            raise InputError(f"{folder / INDEX}: expected a .safetensors file of this folder, found {name!r}")
+        if not (folder / name).exists():
+            raise InputError(f"{folder / INDEX}: names {name}, which is missing")
+    return [folder / name for name in names]
+
+
+def _open(path: Path, stack: ExitStack):
+    try:
+        return stack.enter_context(safe_open(path, framework="pt"))
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: not a whole safetensors file: {e}") from None
+
+
+def check_weights(folder: Path, model: nn.Module, stack: ExitStack) -> dict:
+    """{name: open file} for every parameter of `model`; raises InputError unless keys, shapes and dtypes all match."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    where = {}
+    for path in weight_files(folder):
+        file = _open(path, stack)
+        for key in file.keys():
+            if key in where:
+                raise InputError(f"{path}: {key} stands in more than one file")
+            if key not in expected:
+                raise InputError(f"{path}: unexpected tensor {key!r}; the config asks for no such parameter")
+            view = file.get_slice(key)
+            if tuple(view.get_shape()) != expected[key]:
+                raise InputError(f"{path}: {key}: expected shape {expected[key]}, found {tuple(view.get_shape())}")
+            if view.get_dtype() not in FLOAT_TYPES:
+                raise InputError(f"{path}: {key}: expected one of {', '.join(FLOAT_TYPES)}, found {view.get_dtype()}")
+            where[key] = file
+    if missing := sorted(expected.keys() - where.keys()):
+        raise InputError(f"{folder}: missing {len(missing)} tensors, first {', '.join(missing[:10])}")
+    return where
+
+
+def local_rows(parameter: Tensor) -> slice:
+    """The rows of the full tensor that this rank holds: all of them, or its chunk of an FSDP2 shard on dim 0."""
+    if not isinstance(parameter, DTensor):
+        return slice(0, parameter.shape[0])
+    rows = parameter.shape[0]
+    for dim, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            assert placement.dim == 0
+            chunk = -(-rows // parameter.device_mesh.size(dim))
+            start = min(rows, chunk * parameter.device_mesh.get_local_rank(dim))
+            return slice(start, min(rows, start + chunk))
+    return slice(0, rows)
+
+
+def local_tensor(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Fills a (sharded) model from a folder's safetensors, casting to each parameter's dtype."""
+    with ExitStack() as stack:
+        for name, file in check_weights(folder, model, stack).items():
+            parameter = model.get_parameter(name)
+            rows = local_rows(parameter)
+            if rows.start < rows.stop:
+                local_tensor(parameter).copy_(file.get_slice(name)[rows])
+
+
+def check_model_folder(folder: Path) -> Qwen2Config:
+    """The config, once config and weights' headers are seen to fit together. Reads no weights."""
+    config = read_config(folder)
+    with torch.device("meta"), ExitStack() as stack:
+        check_weights(folder, Qwen2(config), stack)
+    return config
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Qwen2:
+    """A whole Qwen2 on one device, for inspection and tests; training shards it first (`conj.train.sharding`)."""
+    with torch.device("meta"):
+        model = Qwen2(read_config(folder))
+    model = model.to(dtype).to_empty(device=device)
+    load_weights(model, folder)
+    return model
+
+
+def export_model(
+    model: nn.Module, folder: Path, base: Path, *, dtype: torch.dtype, is_writer: bool, max_shard_bytes: int = 5 << 30
+) -> None:
+    """Writes a (sharded) model as a Hugging Face folder that `transformers` and vLLM open as it is.
+
+    Collective: every rank calls it, one writes. Tensors are gathered one at a time, so the writer holds one shard file
+    at most. config and tokenizer files are the base's. The folder appears whole, by a rename."""
+    beside = folder.with_name(folder.name + ".part")
+    if is_writer:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    shards = []
+    for shard in _gather_shards(model, dtype, max_shard_bytes):
+        shards.append((list(shard), sum(t.nbytes for t in shard.values())))
+        if is_writer:
+            write_atomic(beside / f"{len(shards)}.safetensors", save(shard, metadata={"format": "pt"}))
+    if not is_writer:
+        return
+    names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    for i, name in enumerate(names):
+        os.replace(beside / f"{i + 1}.safetensors", beside / name)
+    if len(shards) > 1:
+        weight_map = {key: name for name, (keys, _) in zip(names, shards) for key in keys}
+        index = {"metadata": {"total_size": sum(size for _, size in shards)}, "weight_map": weight_map}
+        write_atomic(beside / INDEX, json.dumps(index, indent=2).encode())
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    config[key] = str(dtype).removeprefix("torch.")
+    write_atomic(beside / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    for name in COMPANIONS:
+        if (base / name).exists():
+            write_atomic(beside / name, (base / name).read_bytes())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+
+
+def _shard_name(i: int, n: int) -> str:
+    return f"model-{i + 1:05d}-of-{n:05d}.safetensors"
+
+
+@torch.no_grad()
+def _gather_shards(model: nn.Module, dtype: torch.dtype, max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard, size = {}, 0
+    for name, parameter in model.named_parameters():
+        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        full = full.to("cpu", dtype).contiguous()
+        if shard and size + full.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = full
+        size += full.nbytes
+    yield shard

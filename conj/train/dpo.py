@@ -1,0 +1,267 @@
+"""Stage 6: DPO on contrastive judgments, from pairs to a trained judge. The whole story is in `main`.
+
+    python -m conj.train.dpo --run runs/demo --model demo/base
+    torchrun --nproc_per_node 8 -m conj.train.dpo --run-dir runs/skywork --model models/Qwen2-7B-Instruct
+
+Direct Preference Optimization (arXiv 2305.18290) as Con-J uses it (arXiv 2410.03742, section 3.4): the policy starts
+at the base model and learns to write the judgments that agree with the preference label. An optimizer step takes
+exactly `--pairs-per-step` pairs, and its loss is the mean over them, whatever the pack size and the number of ranks.
+A killed run, started again, goes on from its last checkpoint and ends as if nothing had happened.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from conj.data.files import dump_line, recover_jsonl, write_jsonl
+from conj.data.manifest import begin, finish
+from conj.data.options import option, require, run_command
+from conj.data.packs import TokenizedPairs, deal, plan_packs, plan_steps
+from conj.model.qwen2 import read_config
+from conj.model.weights import export_model, local_tensor
+from conj.train.batch import Batch, collate
+from conj.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from conj.train.reference import load_pairs, load_reference, reference_key, within_length
+from conj.train.sharding import World, build_sharded_model, distributed
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOOptions:
+    run: Path = option(help="run folder; reads pairs.jsonl and reference.safetensors, writes checkpoints/ and model/")
+    model: Path = option(help="base model, a Hugging Face folder")
+    beta: float = option(0.1, help="DPO's temperature: how dear it is to leave the base model")
+    nll_alpha: float = option(0.0, help="weight of the added mean negative logprob of the chosen judgment's tokens")
+    learning_rate: float = option(5e-7, help="AdamW's highest learning rate")
+    adam_beta1: float = option(0.9, help="AdamW's decay of the first moment")
+    adam_beta2: float = option(0.95, help="AdamW's decay of the second moment")
+    weight_decay: float = option(1e-4, help="AdamW's weight decay, on matrices only")
+    warmup_ratio: float = option(
+        0.03, help="share of the steps in which the learning rate rises; it then falls as a cosine"
+    )
+    max_grad_norm: float = option(1.0, help="gradients are scaled down to this norm")
+    num_train_epochs: int = option(1, help="passes over the training pairs")
+    max_steps: int | None = option(
+        None, help="stop after this many optimizer steps; the schedule is that of this length"
+    )
+    pairs_per_step: int = option(24, help="pairs an optimizer step takes, over all ranks")
+    max_length: int = option(6400, help="tokens of prompt and judgment; pairs over it are counted and left out")
+    max_tokens_per_pack: int = option(16384, help="tokens a forward pass takes on each rank")
+    share: Literal["prompt", "pair", "none"] = option(
+        "prompt",
+        help="who shares one encoding of a prompt: all its pairs (they then share a step), the two judgments of a pair, none",
+    )
+    dtype: Literal["bf16", "fp32"] = option("bf16", help="dtype of forward and backward; master weights are fp32")
+    activation_checkpointing: bool = option(
+        False, help="keep only each block's input, compute the rest again in backward"
+    )
+    eval_every: int = option(50, help="optimizer steps between evaluations on the held-out pairs")
+    save_every: int = option(200, help="optimizer steps between checkpoints")
+    keep_checkpoints: int = option(2, help="newest checkpoints to keep")
+    seed: int = option(2021, help="seed of the order of pairs")
+
+    def __post_init__(self):
+        positive = ("beta", "learning_rate", "max_grad_norm", "num_train_epochs", "pairs_per_step", "max_length")
+        positive += ("max_tokens_per_pack", "eval_every", "save_every", "keep_checkpoints")
+        for name in positive + (("max_steps",) if self.max_steps is not None else ()):
+            require(
+                getattr(self, name) > 0,
+                f"--{name.replace('_', '-')}: expected more than 0, found {getattr(self, name)}",
+            )
+
+
+def dpo_loss(logps: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Loss of each pair (P,) and its rewards (P, 2), from policy and reference logprobs (P, 2), chosen and rejected.
+
+    Equation 7 of arXiv 2305.18290: -log sigmoid(reward of chosen - reward of rejected), reward = beta x log ratio."""
+    rewards = beta * (logps - reference)
+    return F.softplus(rewards[:, 1] - rewards[:, 0]), rewards.detach()
+
+
+def mean_chosen_nll(batch: Batch, logps: Tensor) -> Tensor:
+    """(P,): negative logprob per token of each chosen judgment."""
+    return -logps[:, 0] / torch.tensor(batch.lengths[::2], device=logps.device)
+
+
+def learning_rate_at(step: int, num_steps: int, options: DPOOptions) -> float:
+    """Linear warm-up, then half a cosine to zero. `step` counts from 0."""
+    num_warmup = math.ceil(options.warmup_ratio * num_steps)
+    if step < num_warmup:
+        return options.learning_rate * (step + 1) / num_warmup
+    return options.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / (num_steps - num_warmup)))
+
+
+def build_optimizer(model: nn.Module, options: DPOOptions) -> torch.optim.AdamW:
+    """AdamW on the fp32 master weights: bf16 ones would not move at learning rates near 5e-7."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.adam_beta1, options.adam_beta2))
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, max_norm: float, world: World) -> float:
+    """Scales all gradients so that their norm over all ranks is at most `max_norm`; returns the norm before, summed in
+    float64. Gradients that are not finite are left as they are."""
+    gradients = [local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
+    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients])
+    norm = world.sum(norms.square().sum()).sqrt().item()
+    if math.isfinite(norm) and norm > max_norm:
+        torch._foreach_mul_(gradients, max_norm / norm)
+    return norm
+
+
+def run_packs(
+    model: nn.Module, pairs: TokenizedPairs, reference: Tensor, members: list[int], options: DPOOptions, world: World
+) -> dict[str, float]:
+    """Forward, and backward unless gradients are off, of all packs that hold `members`, spread over the ranks.
+
+    Returns means over the pairs, summed in float64: loss, chosen_reward, rejected_reward, margin, accuracy; num_tokens."""
+    packs = plan_packs(pairs, members, max_tokens=options.max_tokens_per_pack, share=options.share)
+    totals = torch.zeros(6, dtype=torch.float64)
+    for pack in deal(packs, world.rank, world.size):
+        batch = collate(pairs, pack, world.device)
+        logps = batch.pair_logps(model(*batch.inputs))  # (P, 2)
+        losses, rewards = dpo_loss(logps, reference[batch.pair_numbers].to(world.device), options.beta)
+        if options.nll_alpha:
+            losses = losses + options.nll_alpha * mean_chosen_nll(batch, logps)
+        if torch.is_grad_enabled():
+            (losses.sum() / len(members)).backward()
+        margins = rewards[:, 0] - rewards[:, 1]
+        columns = torch.stack([losses.detach(), rewards[:, 0], rewards[:, 1], margins, (margins > 0).float()])
+        totals[:5] += columns.double().sum(dim=1).cpu()
+        totals[5] += len(batch.input_ids) if pack else 0
+    totals = world.sum(totals).tolist()
+    names = ("loss", "chosen_reward", "rejected_reward", "margin", "accuracy")
+    return {name: total / len(members) for name, total in zip(names, totals)} | {"num_tokens": int(totals[5])}
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pairs: TokenizedPairs,
+    reference: Tensor,
+    members: list[int],
+    lr: float,
+    options: DPOOptions,
+    world: World,
+) -> dict[str, float]:
+    """One optimizer step on the pairs `members`. A step whose gradient is not finite changes nothing and is reported."""
+    started = time.perf_counter()
+    metrics = run_packs(model, pairs, reference, members, options, world)
+    grad_norm = clip_gradients(model, options.max_grad_norm, world)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if math.isfinite(grad_norm):
+        optimizer.step()
+    else:
+        metrics["skipped_ids"] = sorted({pairs.ids[i] for i in members})
+    optimizer.zero_grad()
+    seconds = time.perf_counter() - started
+    speed = {"pairs_per_second": len(members) / seconds, "tokens_per_second": metrics["num_tokens"] / seconds}
+    return metrics | {"grad_norm": grad_norm, "lr": lr, "num_pairs": len(members), "step_seconds": seconds} | speed
+
+
+@torch.no_grad()
+def evaluate_pairs(model, pairs, reference, members, options: DPOOptions, world: World) -> dict[str, float]:
+    metrics = run_packs(model, pairs, reference, members, options, world)
+    return {f"eval_{name}": metrics[name] for name in ("loss", "margin", "accuracy")} | {"eval_num_pairs": len(members)}
+
+
+@contextmanager
+def metrics_log(run: Path, num_steps_done: int, world: World) -> Iterator[Callable[[int, dict], None]]:
+    """Gives the function that adds a step's row to `metrics.jsonl` and to the TensorBoard events, on the main rank.
+
+    Rows past `num_steps_done`, which a killed run wrote after its last checkpoint, are dropped: they come again."""
+    if not world.is_main:
+        yield lambda step, metrics: None
+        return
+    path = run / "metrics.jsonl"
+    write_jsonl(path, [row for row in recover_jsonl(path) if row["step"] <= num_steps_done])
+    with (
+        open(path, "a", encoding="utf-8") as file,
+        SummaryWriter(run / "tensorboard", purge_step=num_steps_done + 1) as events,
+    ):
+
+        def write(step: int, metrics: dict) -> None:
+            file.write(dump_line({"step": step, **metrics}))
+            file.flush()
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)):
+                    events.add_scalar(name, value, step)
+
+        yield write
+
+
+def main(options: DPOOptions) -> None:
+    """From pairs and reference logprobs to `model/`, top to bottom."""
+    started = time.perf_counter()
+    artefact, checkpoints = options.run / "model", options.run / "checkpoints"
+    pairs, tokenizer = load_pairs(options.run, options.model)
+    with distributed() as world:
+        # Is there anything to do, and is all that it needs there?
+        inputs = [options.run / "pairs.jsonl", options.run / "reference.safetensors", options.model]
+        key = reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device.type)
+        reference = load_reference(options.run / "reference.safetensors", key)
+        usable = within_length(pairs, options.max_length)
+        train, held_out = ([i for i in usable if pairs.is_eval[i] is flag] for flag in (False, True))
+        require(world.size <= len(train), f"{options.run}: {len(train)} training pairs cannot feed {world.size} ranks")
+        missing = int(reference[usable].isnan().any(dim=1).sum())
+        require(missing == 0, f"{options.run / 'reference.safetensors'}: {missing} pairs have no reference logprob")
+        if not world.from_main(world.is_main and begin(artefact, inputs=inputs, options=options)):
+            return
+
+        # The plan: data, seed and epoch decide it, the number of ranks does not.
+        steps = [
+            step
+            for epoch in range(options.num_train_epochs)
+            for step in plan_steps(
+                pairs, train, pairs_per_step=options.pairs_per_step, share=options.share, seed=f"{options.seed}:{epoch}"
+            )
+        ][: options.max_steps]
+
+        # Model, optimizer, and where an earlier run of the same options stopped.
+        model = build_sharded_model(options.model, world, options.dtype, recompute=options.activation_checkpointing)
+        optimizer = build_optimizer(model, options)
+        checkpoint = world.from_main(find_checkpoint(checkpoints) if world.is_main else None)
+        num_done = load_checkpoint(checkpoint, model, optimizer) if checkpoint else 0
+
+        with metrics_log(options.run, num_done, world) as log:
+            bar = tqdm(steps, desc="dpo", unit="step", initial=num_done, disable=not world.is_main)
+            for step in range(num_done + 1, len(steps) + 1):
+                lr = learning_rate_at(step - 1, len(steps), options)
+                metrics = train_step(model, optimizer, pairs, reference, steps[step - 1], lr, options, world)
+                if held_out and (step % options.eval_every == 0 or step == len(steps)):
+                    metrics |= evaluate_pairs(model, pairs, reference, held_out, options, world)
+                log(step, metrics)
+                bar.set_postfix(
+                    {name: f"{metrics[name]:.3f}" for name in ("loss", "margin", "accuracy")}, refresh=False
+                )
+                bar.update()
+                if step % options.save_every == 0 or step == len(steps):
+                    save_checkpoint(checkpoints, step, model, optimizer, world, keep=options.keep_checkpoints)
+            bar.close()
+
+        # A folder that transformers and vLLM open as it is, in the base model's dtype.
+        dtype = getattr(torch, read_config(options.model).dtype)
+        export_model(model, artefact, options.model, dtype=dtype, is_writer=world.is_main)
+        if world.is_main:
+            counts = {
+                "train_pairs": len(train),
+                "eval_pairs": len(held_out),
+                "over_max_length": len(pairs) - len(usable),
+            }
+            finish(artefact, num_rows=len(steps), counts=counts, seconds=time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    run_command(main, DPOOptions, __doc__)

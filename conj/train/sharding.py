@@ -1,0 +1,79 @@
+"""Processes, and a model spread over them: FSDP2 with the same code on one CPU process, one GPU, or many of either."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from conj.model.qwen2 import Qwen2, read_config
+from conj.model.weights import load_weights
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, of a tensor on any device."""
+        total = values.to(self.device)
+        dist.all_reduce(total)
+        return total.to(values.device)
+
+    def from_main(self, value):
+        """The main rank's value of a small Python object, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+@contextmanager
+def distributed() -> Iterator[World]:
+    """The process group that torchrun describes, or one of this process alone: NCCL on GPUs, gloo on CPUs."""
+    use_gpu = torch.cuda.is_available()
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
+    store = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(minutes=30), **store)
+    try:
+        yield World(rank=rank, size=size, device=device)
+    finally:
+        dist.destroy_process_group()
+
+
+def build_sharded_model(folder: Path, world: World, dtype: str, *, recompute: bool = False) -> Qwen2:
+    """Qwen2 with fp32 master weights sharded over all ranks, computing in `dtype`, gradients summed in fp32.
+
+    Reference and policy are both built here, so their arithmetic is the same and step 0 is exact."""
+    with torch.device("meta"):
+        model = Qwen2(read_config(folder))
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=torch.float32)
+    for layer in model.model.layers:
+        layer.recompute = recompute
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in (*model.model.layers, model):
+        # The loss is already a mean over the step's pairs: ranks add up, they do not average.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device=world.device)
+    load_weights(model, folder)
+    return model

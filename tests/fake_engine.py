@@ -1,0 +1,24 @@
+"""A stand-in for vLLM: what it writes is a function of the prompt's text."""
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+
+from conj.sample import engine
+from conj.sample.engine import Completion, Request
+
+
+def use_fake_engine(monkeypatch: pytest.MonkeyPatch, write: Callable[[str], str]) -> list[Request]:
+    """From now on `write(prompt)` is what models write. Returns the list of requests that will have been made."""
+    requests = []
+
+    def generate(_, asked, model, decoding):
+        for request in asked:
+            requests.append(request)
+            text = write(model.tokenizer.plain.decode(request.prompt_ids, skip_special_tokens=False))
+            yield request, Completion(text=text, token_ids=model.tokenizer.completion_ids(text), finish_reason="stop")
+
+    monkeypatch.setattr(engine, "generate", generate)
+    monkeypatch.setattr(engine, "running_engine", lambda model, options: contextlib.nullcontext())
+    return requests

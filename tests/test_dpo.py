@@ -1,0 +1,379 @@
+"""The training stages: exact at step 0, equal to an independent trainer, the same on any ranks, unharmed by kills."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, assert_one_line_error, command, random_pairs, write_model
+from safetensors.torch import load_file, save_file
+
+from conj import InputError
+from conj.data.files import read_jsonl, write_jsonl
+from conj.data.options import build_parser
+from conj.train import dpo, reference
+from conj.train.checkpoint import find_checkpoint, list_checkpoints
+from conj.train.dpo import DPOOptions, learning_rate_at, run_packs, train_step
+from conj.train.reference import ReferenceOptions, load_pairs, load_reference, reference_key
+from conj.train.sharding import build_sharded_model, distributed
+
+TIMES = {"step_seconds", "pairs_per_second", "tokens_per_second"}
+
+
+def dpo_options(run, model, **changes) -> DPOOptions:
+    settings = dict(run=run, model=model, dtype="fp32", learning_rate=1e-3, pairs_per_step=6, max_tokens_per_pack=2000)
+    return DPOOptions(**settings | changes)
+
+
+def make_reference(run, model, **changes) -> None:
+    reference.main(ReferenceOptions(**dict(run=run, model=model, dtype="fp32", max_tokens_per_pack=900) | changes))
+
+
+def metrics_of(run) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_jsonl(run / "metrics.jsonl")]
+
+
+@pytest.fixture
+def ready(run_folder, tied_model):
+    """A run folder with pairs and reference logprobs."""
+    make_reference(run_folder, tied_model)
+    return run_folder
+
+
+def perturbed(folder, base) -> None:
+    """A policy some steps away from its base."""
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    tensors = {k: t + 0.02 * torch.randn(t.shape, generator=generator) for k, t in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def trl_loss_and_gradients(policy, base, rows, folder):
+    """One batch through TRL's DPOTrainer, in fp32, nothing cut."""
+    pytest.importorskip("trl", reason="the independent trainer is not installed (pip install -e '.[dev]')")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    # conj trains the turn up to its end token, which is what a sampler writes; the template's line break after it
+    # is never sampled. TRL takes the completion from the template, so the template of this test ends there.
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "'<|im_end|>' + '\n'}}", "'<|im_end|>'}}{% if message['role'] != 'assistant' %}{{'\n'}}{% endif %}"
+    )
+    arguments = DPOConfig(
+        output_dir=folder, per_device_train_batch_size=len(rows), beta=0.1, max_length=None, use_cpu=True, bf16=False,
+        report_to=[], gradient_checkpointing=False, disable_tqdm=True,
+    )  # fmt: skip
+    model, ref_model = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (policy, base))
+    data = Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows])
+    trainer = DPOTrainer(
+        model=model, ref_model=ref_model, args=arguments, train_dataset=data, processing_class=tokenizer
+    )
+    model.eval()
+    loss = trainer.compute_loss(model, next(iter(trainer.get_train_dataloader())))
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("share", ["none", "prompt"])
+def test_loss_and_every_gradient_of_a_step_equal_an_independent_trainer(share, run_folder, untied_model, tmp_path):
+    """The same pairs.jsonl through TRL: prompt, masks, sums, reference, loss and backward must all agree."""
+    perturbed(tmp_path / "policy", untied_model)
+    rows = read_jsonl(run_folder / "pairs.jsonl")[:12]
+    write_jsonl(run_folder / "pairs.jsonl", rows)
+    expected_loss, expected = trl_loss_and_gradients(tmp_path / "policy", untied_model, rows, tmp_path / "trl")
+    make_reference(run_folder, untied_model)
+    options = dpo_options(run_folder, untied_model, share=share)
+    pairs, _ = load_pairs(run_folder, untied_model)
+    logps = load_file(run_folder / "reference.safetensors")["logps"]
+    with distributed() as world:
+        model = build_sharded_model(tmp_path / "policy", world, "fp32")
+        metrics = run_packs(model, pairs, logps, list(range(12)), options, world)
+        found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    assert metrics["loss"] == pytest.approx(expected_loss, rel=1e-4) and abs(metrics["loss"] - math.log(2)) > 0.01
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert (found[name] - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("share", ["none", "pair", "prompt"])
+def test_at_step_0_every_margin_is_exactly_0(share, dtype, run_folder, tied_model):
+    """Reference and policy run in different packs; the first loss is softplus(0) in fp32 to the last bit."""
+    make_reference(run_folder, tied_model, dtype=dtype)
+    options = dpo_options(run_folder, tied_model, share=share, dtype=dtype, max_tokens_per_pack=3100)
+    pairs, _ = load_pairs(run_folder, tied_model)
+    logps = load_file(run_folder / "reference.safetensors")["logps"]
+    with distributed() as world, torch.no_grad():
+        model = build_sharded_model(tied_model, world, dtype)
+        for pair in range(len(pairs)):
+            metrics = run_packs(model, pairs, logps, [pair], options, world)
+            assert metrics["margin"] == metrics["chosen_reward"] == metrics["rejected_reward"] == 0.0
+            assert metrics["loss"] == torch.nn.functional.softplus(torch.tensor(0.0)).item()
+        metrics = run_packs(model, pairs, logps, list(range(len(pairs))), options, world)
+        assert metrics["margin"] == 0.0
+        assert metrics["loss"] == torch.nn.functional.softplus(torch.tensor(0.0)).item()
+
+
+def test_a_reference_off_by_one_ulp_moves_the_margin(ready, tied_model):
+    """Negative control of the test above: the exactness it asserts is not that of a comparison which cannot fail."""
+    pairs, _ = load_pairs(ready, tied_model)
+    logps = load_file(ready / "reference.safetensors")["logps"]
+    logps[0, 0] = torch.nextafter(logps[0, 0], torch.tensor(0.0))
+    with distributed() as world, torch.no_grad():
+        model = build_sharded_model(tied_model, world, "fp32")
+        metrics = run_packs(model, pairs, logps, [0], dpo_options(ready, tied_model), world)
+    assert metrics["margin"] != 0.0
+
+
+ARGUMENTS = ["--dtype", "fp32", "--learning-rate", "1e-3", "--pairs-per-step", "6", "--max-tokens-per-pack", "1200"]
+
+
+def test_two_ranks_and_one_give_the_same_20_step_loss_curve(ready, tied_model, tmp_path):
+    """Packs dealt to two ranks, an odd one filled up, gradients summed: the same training."""
+    other = shutil.copytree(ready, tmp_path / "two")
+    arguments = [*ARGUMENTS, "--max-steps", "20", "--num-train-epochs", "3", "--model", tied_model, "--run"]
+    for run, ranks in ((ready, None), (other, 2)):
+        done = command("conj.train.dpo", *arguments, run, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = metrics_of(ready), metrics_of(other)
+    assert len(one) == len(two) == 20
+    for a, b in zip(one, two):
+        for name in ("loss", "chosen_reward", "rejected_reward", "margin", "grad_norm"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4), (a["step"], name)
+    assert one[-1]["loss"] < 0.6 < one[0]["loss"]  # it does learn
+    # What two ranks wrote, one reads: the same master weights, rows put together.
+    assert len(list(list_checkpoints(other / "checkpoints")[0].glob("*.safetensors"))) == 2
+
+
+def kill_when(line: list, ready_to_kill, seconds: float = 120) -> None:
+    """Starts a command and kills it (SIGKILL) once `ready_to_kill()` holds."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", *map(str, line)], env=env, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + seconds
+    while not ready_to_kill() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.poll() is None, "the command ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def num_lines(path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_a_killed_training_run_ends_as_an_undisturbed_one(ready, tied_model, tmp_path):
+    """Weights bit for bit, and the metrics log, times aside."""
+    other = shutil.copytree(ready, tmp_path / "killed")
+    arguments = [*ARGUMENTS, "--num-train-epochs", "3", "--save-every", "4", "--model", tied_model, "--run"]
+    done = command("conj.train.dpo", *arguments, ready)
+    assert done.returncode == 0, done.stderr
+    kill_when(["conj.train.dpo", *arguments, other], lambda: num_lines(other / "metrics.jsonl") >= 6)
+    assert not (other / "model").exists()
+    with open(other / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # and a line torn
+    done = command("conj.train.dpo", *arguments, other)
+    assert done.returncode == 0, done.stderr
+    weights = [(run / "model" / "model.safetensors").read_bytes() for run in (ready, other)]
+    assert weights[0] == weights[1]
+    assert metrics_of(other) == metrics_of(ready)
+    assert "already complete" in command("conj.train.dpo", *arguments, other).stdout
+
+
+def test_a_killed_reference_run_ends_with_the_same_file(run_folder, tied_model, tmp_path):
+    write_jsonl(run_folder / "pairs.jsonl", random_pairs(200))
+    other = shutil.copytree(run_folder, tmp_path / "killed")
+    arguments = ["--dtype", "fp32", "--max-tokens-per-pack", "800", "--save-every", "1", "--model", tied_model, "--run"]
+    assert command("conj.train.reference", *arguments, run_folder).returncode == 0
+    path = other / "reference.safetensors"
+    kill_when(["conj.train.reference", *arguments, other], path.exists)
+    assert 0 < load_file(path)["logps"].isnan().any(1).sum() < len(read_jsonl(other / "pairs.jsonl"))
+    assert command("conj.train.reference", *arguments, other).returncode == 0
+    assert path.read_bytes() == (run_folder / "reference.safetensors").read_bytes()
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_last_good_one(ready, tied_model, capsys):
+    dpo.main(dpo_options(ready, tied_model, max_steps=4, save_every=1, keep_checkpoints=3))
+    newest, second, _ = list_checkpoints(ready / "checkpoints")
+    path = newest / "rank-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert find_checkpoint(ready / "checkpoints") == second
+    assert "sha256 differs" in capsys.readouterr().out
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_reported(ready, tied_model):
+    options = dpo_options(ready, tied_model)
+    pairs, _ = load_pairs(ready, tied_model)
+    logps = load_file(ready / "reference.safetensors")["logps"]
+    logps[1] = torch.inf
+    with distributed() as world:
+        model = build_sharded_model(tied_model, world, "fp32")
+        optimizer = dpo.build_optimizer(model, options)
+        before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
+        metrics = train_step(model, optimizer, pairs, logps, [0, 1, 2], 1e-3, options, world)
+        assert all(torch.equal(p.full_tensor(), before[name]) for name, p in model.named_parameters())
+        assert metrics["skipped_ids"] == sorted({pairs.ids[i] for i in (0, 1, 2)})
+        train_step(model, optimizer, pairs, logps, [0, 2], 1e-3, options, world)
+        assert not any(torch.equal(p.full_tensor(), before[name]) for name, p in model.named_parameters())
+
+
+def test_the_nll_term_is_the_mean_negative_logprob_of_chosen_tokens(ready, tied_model):
+    pairs, _ = load_pairs(ready, tied_model)
+    logps = load_file(ready / "reference.safetensors")["logps"]
+    with distributed() as world, torch.no_grad():
+        model = build_sharded_model(tied_model, world, "fp32")
+        losses = [
+            run_packs(model, pairs, logps, [0, 1], dpo_options(ready, tied_model, nll_alpha=alpha), world)["loss"]
+            for alpha in (0.0, 0.5)
+        ]
+    nll = sum(-logps[i, 0].item() / len(pairs.judgments[i][0]) for i in (0, 1)) / 2
+    assert losses[1] - losses[0] == pytest.approx(0.5 * nll, rel=1e-5)
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tmp_path):
+    options = dpo_options(tmp_path, tmp_path, learning_rate=1.0, warmup_ratio=0.1)
+    rates = [learning_rate_at(step, 40, options) for step in range(40)]
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert rates[4] == 1.0 and rates[22] == pytest.approx(0.5) and 0 < rates[39] < 0.01
+    assert all(a > b for a, b in zip(rates[4:], rates[5:]))
+
+
+def test_clipping_scales_the_gradient_to_the_norm_it_says(ready, tied_model):
+    pairs, _ = load_pairs(ready, tied_model)
+    logps = load_file(ready / "reference.safetensors")["logps"]
+    with distributed() as world:
+        model = build_sharded_model(tied_model, world, "fp32")
+        run_packs(model, pairs, logps, [0, 1, 2, 3], dpo_options(ready, tied_model), world)
+        gradients = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}
+        norm = dpo.clip_gradients(model, 1e-3, world)
+        expected = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
+        assert norm == pytest.approx(expected, rel=1e-12) and norm > 1e-3
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad.full_tensor(), gradients[name] * (1e-3 / expected))
+
+
+STALE = {
+    "weights": lambda run, model: one_ulp(model / "model.safetensors"),
+    "config": lambda run, model: replace(model / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
+    "tokenizer": lambda run, model: replace(model / "tokenizer_config.json", "assistant", "helper"),
+    "tokens": lambda run, model: write_jsonl(run / "pairs.jsonl", read_jsonl(run / "pairs.jsonl")[::-1]),
+}
+
+
+def one_ulp(path) -> None:
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = torch.nextafter(tensors["model.norm.weight"][0], torch.tensor(9.0))
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def replace(path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("field", STALE)
+def test_a_stale_reference_is_refused_and_the_message_names_the_field(field, run_folder, model_copy):
+    make_reference(run_folder, model_copy)
+    STALE[field](run_folder, model_copy)
+    pairs, tokenizer = load_pairs(run_folder, model_copy)
+    key = reference_key(model_copy, tokenizer, pairs, dtype="fp32", device="cpu")
+    with pytest.raises(InputError, match=f"stale reference, made with another .*{field}"):
+        load_reference(run_folder / "reference.safetensors", key)
+
+
+def test_a_reference_of_another_dtype_or_device_is_refused(ready, tied_model):
+    pairs, tokenizer = load_pairs(ready, tied_model)
+    for changes in ({"dtype": "bf16", "device": "cpu"}, {"dtype": "fp32", "device": "cuda"}):
+        with pytest.raises(InputError, match="stale reference"):
+            load_reference(ready / "reference.safetensors", reference_key(tied_model, tokenizer, pairs, **changes))
+
+
+def test_long_pairs_are_counted_and_left_out(run_folder, tied_model):
+    make_reference(run_folder, tied_model, max_length=130)
+    logps = load_file(run_folder / "reference.safetensors")["logps"]
+    pairs, _ = load_pairs(run_folder, tied_model)
+    long = torch.tensor([pairs.num_tokens(i) > 130 for i in range(len(pairs))])
+    assert 0 < long.sum() < len(pairs) and torch.equal(logps.isnan().all(1), long)
+    dpo.main(dpo_options(run_folder, tied_model, max_length=130, max_steps=1))
+    manifest = json.loads((run_folder / "model.manifest.json").read_text())
+    assert manifest["counts"]["over_max_length"] == long.sum()
+    with pytest.raises(InputError, match="have no reference logprob"):
+        dpo.main(dpo_options(run_folder, tied_model, max_length=6400))
+
+
+def test_other_options_in_the_same_run_folder_are_refused(ready, tied_model):
+    dpo.main(dpo_options(ready, tied_model, max_steps=1))
+    with pytest.raises(InputError, match="was made with beta=0.1, now 0.2"):
+        dpo.main(dpo_options(ready, tied_model, max_steps=1, beta=0.2))
+
+
+BAD_INPUT = {
+    "no pairs": (lambda run, model: (run / "pairs.jsonl").unlink(), "pairs.jsonl: no such file"),
+    "empty pairs": (lambda run, model: (run / "pairs.jsonl").write_text(""), "at least one row"),
+    "line 17": (lambda run, model: spoil_line(run / "pairs.jsonl", 17), "pairs.jsonl:17: expected a JSON object"),
+    "missing column": (lambda run, model: drop_column(run / "pairs.jsonl"), "pairs.jsonl:1: missing column rejected"),
+    "no model": (lambda run, model: shutil.rmtree(model), "not a model folder"),
+    "truncated weights": (lambda run, model: truncate(model / "model.safetensors"), "not a whole safetensors file"),
+    "no reference": (lambda run, model: (run / "reference.safetensors").unlink(), "conj.train.reference"),
+    "truncated reference": (lambda run, model: truncate(run / "reference.safetensors"), "not a whole reference file"),
+    "stale reference": (lambda run, model: one_ulp(model / "model.safetensors"), "stale reference"),
+}  # fmt: skip
+
+
+def spoil_line(path, number: int) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    lines[number - 1] = lines[number - 1][:40] + "\n"
+    path.write_text("".join(lines))
+
+
+def drop_column(path) -> None:
+    write_jsonl(path, [{k: v for k, v in row.items() if k != "rejected"} for row in read_jsonl(path)])
+
+
+def truncate(path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gets_one_line_exit_code_2_and_loses_nothing(case, run_folder, model_copy):
+    make_reference(run_folder, model_copy)
+    change, message = BAD_INPUT[case]
+    change(run_folder, model_copy)
+    before = sorted(p.name for p in run_folder.iterdir())
+    done = command("conj.train.dpo", "--dtype", "fp32", "--run", run_folder, "--model", model_copy)
+    assert_one_line_error(done, message)
+    assert sorted(p.name for p in run_folder.iterdir()) == before
+
+
+def test_more_ranks_than_pairs_are_refused_in_one_line(run_folder, tied_model):
+    write_jsonl(run_folder / "pairs.jsonl", random_pairs(1, max_pairs=1))
+    make_reference(run_folder, tied_model)
+    done = command("conj.train.dpo", "--dtype", "fp32", "--run", run_folder, "--model", tied_model, ranks=2)
+    assert done.returncode != 0  # torchrun's own code; each rank's is 2
+    assert done.stderr.count("error: ") == 1 and "1 training pairs cannot feed 2 ranks" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+
+
+def test_every_stage_has_help_with_each_default():
+    for options in (DPOOptions, ReferenceOptions):
+        text = build_parser(options, "").format_help()
+        assert "--max-length" in text and "default" in text
+
+
+def test_a_sharded_model_of_several_files_trains(run_folder, tmp_path):
+    """The 7B base comes in several files; each rank reads its rows from all of them."""
+    base = write_model(tmp_path / "sharded", tied=False, max_shard_size="100KB")
+    make_reference(run_folder, base)
+    dpo.main(dpo_options(run_folder, base, max_steps=2, activation_checkpointing=True))
+    assert [row["step"] for row in metrics_of(run_folder)] == [1, 2]

@@ -1,0 +1,56 @@
+"""`linear_logprob` against an fp64 oracle, beside the plain-torch reference in the same dtype."""
+
+import pytest
+import torch
+
+from conj.model import logprob
+from conj.model.logprob import linear_logprob, linear_logprob_reference
+
+
+def inputs(T: int, D: int, V: int, dtype: torch.dtype, lift: float):
+    generator = torch.Generator().manual_seed(T)
+    hidden, weight = torch.randn(T, D, generator=generator), torch.randn(V, D, generator=generator) / D**0.5
+    targets = torch.randint(V, (T,), generator=generator)
+    # `lift` makes the target likely (p near 1), where onehot - softmax cancels in low precision.
+    hidden = hidden + lift * weight[targets] / weight[targets].square().sum(-1, keepdim=True)
+    upstream = torch.randn(T, generator=generator) * 3  # DPO's gradients are signed and differ per token
+    return hidden.to(dtype), weight.to(dtype), targets, upstream
+
+
+def run(function, hidden, weight, targets, upstream):
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logprobs = function(hidden, weight, targets)
+    return logprobs.detach(), *torch.autograd.grad((logprobs * upstream).sum(), [hidden, weight])
+
+
+def oracle(hidden, weight, targets, upstream):
+    def function(h, w, t):
+        return torch.nn.functional.linear(h, w).log_softmax(-1).gather(-1, t[:, None]).squeeze(-1)
+
+    return run(function, hidden.double(), weight.double(), targets, upstream.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lift", [0.0, 10.0])
+@pytest.mark.parametrize("T, D, V", [(1, 16, 33), (130, 48, 515), (257, 64, 2000)])
+def test_error_is_at_most_twice_that_of_plain_torch(T, D, V, lift, dtype, monkeypatch):
+    """Three-way error: both against fp64. Chunks of 64 make every shape but the first cross a chunk's edge."""
+    monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", 64 * V)
+    arguments = inputs(T, D, V, dtype, lift)
+    expected = oracle(*arguments)
+    ours, torchs = run(linear_logprob, *arguments), run(linear_logprob_reference, *arguments)
+    for name, e, o, t in zip(("logprobs", "hidden", "weight"), expected, ours, torchs):
+        errors = [(x.double() - e).norm().item() for x in (o, t)]
+        assert errors[0] <= 2 * errors[1] + 1e-6 * e.norm().item(), name
+
+
+def test_a_row_does_not_depend_on_the_other_rows():
+    hidden, weight, targets, _ = inputs(200, 64, 999, torch.float32, 0.0)
+    whole = linear_logprob(hidden, weight, targets)
+    assert torch.equal(linear_logprob(hidden[50:170], weight, targets[50:170]), whole[50:170])
+
+
+def test_no_rows_give_no_logprobs_and_zero_gradients():
+    hidden, weight = torch.zeros(0, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    linear_logprob(hidden, weight, torch.zeros(0, dtype=torch.int64)).sum().backward()
+    assert hidden.grad.shape == (0, 8) and not weight.grad.any()

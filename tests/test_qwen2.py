@@ -1,0 +1,171 @@
+"""The hand-written Qwen2 against `transformers`, and packs with shared prefixes against separate sequences."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_pairs, write_model
+from transformers import AutoModelForCausalLM
+
+from conj.data.packs import Group, plan_packs, tokenize_pairs
+from conj.data.prompts import JudgeTokenizer
+from conj.model import attention as attention_module
+from conj.model.attention import attention, build_segments, gather_index
+from conj.model.weights import load_model
+from conj.train.batch import collate
+
+CPU = torch.device("cpu")
+
+
+def real_text() -> str:
+    rows = json.loads((Path(__file__).parent / "data" / "llmbar" / "adver_neighbor.json").read_text("utf-8"))
+    return "\n".join(row["input"] + row["output_1"] + row["output_2"] for row in rows[:4])
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_transformers(tied, tied_model, untied_model):
+    """Breaks on any slip in RoPE, GQA, norms, biases or the head."""
+    folder = tied_model if tied else untied_model
+    ids = torch.tensor(JudgeTokenizer.load(folder).encode_text(real_text())[:700])
+    expected = AutoModelForCausalLM.from_pretrained(folder)(ids[None]).logits[0]
+    found = load_model(folder).logits(ids, torch.arange(len(ids)), build_segments([len(ids)], [None], CPU))
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_rope_theta_of_the_config_is_used(tmp_path):
+    """A default theta in place of the config's changes every position but the first."""
+    ids, positions, segments = torch.arange(50) + 7, torch.arange(50), build_segments([50], [None], CPU)
+    logits = {}
+    for theta in (1e4, 1e6):
+        folder = write_model(tmp_path / str(theta), rope_parameters={"rope_type": "default", "rope_theta": theta})
+        logits[theta] = load_model(folder).logits(ids, positions, segments)
+        expected = AutoModelForCausalLM.from_pretrained(folder)(ids[None]).logits[0]
+        assert relative_error(logits[theta], expected) < 1e-5
+    assert relative_error(logits[1e4], logits[1e6]) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def pairs(untied_model):
+    return tokenize_pairs(random_pairs(6), JudgeTokenizer.load(untied_model), 600)
+
+
+def separate_logps(model, pairs) -> torch.Tensor:  # (N, 2)
+    """Each judgment as its own sequence behind its own prompt, all logits, one log-softmax: no packing, no sharing."""
+    rows = []
+    for prompt, judgments in zip((pairs.prompts[p] for p in pairs.prompt_of), pairs.judgments):
+        for judgment in judgments:
+            ids = torch.tensor([*prompt, *judgment])
+            logits = model.logits(ids, torch.arange(len(ids)), build_segments([len(ids)], [None], CPU))
+            rows.append(logits.float().log_softmax(-1)[:-1].gather(1, ids[1:, None])[len(prompt) - 1 :].sum())
+    return torch.stack(rows).view(-1, 2)
+
+
+def packed_logps(model, pairs, share: str, max_tokens: int = 3000) -> torch.Tensor:
+    logps = torch.zeros(len(pairs), 2)
+    for pack in plan_packs(pairs, range(len(pairs)), max_tokens=max_tokens, share=share):
+        batch = collate(pairs, pack, CPU)
+        logps = logps.index_copy(0, torch.tensor(batch.pair_numbers), batch.pair_logps(model(*batch.inputs)))
+    return logps
+
+
+def gradients(model, logps) -> dict[str, torch.Tensor]:
+    """Gradients under signed weights that differ from judgment to judgment: equal ones could hide a mix-up."""
+    upstream = torch.randn(logps.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad((logps * upstream).sum(), list(model.parameters()))
+    return dict(zip((name for name, _ in model.named_parameters()), found))
+
+
+def packed_error(model, pairs, share: str) -> tuple[float, float]:
+    """Largest relative error of logprobs, and of any parameter's gradient, packed against separate."""
+    expected, found = separate_logps(model, pairs), packed_logps(model, pairs, share)
+    expected_gradients, found_gradients = gradients(model, expected), gradients(model, found)
+    worst = max(relative_error(found_gradients[name], g) for name, g in expected_gradients.items())
+    return ((found - expected).abs() / expected.abs()).max().item(), worst
+
+
+@pytest.mark.parametrize("share", ["none", "pair", "prompt"])
+def test_packed_equals_separate(share, untied_model, pairs):
+    """A wrong position, mask, prefix, target or sum in a shared pack changes logprobs or gradients."""
+    logps_error, gradient_error = packed_error(load_model(untied_model), pairs, share)
+    assert logps_error < 1e-5
+    assert gradient_error < 1e-4
+
+
+@pytest.mark.parametrize("leak", ["future", "prefix"])
+def test_packed_equals_separate_fails_on_a_leaking_mask(leak, untied_model, pairs, monkeypatch):
+    """Negative control: the check above sees a mask that lets judgments look ahead, or at another prompt."""
+    right = attention_module.build_segments
+
+    def leaking(lengths, prefix, device):
+        segments = right(lengths, prefix, device)
+        if leak == "prefix":
+            return right(lengths, [p if p is None else 0 for p in prefix], device)
+        segments.masks[:] = [mask if mask is None else torch.ones_like(mask) for mask in segments.masks]
+        return segments
+
+    monkeypatch.setattr("conj.train.batch.build_segments", leaking)
+    logps_error, gradient_error = packed_error(load_model(untied_model), pairs, "prompt")
+    assert logps_error > 1e-3
+    assert gradient_error > 1e-2
+
+
+def test_a_pairs_logprob_is_bitwise_independent_of_its_pack(untied_model, pairs):
+    """The reference is computed in other packs than the policy: step 0 is exact only if this holds."""
+    model = load_model(untied_model)
+    with torch.no_grad():
+        found = [
+            packed_logps(model, pairs, share, n) for share in ("none", "pair", "prompt") for n in (700, 1500, 9000)
+        ]
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+def test_recomputed_activations_give_the_same_gradients(untied_model, pairs):
+    model = load_model(untied_model)
+    kept = gradients(model, packed_logps(model, pairs, "prompt"))
+    for layer in model.model.layers:
+        layer.recompute = True
+    recomputed = gradients(model, packed_logps(model, pairs, "prompt"))
+    assert all(torch.equal(recomputed[name], kept[name]) for name in kept)
+
+
+def test_gathered_keys_of_the_varlen_backends_equal_segment_by_segment():
+    """The GPU backends read keys through `gather_index`; here a plain softmax stands in for their kernel."""
+    lengths, prefix = [5, 3, 4, 6, 2], [None, 0, 0, None, 3]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(20, heads, 8, generator=generator) for heads in (4, 2, 2))
+    index = gather_index(lengths, prefix, CPU)
+    cu_q, cu_k = index["cu_seqlens_q"].tolist(), index["cu_seqlens_k"].tolist()
+    outputs = []
+    for i in range(len(lengths)):
+        rows = index["key_index"][cu_k[i] : cu_k[i + 1]]
+        queries, keys, values = (
+            q[cu_q[i] : cu_q[i + 1]],
+            k[rows].repeat_interleave(2, 1),
+            v[rows].repeat_interleave(2, 1),
+        )
+        scores = torch.einsum("qnh,knh->nqk", queries, keys) / 8**0.5
+        visible = torch.ones(len(queries), len(keys)).tril(len(keys) - len(queries)).bool()
+        outputs.append(torch.einsum("nqk,knh->qnh", scores.masked_fill(~visible, -torch.inf).softmax(-1), values))
+    found = attention(q, k, v, build_segments(lengths, prefix, CPU))
+    torch.testing.assert_close(found, torch.cat(outputs), rtol=1e-5, atol=1e-5)
+    assert (index["max_seqlen_q"], index["max_seqlen_k"]) == (6, 9)
+
+
+def test_the_empty_pack_has_a_graph_and_zero_gradients(untied_model, pairs):
+    """A rank without a pack still takes part in every collective of forward and backward."""
+    model, batch = load_model(untied_model), collate(pairs, None, CPU)
+    logps = batch.pair_logps(model(*batch.inputs))
+    logps.sum().backward()
+    assert logps.shape == (0, 2)
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_groups_are_not_changed_by_collate(pairs):
+    group = Group(prompt=0, pairs=[0])
+    collate(pairs, [group], CPU)
+    assert group == Group(prompt=0, pairs=[0])
