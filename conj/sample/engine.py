@@ -1,0 +1,307 @@
+"""Prompts to judgments with vLLM: the only module that imports it, and only when an engine starts.
+
+Everything that can be wrong with a model folder, an option or a prompt is checked before that, in seconds. Prompts go
+in as token ids, so what a user wrote cannot become a control token. Every request has its own seed, made from its
+name: what is sampled for it depends neither on the batch it runs in nor on what was sampled before, up to the rounding
+of the matrix kernels (none seen in float32 on a CPU). Rows are appended as they finish; a stage that is killed goes
+on where it stopped and ends with the same file.
+
+Refused: remote code, weights other than safetensors, prompts that do not fit the context (left out, counted, never cut).
+"""
+
+import contextlib
+import gc
+import hashlib
+import itertools
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from conj import InputError
+from conj.data.files import dump_line, recover_jsonl, write_jsonl
+from conj.data.options import option, require
+from conj.data.prompts import JudgeTokenizer
+
+DEFAULT_MAX_MODEL_LEN = 8192
+CPU_KV_CACHE_BYTES = 2**30
+# vLLM reads these when it is imported. In-process, its scheduler is deterministic; threads that are bound to cores, or
+# that spin while they wait, lose a factor of ten as soon as another process wants a core (measured on 2 cores).
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    model: Path = option(help="model folder, Hugging Face layout")
+    max_new_tokens: int = option(512, help="longest judgment, tokens")
+    max_model_len: int | None = option(
+        None, help="longest prompt + judgment, tokens; by default the model's, up to 8192"
+    )
+    max_num_seqs: int = option(256, help="number of judgments written at the same time")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", help="auto: float32 on a CPU, else bfloat16"
+    )
+    tensor_parallel_size: int = option(1, help="number of GPUs that share the model")
+    gpu_memory_utilization: float = option(0.9, help="share of a GPU's memory that vLLM takes, above 0 up to 1")
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "max_num_seqs", "tensor_parallel_size"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
+        require(
+            0 < self.gpu_memory_utilization <= 1,
+            f"--gpu-memory-utilization: expected above 0 up to 1, found {self.gpu_memory_utilization}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How the next token is chosen. The defaults are greedy."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One judgment to be written; `key` names it within its file and is the start of its row."""
+
+    key: dict
+    prompt_ids: list[int]
+    hint: int | None = None  # the verdict that the prompt gives away
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    text: str  # control tokens are left out
+    token_ids: list[int]  # as written, the end token included
+    finish_reason: str  # stop, length
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeModel:
+    """A model folder that was checked: vLLM can be started with it."""
+
+    folder: Path
+    tokenizer: JudgeTokenizer
+    max_model_len: int  # tokens, prompt + judgment
+    end_ids: list[int]  # tokens that end a judgment
+
+
+def check_model(folder: Path, max_model_len: int | None) -> JudgeModel:
+    """Reads what there is to know about a model without its weights.
+
+    Raises InputError for a folder without config, tokenizer, chat template or whole safetensors, a model that needs
+    remote code, a tokenizer with more ids than the vocabulary, or a context longer than the model's."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such model folder")
+    config = _read_config(folder / "config.json")
+    require("auto_map" not in config, f"{folder}/config.json: asks for remote code (auto_map), which is never run")
+    tokenizer = JudgeTokenizer.load(folder)
+    last_id = max([*tokenizer.special.values(), tokenizer.plain.get_vocab_size() - 1])
+    vocab_size, context = config["vocab_size"], config["max_position_embeddings"]
+    require(
+        last_id < vocab_size, f"{folder}: the tokenizer has ids up to {last_id}, the vocabulary {vocab_size} entries"
+    )
+    _check_weights(folder)
+    if max_model_len is None:
+        max_model_len = min(context, DEFAULT_MAX_MODEL_LEN)
+    require(
+        0 < max_model_len <= context, f"--max-model-len: expected 1 to {context} (the model's), found {max_model_len}"
+    )
+    eos = config.get("eos_token_id")
+    end_ids = {tokenizer.special[tokenizer.eos], *(eos if isinstance(eos, list) else [eos])} - {None}
+    return JudgeModel(folder=folder, tokenizer=tokenizer, max_model_len=max_model_len, end_ids=sorted(end_ids))
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        assert isinstance(config["vocab_size"], int) and isinstance(config["max_position_embeddings"], int)
+    except FileNotFoundError:
+        raise InputError(f"{path.parent}: not a model folder: config.json is missing") from None
+    except (ValueError, KeyError, TypeError, AssertionError) as e:
+        raise InputError(f"{path}: expected a model's configuration with its vocabulary and context ({e!r})") from None
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    files = sorted(folder.glob("*.safetensors"))
+    require(bool(files), f"{folder}: not a model folder: no *.safetensors")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        missing = sorted(named - {f.name for f in files})
+        require(not missing, f"{folder}: missing {', '.join(missing[:10])}, which {index.name} names")
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy"):
+                pass  # the header, and that the file is as long as the header says
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"{file}: not whole: {e}") from None
+
+
+def split_overlong(requests: list[Request], model: JudgeModel, max_new_tokens: int) -> tuple[list[Request], list[str]]:
+    """Requests that fit the context with room for a whole judgment, and the ids of prompts that do not.
+
+    A prompt of which one request does not fit is left out whole. Raises InputError when none fits."""
+    longest = model.max_model_len - max_new_tokens
+    overlong = dict.fromkeys(r.key["id"] for r in requests if len(r.prompt_ids) > longest)
+    fitting = [r for r in requests if r.key["id"] not in overlong]
+    if not fitting:
+        shortest = min(len(r.prompt_ids) for r in requests)
+        raise InputError(
+            f"--max-model-len {model.max_model_len}: every prompt is too long; the shortest has {shortest} tokens, "
+            f"and {max_new_tokens} are kept for the judgment"
+        )
+    return fitting, list(overlong)
+
+
+def append_samples(
+    artefact: Path,
+    requests: list[Request],
+    model: JudgeModel,
+    options: EngineOptions,
+    decoding: Decoding,
+    judge: Callable[[Request, Completion], dict],
+) -> list[dict]:
+    """Makes the rows of `artefact` that are not there yet, and returns all of them.
+
+    A row is the request's key, what `judge` makes of the completion, and what the model wrote. Rows are
+    appended in the order in which they finish; the whole file is put into the order of the requests at the end, so
+    that a run that was killed and one that was not leave the same bytes. Raises InputError for a malformed file."""
+    names = list(requests[0].key)
+    done = {tuple(row[name] for name in names): row for row in recover_jsonl(artefact, [*names, "text", "token_ids"])}
+    left = [r for r in requests if tuple(r.key.values()) not in done]
+    if left:
+        with running_engine(model, options) as engine, open(artefact, "a", encoding="utf-8") as file:
+            completions = generate(engine, left, model, decoding)
+            for request, completion in tqdm(
+                completions, desc=artefact.name, total=len(requests), initial=len(done), unit=" judgments"
+            ):
+                row = {
+                    **request.key,
+                    **judge(request, completion),
+                    "finish_reason": completion.finish_reason,
+                    "token_ids": completion.token_ids,
+                }
+                file.write(dump_line(row))
+                file.flush()
+                done[tuple(request.key.values())] = row
+    rows = [done[tuple(r.key.values())] for r in requests]
+    write_jsonl(artefact, rows)
+    return rows
+
+
+@contextlib.contextmanager
+def running_engine(model: JudgeModel, options: EngineOptions) -> Iterator:
+    """A vLLM engine, shut down in the end so that another model can take its place.
+
+    Raises InputError when vLLM is not installed."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            from vllm import EngineArgs, LLMEngine
+            from vllm.distributed import cleanup_dist_env_and_memory
+            from vllm.platforms import current_platform
+    except ImportError as e:
+        raise InputError(f"sampling needs vLLM, which cannot be imported ({e}); scripts/setup.sh installs it") from None
+    arguments = {
+        "model": str(model.folder),
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # the model's own sampling defaults stay out
+        "dtype": options.dtype,
+        "max_model_len": model.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if options.dtype == "auto":
+        arguments["dtype"] = "float32" if current_platform.is_cpu() else "bfloat16"
+    if current_platform.is_cpu():
+        arguments |= {
+            "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
+            "enforce_eager": True,  # compiling costs 45 s and gains nothing on a small model
+            # A seeded request crashes vLLM's CPU sampler when its prompt is prefilled in chunks.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(model.max_model_len, DEFAULT_MAX_MODEL_LEN),
+        }
+    with warnings.catch_warnings(action="ignore"):
+        engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    try:
+        yield engine
+    finally:
+        engine.engine_core.shutdown()
+        del engine
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def generate(
+    engine, requests: Iterable[Request], model: JudgeModel, decoding: Decoding
+) -> Iterator[tuple[Request, Completion]]:
+    """Each request with its completion, as it finishes."""
+    requests, running = enumerate(requests), {}
+    while True:
+        # Twice as many as run at the same time: the engine always has a next one, and its queue stays short.
+        room = 2 * engine.vllm_config.scheduler_config.max_num_seqs - len(running)
+        for number, request in itertools.islice(requests, room):
+            running[str(number)] = request
+            prompt = {"prompt_token_ids": request.prompt_ids}
+            engine.add_request(str(number), prompt, _sampling_params(request, model, decoding))
+        if not running:
+            return
+        for output in engine.step():
+            if output.finished:
+                yield running.pop(output.request_id), _completion(output.outputs[0], model)
+
+
+def _sampling_params(request: Request, model: JudgeModel, decoding: Decoding):
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        top_k=decoding.top_k,
+        repetition_penalty=decoding.repetition_penalty,
+        max_tokens=decoding.max_new_tokens,
+        seed=request_seed(decoding.seed, request.key),
+        stop_token_ids=model.end_ids,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _completion(output, model: JudgeModel) -> Completion:
+    token_ids = list(output.token_ids)
+    return Completion(text=model.tokenizer.decode(token_ids), token_ids=token_ids, finish_reason=output.finish_reason)
+
+
+def request_seed(seed: int, key: dict) -> int:
+    """The seed of one request, 63 bits: a hash of the stage's seed and the request's key."""
+    digest = hashlib.sha256(json.dumps([seed, *key.values()]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

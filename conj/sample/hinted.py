@@ -1,0 +1,78 @@
+"""Stage 3: the base model gives reasons for a verdict it is told, one for the label and one against it: `hinted.jsonl`.
+
+The reason is put into the JSON of a judgment with the verdict of the hint, so that every prompt gets a right and a
+wrong judgment, also where sampling gave only one kind (paper, section 3.2). Run it again after a kill and it goes on.
+
+    python -m conj.sample.hinted --run runs/demo --model demo/base
+"""
+
+import re
+from dataclasses import dataclass
+
+from conj.data.options import option, run_command
+from conj.data.preprocess import question_of
+from conj.data.prompts import REASON_KEY, VERDICT_KEY, JudgeTokenizer, judge_messages, judgment_text
+from conj.data.verdicts import parse_reason, parse_strict
+from conj.sample.engine import Completion, Request, check_model
+from conj.sample.stage import SamplingOptions, sample_prompts
+
+MAX_REASON_TOKENS = 400
+# A full stop of a number (3.14) or an abbreviation within a word ends no sentence.
+SENTENCE_END = re.compile(r'(?:[。！？…]|[.!?](?=[\s"”’」』）)]|$))["”’」』）)]*')
+
+
+@dataclass(frozen=True, kw_only=True)
+class HintedOptions(SamplingOptions):
+    temperature: float = option(1.0, help="sampling temperature, above 0")
+    top_p: float = option(0.9, help="sample from the likeliest tokens that add up to this share, above 0 up to 1")
+
+
+def sample_hinted(options: HintedOptions) -> None:
+    """Writes `hinted.jsonl`. Raises InputError for unusable prompts, model or options."""
+    model = check_model(options.model, options.max_model_len)
+
+    def make_requests(row: dict) -> list[Request]:
+        requests = []
+        for kind, hint in ("hint", row["label"]), ("hint_reversed", 3 - row["label"]):
+            messages = judge_messages(question_of(row), row["answer_1"], row["answer_2"], hint=hint)
+            key = {"id": row["id"], "kind": kind, "index": 0}
+            requests.append(Request(key=key, prompt_ids=model.tokenizer.prompt_ids(messages), hint=hint))
+        return requests
+
+    def judge(request: Request, completion: Completion) -> dict:
+        return hinted_judgment(completion, request.hint, model.tokenizer)
+
+    sample_prompts(options.run / "hinted.jsonl", options, model, make_requests, judge)
+
+
+def hinted_judgment(completion: Completion, hint: int, tokenizer: JudgeTokenizer) -> dict:
+    """What the model wrote for a hint, as a judgment with that verdict; as written and without a verdict if it cannot
+    be one: it is empty, has no full sentence up to where it is cut, or is JSON with another verdict or none.
+
+    Rungs: `hint`, the text is the reason; those of the parser, the model wrote the JSON itself; `none`."""
+    written = completion.text.strip()
+    own = parse_strict(written)
+    if own.value == hint:
+        reason, rung = parse_reason(written), own.rung
+    elif own.value is None and not any(f'"{key}"' in written for key in (REASON_KEY, VERDICT_KEY)):
+        reason, rung = written, "hint"
+    else:
+        reason, rung = "", "none"
+    if reason := cut_reason(reason, tokenizer, torn=rung == "hint" and completion.finish_reason == "length"):
+        return {"text": judgment_text(reason, hint), "verdict": hint, "rung": rung}
+    return {"text": completion.text, "verdict": None, "rung": "none"}
+
+
+def cut_reason(reason: str, tokenizer: JudgeTokenizer, torn: bool) -> str:
+    """The reason up to its last full sentence within 400 tokens; whole if it is no longer and not torn."""
+    ids = tokenizer.encode_text(reason)
+    if len(ids) <= MAX_REASON_TOKENS and not torn:
+        return reason
+    # The last token may hold a part of a character only, which is decoded as U+FFFD.
+    longest = len(tokenizer.decode(ids[:MAX_REASON_TOKENS]).rstrip("\ufffd"))
+    ends = [match.end() for match in SENTENCE_END.finditer(reason) if match.end() <= longest]
+    return reason[: ends[-1]] if ends else ""
+
+
+if __name__ == "__main__":
+    run_command(sample_hinted, HintedOptions, __doc__)

@@ -1,0 +1,61 @@
+"""A Qwen2 of any size with random weights and a real tokenizer, to try the pipeline or time a step without a download.
+
+    python scripts/make_random_model.py --tokenizer ../shared/data/qwen2-tokenizer --out /tmp/random-qwen2
+    python scripts/make_random_model.py --tokenizer … --out … --hidden-size 3584 --intermediate-size 18944 --layers 28 \
+        --heads 28 --kv-heads 4 --vocab-size 152064 --no-tie --dtype bfloat16        # the geometry of Qwen2-7B
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from conj.data.prompts import JudgeTokenizer
+from conj.model.weights import COMPANIONS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json and its config")
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument("--hidden-size", type=int, default=128, help="width of the residual stream")
+    parser.add_argument("--intermediate-size", type=int, default=384, help="width of the mlp")
+    parser.add_argument("--layers", type=int, default=2, help="number of blocks")
+    parser.add_argument("--heads", type=int, default=4, help="number of query heads")
+    parser.add_argument("--kv-heads", type=int, default=2, help="number of key and value heads")
+    parser.add_argument("--vocab-size", type=int, default=151936, help="rows of the embedding")
+    parser.add_argument("--max-position-embeddings", type=int, default=32768, help="context in tokens")
+    parser.add_argument("--tie", action=argparse.BooleanOptionalAction, default=True, help="one matrix for both ends")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the stored weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
+    args = parser.parse_args()
+
+    tokenizer = JudgeTokenizer.load(args.tokenizer)
+    config = Qwen2Config(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        max_position_embeddings=args.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=args.tie,
+        eos_token_id=tokenizer.special[tokenizer.eos],
+        dtype=args.dtype,
+    )
+    torch.manual_seed(args.seed)
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    Qwen2ForCausalLM(config).save_pretrained(args.out)
+    for name in COMPANIONS:
+        if (args.tokenizer / name).exists():
+            shutil.copyfile(args.tokenizer / name, args.out / name)
+    print(f"{args.out}: {sum(f.stat().st_size for f in args.out.iterdir()) / 2**20:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
