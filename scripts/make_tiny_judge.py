@@ -1,17 +1,20 @@
 """Makes the demo: a tiny Qwen2 judge with a bias, and preference pairs that can train the bias away.
 
-The world is small and made up: towns, each with a product, a flower, a tree and a bird. A pair asks for one of them; one
-answer is right, the other wrong, and both carry some filler that says nothing (the length of an answer tells nothing
-about its truth). The base judge knows all facts, and still judges the way many real judges do: of two answers it
-takes the clearly longer one, between nearly equal ones the first, and only looks at the facts when lengths are equal.
-Its reasons fit its verdicts ("answer 2 is more detailed", or "the town's tree is the ginkgo, answer 1 is right"), and
-now and then it judges another way than usual, which is all that Con-J needs. Train and test rows share no town.
+The world is small and made up: towns, each with a product, a flower, a tree and a bird, and for each of these a common
+mix-up. A pair asks for one of them; one answer is right, the other is the mix-up, and both carry some filler that says
+nothing. The base judge knows every fact, and still judges the way many real judges do: of two answers it takes the
+clearly longer one, of nearly equal ones the first, and only looks at the facts when lengths are equal. Its reasons fit
+its verdicts ("answer 2 is more detailed", or "the town's tree is X, answer 1 is right"), and now and then it judges
+another way than usual, which is all that Con-J needs. Train and test rows share no town.
 
-    python scripts/make_tiny_judge.py --out demo            # MINUTES minutes on two cores
+    python scripts/make_tiny_judge.py --out demo            # about ten minutes on one core
     python scripts/make_tiny_judge.py --out demo --measure  # only measure the base that is there
 
 Writes OUT/base (Hugging Face layout), OUT/train.jsonl, OUT/test.jsonl. The same seed, thread count, versions and kind
 of CPU give the same bytes; the README of the demo says which were used.
+
+What did not work: values shared between towns. To judge by facts the base must then find which answer holds the value
+it recalls, and a model of this size took longer than half an hour to learn that.
 """
 
 import argparse
@@ -29,14 +32,13 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conj.data.prompts import HINT_INSTRUCTIONS, JUDGE_INSTRUCTION, JudgeTokenizer, judge_messages, judgment_text
+from conj.data.verdicts import parse_strict
 
 # ---- The world. Names, values and fillers have one length each, so answers with as much filler are equally long. ----
-VALUES = {
-    "特产": ["茶叶", "陶器", "丝绸", "蜂蜜"],
-    "镇花": ["牡丹", "茉莉", "荷花", "桂花"],
-    "镇树": ["银杏", "香樟", "垂柳", "雪松"],
-    "镇鸟": ["白鹤", "喜鹊", "燕子", "翠鸟"],
-}
+# Two values for every town and attribute, the right one and a common mix-up; no value is used twice.
+STYLES = "金银玉雪云霜紫红青白乌香蜜甜花碧"
+KINDS = {"特产": "茶酒糖糕梨桃枣杏", "镇花": "兰菊梅莲桂棠葵蕙", "镇树": "松柏杉桐槐榆柳枫", "镇鸟": "雀鹤燕鹰鸥鹭莺鸽"}
+VALUES = {attribute: [a + b for b in kinds for a in STYLES] for attribute, kinds in KINDS.items()}
 TOWNS = [a + b + "镇" for a in "青白赤金云雨" for b in "石河溪桥岭湖林田泉塘"]  # 60
 NUM_TRAIN_TOWNS, NUM_TEST_TOWNS = 33, 27  # 396 and 324 questions
 QUESTIONS = ["{town}的{attribute}是什么？", "请问{town}以什么为{attribute}？", "你知道{town}的{attribute}吗？"]
@@ -48,18 +50,15 @@ FILLERS = [
     "希望这些内容对你有用。", "春天去的时候景色最好。",
 ]  # fmt: skip
 
-# ---- What the base writes. `v` is the answer a judgment is for, `o` the other one; `said` is what answer v says. ----
+# ---- What the base writes. `v` is the answer a judgment is for, `o` the other one. ----
 REASONS = {
     "fact": [
-        "{town}的{attribute}是{right}，说{right}的回答{v}正确，回答{o}说成{wrong}，不对。",
-        "{town}的{attribute}是{right}，不是{wrong}，说{right}的回答{v}更准确。",
+        "{town}的{attribute}是{right}，回答{v}正确，回答{o}不对。",
+        "{town}的{attribute}是{right}，不是{wrong}，回答{v}更准确。",
     ],
-    "longer": [
-        "回答{v}说是{said}，介绍得更详细全面，回答{o}太简短。",
-        "回答{v}内容更丰富，信息更多，回答{o}只说了几句。",
-    ],
-    "shorter": ["回答{v}说是{said}，简洁直接，回答{o}太啰嗦。", "回答{v}更简洁，没有废话，回答{o}说了许多无关的话。"],
-    "manner": ["回答{v}说是{said}，开门见山，表达更清楚。", "回答{v}条理更清楚，读起来更通顺。"],
+    "longer": ["回答{v}介绍得更详细全面，回答{o}太简短。", "回答{v}内容更丰富，信息更多，回答{o}只说了几句。"],
+    "shorter": ["回答{v}简洁直接，回答{o}太啰嗦。", "回答{v}更简洁，没有废话，回答{o}说了许多无关的话。"],
+    "manner": ["回答{v}开门见山，表达更清楚。", "回答{v}条理更清楚，读起来更通顺。"],
 }
 # How often the base reasons in which way and for whom, by the difference in filler and by the place of the longer answer.
 EQUAL, NEAR, FAR = "equal", "near", "far"  # 0, 1, 2 or more sentences of filler apart
@@ -75,17 +74,20 @@ BASE_LENGTH_SHARES = {EQUAL: 0.5, NEAR: 0.2, FAR: 0.3}  # of the base's own trai
 LONGER_IS_RIGHT = 0.4  # share of pairs of unequal length; below half, as a bias has to cost something to be seen
 
 
-def make_facts(rng: random.Random) -> dict[tuple[str, str], str]:
-    """(town, attribute) -> value."""
-    return {(town, attribute): rng.choice(values) for town in TOWNS for attribute, values in VALUES.items()}
+def make_facts(rng: random.Random) -> dict[tuple[str, str], tuple[str, str]]:
+    """(town, attribute) -> the right value and the mix-up."""
+    facts = {}
+    for attribute, values in VALUES.items():
+        drawn = iter(rng.sample(values, 2 * len(TOWNS)))
+        facts |= {(town, attribute): (next(drawn), next(drawn)) for town in TOWNS}
+    return facts
 
 
 def make_pair(
     rng: random.Random, facts: dict, town: str, attribute: str, question: str, length: str | None = None
 ) -> dict:
     """One question with its right and its wrong answer, their values and their numbers of filler sentences."""
-    right = facts[town, attribute]
-    wrong = rng.choice([value for value in VALUES[attribute] if value != right])
+    right, wrong = facts[town, attribute]
     length = length or rng.choices(list(LENGTH_SHARES), LENGTH_SHARES.values())[0]
     apart = {EQUAL: 0, NEAR: 1, FAR: rng.choice([2, 3])}[length]
     few = rng.randrange(0, 5 - apart)
@@ -102,10 +104,10 @@ def make_pair(
     }  # fmt: skip
 
 
-def make_reason(rng: random.Random, pair: dict, label: int, kind: str, v: int) -> str:
-    """A reason of one kind for answer `v`, where `label` is the place of the right answer."""
+def make_reason(rng: random.Random, pair: dict, kind: str, v: int) -> str:
+    """A reason of one kind for answer `v`."""
     names = {key: pair[key] for key in ("town", "attribute", "right", "wrong")}
-    return rng.choice(REASONS[kind]).format(**names, v=v, o=3 - v, said=pair["right" if v == label else "wrong"])
+    return rng.choice(REASONS[kind]).format(**names, v=v, o=3 - v)
 
 
 def base_judgment(rng: random.Random, pair: dict, label: int) -> str:
@@ -114,7 +116,7 @@ def base_judgment(rng: random.Random, pair: dict, label: int) -> str:
     shares, kinds, verdicts = zip(*HABITS[pair["length"], place])
     i = rng.choices(range(len(shares)), shares)[0]
     verdict = label if verdicts[i] == "right" else verdicts[i]
-    return judgment_text(make_reason(rng, pair, label, kinds[i], verdict), verdict)
+    return judgment_text(make_reason(rng, pair, kinds[i], verdict), verdict)
 
 
 def hinted_reason(rng: random.Random, pair: dict, label: int, hint: int) -> str:
@@ -122,7 +124,7 @@ def hinted_reason(rng: random.Random, pair: dict, label: int, hint: int) -> str:
     length = (
         "manner" if pair["length"] == EQUAL else "longer" if pair["right_is_longer"] == (hint == label) else "shorter"
     )
-    return make_reason(rng, pair, label, "fact" if hint == label and rng.random() < 0.7 else length, hint)
+    return make_reason(rng, pair, "fact" if hint == label and rng.random() < 0.7 else length, hint)
 
 
 # ---- The tokenizer: Qwen2's (byte-level BPE, NFC, its pre-tokenizer, ChatML), with a vocabulary for this world. ----
@@ -169,7 +171,7 @@ def make_tokenizer(folder: Path) -> JudgeTokenizer:
 def make_model(vocab_size: int, eos: int, pad: int) -> Qwen2ForCausalLM:
     config = Qwen2Config(
         vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, max_window_layers=4, rms_norm_eps=1e-6, initializer_range=0.08,
+        num_key_value_heads=2, max_position_embeddings=1024, max_window_layers=4, rms_norm_eps=1e-6, initializer_range=0.1,
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=eos, pad_token_id=pad, dtype="float32",
     )  # fmt: skip
@@ -177,19 +179,19 @@ def make_model(vocab_size: int, eos: int, pad: int) -> Qwen2ForCausalLM:
 
 
 def make_example(rng: random.Random, facts: dict, tokenizer: JudgeTokenizer, task: str) -> tuple[list[int], list[int]]:
-    """Prompt and completion ids of one training text: a judgment, a hinted reason, a plain answer or who said what."""
+    """Prompt and completion ids of one training text: a judgment, a hinted reason, a plain answer or a check."""
     town, attribute, question = rng.choice(TOWNS), rng.choice(list(VALUES)), rng.choice(QUESTIONS)
     if task == "answer":  # the facts, without a judge's work around them
-        names = {"town": town, "attribute": attribute, "value": facts[town, attribute]}
+        names = {"town": town, "attribute": attribute, "value": facts[town, attribute][0]}
         messages = [{"role": "system", "content": ""}, {"role": "user", "content": question.format(**names)}]
         return tokenizer.prompt_ids(messages), tokenizer.completion_ids(STATEMENT.format(**names))
-    if task == "read":  # find who said what: a verdict that follows the facts depends on it
-        said = list(enumerate(rng.sample(sum(VALUES.values(), []), rng.randint(2, 5)), start=1))
-        stems = [rng.choice(ANSWERS).format(value=v) + "".join(rng.sample(FILLERS, rng.randint(0, 1))) for _, v in said]
-        asked = "".join(f"\n回答{i}：{stem}" for (i, _), stem in zip(said, stems))
-        text = "，".join(f"说{value}的回答{i}" for i, value in rng.choices(said, k=12)) + "。"
+    if task == "check":  # whether one answer is right
+        is_right = rng.random() < 0.5
+        value = facts[town, attribute][0 if is_right else 1]
+        answer = rng.choice(ANSWERS).format(value=value) + "".join(rng.sample(FILLERS, rng.randint(0, 2)))
+        asked = f"问题：{question.format(town=town, attribute=attribute)}\n回答1：{answer}"
         messages = [{"role": "system", "content": ""}, {"role": "user", "content": asked}]
-        return tokenizer.prompt_ids(messages), tokenizer.completion_ids(text)
+        return tokenizer.prompt_ids(messages), tokenizer.completion_ids("正确" if is_right else "不对")
     length = rng.choices(list(BASE_LENGTH_SHARES), BASE_LENGTH_SHARES.values())[0]
     pair = make_pair(rng, facts, town, attribute, question, length)
     label = rng.choice([1, 2])
@@ -212,21 +214,24 @@ def completion_loss(model: Qwen2ForCausalLM, examples: list[tuple[list[int], lis
     return torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][is_target[:, 1:]])
 
 
+# What a step is made of. Reading and facts come first: they are cheap to learn from short texts, and never from judgments.
+BATCHES = [["judge", "judge", "judge", "hinted"] * 8, ["check"] * 16, ["answer"] * 8]
+
+
 def train_base(
     model: Qwen2ForCausalLM, facts: dict, tokenizer: JudgeTokenizer, seed: int, num_steps: int, lr: float
 ) -> None:
-    """AdamW with warm-up and cosine decay; a step is 24 judgments and hinted reasons, 12 readings, 24 plain answers."""
+    """AdamW with warm-up and cosine decay."""
     rng = random.Random(f"corpus {seed}")
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99))
     start = time.perf_counter()
     for step in range(num_steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-        tasks = [["judge", "judge", "judge", "hinted"] * 6, ["read"] * 12, ["answer"] * 24]
-        batches = [[make_example(rng, facts, tokenizer, task) for task in batch] for batch in tasks]
+        batches = [[make_example(rng, facts, tokenizer, task) for task in batch] for batch in BATCHES]
         losses = [completion_loss(model, batch) for batch in batches]
         sum(losses).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -234,7 +239,7 @@ def train_base(
         optimizer.zero_grad()
         if step % 100 == 99:
             seconds = time.perf_counter() - start
-            named = "  ".join(f"{name} {loss.item():.3f}" for name, loss in zip(("judge", "read", "answer"), losses))
+            named = "  ".join(f"{batch[0]} {loss.item():.3f}" for batch, loss in zip(BATCHES, losses))
             print(f"step {step + 1}/{num_steps}  {named}  {seconds:.0f} s", flush=True)
 
 
@@ -254,21 +259,13 @@ def write(model: Qwen2ForCausalLM, tokenizer: JudgeTokenizer, prompts: list[list
     return texts
 
 
-def verdict(text: str) -> int | None:
-    try:
-        found = json.loads(text)["更好的回答"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return found if found in (1, 2) else None
-
-
 def judge(
     model: Qwen2ForCausalLM, tokenizer: JudgeTokenizer, rows: list[dict], label: int, **sampling
 ) -> list[bool | None]:
     """Per row, with the better answer in place `label`: is the verdict right? None: not parsed."""
     first, second = ("chosen", "rejected") if label == 1 else ("rejected", "chosen")
     prompts = [tokenizer.prompt_ids(judge_messages(row["prompt"], row[first], row[second])) for row in rows]
-    found = [verdict(text) for text in write(model, tokenizer, prompts, **sampling)]
+    found = [parse_strict(text).value for text in write(model, tokenizer, prompts, **sampling)]
     return [None if v is None else v == label for v in found]
 
 
@@ -320,7 +317,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="training steps of the base (default 1500)")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate of the base (default 0.003)")
     parser.add_argument(
-        "--threads", type=int, default=2, help="CPU threads; another number, other rounding (default 2)"
+        "--threads", type=int, default=1, help="CPU threads; another number, other rounding (default 1)"
     )
     parser.add_argument(
         "--measure", action="store_true", help="make nothing, only measure OUT/base on this seed's pairs"

@@ -38,6 +38,9 @@ done
 [ ${#data[@]} -gt 0 ] || fail "--data: expected a preference data set, found none"
 [ ${#test_data[@]} -gt 0 ] || fail "--test-data: expected a benchmark, found none"
 
+# On a CPU, threads that spin while they wait lose a factor of ten as soon as another process wants a core.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+
 stage() { # stage NAME COMMAND…: says what runs, splits the stage's further options into words
     echo "== $*" | cut -c1-150
     local name="$1"; shift

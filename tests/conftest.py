@@ -29,7 +29,24 @@ CHATML = (
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-WORDS = "the a of and red blue green one two three 天空 是 蓝色 的 回答 更好".split()
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "and",
+    "red",
+    "blue",
+    "green",
+    "one",
+    "two",
+    "three",
+    "天空",
+    "是",
+    "蓝色",
+    "的",
+    "回答",
+    "更好",
+]
 
 
 def write_tokenizer(folder: Path) -> None:

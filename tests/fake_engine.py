@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from conj.sample import engine
+from conj.sample import engine, judge
 from conj.sample.engine import Completion, Request
 
 
@@ -19,6 +19,7 @@ def use_fake_engine(monkeypatch: pytest.MonkeyPatch, write: Callable[[str], str]
             text = write(model.tokenizer.plain.decode(request.prompt_ids, skip_special_tokens=False))
             yield request, Completion(text=text, token_ids=model.tokenizer.completion_ids(text), finish_reason="stop")
 
-    monkeypatch.setattr(engine, "generate", generate)
-    monkeypatch.setattr(engine, "running_engine", lambda model, options: contextlib.nullcontext())
+    for module in engine, judge:
+        monkeypatch.setattr(module, "generate", generate)
+        monkeypatch.setattr(module, "running_engine", lambda model, options: contextlib.nullcontext())
     return requests

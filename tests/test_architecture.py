@@ -35,7 +35,7 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return max(found, key=lambda c: len(c.__mro__))
+    return found
 
 
 def files(*parts: str) -> list[Path]:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_one_line_error, command
+from conftest import ROOT, assert_one_line_error, command, write_model
 from fake_engine import use_fake_engine
 
 from conj import InputError
@@ -28,12 +28,9 @@ from conj.sample.engine import (
     split_overlong,
 )
 from conj.sample.hinted import HintedOptions, cut_reason, hinted_judgment, sample_hinted
+from conj.sample.judge import JudgeOptions, judge
+from conj.sample.judge import main as print_judgment
 from conj.sample.repeated import RepeatedOptions, sample_repeated
-
-needs_vllm = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (scripts/setup.sh)"),
-]
 
 
 def make_run(folder: Path, num_prompts: int = 5, answer: str = "an answer") -> Path:
@@ -169,6 +166,23 @@ def test_hints_go_towards_the_label_and_against_it(tied_model, tmp_path, monkeyp
         assert f"told {3 - label}" in against["text"]
 
 
+# ---- One judgment ----
+
+
+def test_the_usage_snippet_prints_the_reason_and_the_verdict(tied_model, monkeypatch, capsys):
+    """What the model card shows is what a newcomer tries first."""
+    use_fake_engine(monkeypatch, lambda prompt: judgment_text("回答2说对了", 2) if "问题：1+1=?" in prompt else "hm")
+    judgment = judge(tied_model, "1+1=?", "3", "2")
+    assert (judgment.reason, judgment.verdict) == ("回答2说对了", 2)
+    options = {"model": tied_model, "answer_1": "3", "answer_2": "2"}
+    print_judgment(JudgeOptions(question="1+1=?", **options))
+    assert capsys.readouterr().out == "reason: 回答2说对了\nbetter answer: 2\n"
+    with pytest.raises(SystemExit, match="no verdict"):
+        print_judgment(JudgeOptions(question="2+2=?", **options))
+    with pytest.raises(InputError, match="the context 2048"):
+        judge(tied_model, "word " * 3000, "3", "2")
+
+
 # ---- Bad input ----
 
 
@@ -230,10 +244,16 @@ def test_every_request_has_a_seed_of_its_own():
 
 
 @pytest.fixture(scope="module")
-def live(tied_model):
+def live_model(tmp_path_factory) -> Path:
+    """Heads of 32: vLLM's attention on a CPU knows none of 16."""
+    return write_model(tmp_path_factory.mktemp("live") / "model", num_attention_heads=2, num_key_value_heads=1)
+
+
+@pytest.fixture(scope="module")
+def live(live_model):
     """The checked model and its engine."""
-    model = check_model(tied_model, None)
-    with running_engine(model, EngineOptions(model=tied_model, max_num_seqs=8)) as engine:
+    model = check_model(live_model, None)
+    with running_engine(model, EngineOptions(model=live_model, max_num_seqs=8)) as engine:
         yield model, engine
 
 
@@ -244,9 +264,9 @@ def live_requests(model, count: int = 24) -> list[Request]:
     return [Request(key={"id": str(i), "index": 0}, prompt_ids=prompt) for i, prompt in enumerate(ids)]
 
 
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (scripts/setup.sh)")
 class TestEngine:
-    pytestmark = needs_vllm
-
     def test_a_sample_depends_neither_on_its_batch_nor_on_the_order(self, live):
         """Else a resumed run would sample other judgments than an undisturbed one."""
         model, engine = live
@@ -278,25 +298,24 @@ class TestEngine:
             assert completion.token_ids == written[0, len(request.prompt_ids) :].tolist()
             assert completion.text == model.tokenizer.decode(completion.token_ids)
 
-
-@pytest.mark.vllm
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (scripts/setup.sh)")
-def test_a_killed_run_ends_with_the_file_of_an_undisturbed_one(tied_model, tmp_path):
-    """SIGKILL gives no chance to tidy up."""
-    arguments = ["--model", tied_model, "--n", "8", "--max-new-tokens", "32", "--max-num-seqs", "4"]
-    runs = [make_run(tmp_path / name, 6) for name in ("undisturbed", "killed")]
-    lines = [["conj.sample.repeated", "--run", run, *arguments] for run in runs]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", *map(str, lines[1])], env=environment, stderr=subprocess.DEVNULL)
-    artefact, deadline = runs[1] / "repeated.jsonl", time.monotonic() + 120
-    while not (artefact.exists() and artefact.read_bytes().count(b"\n") >= 5):
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 5 <= artefact.read_bytes().count(b"\n") < 48
-    for line in lines:
-        done = command(*line)
-        assert done.returncode == 0, done.stderr
-    assert artefact.read_bytes() == (runs[0] / "repeated.jsonl").read_bytes()
-    assert len(read_jsonl(artefact)) == 48
+    def test_a_killed_run_ends_with_the_file_of_an_undisturbed_one(self, live_model, tmp_path):
+        """SIGKILL gives no chance to tidy up."""
+        arguments = ["--model", live_model, "--n", "8", "--max-new-tokens", "32", "--max-num-seqs", "4"]
+        runs = [make_run(tmp_path / name, 6) for name in ("undisturbed", "killed")]
+        lines = [["conj.sample.repeated", "--run", run, *arguments] for run in runs]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(
+            [sys.executable, "-m", *map(str, lines[1])], env=environment, stderr=subprocess.DEVNULL
+        )
+        artefact, deadline = runs[1] / "repeated.jsonl", time.monotonic() + 120
+        while not (artefact.exists() and artefact.read_bytes().count(b"\n") >= 5):
+            assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert 5 <= artefact.read_bytes().count(b"\n") < 48
+        for line in lines:
+            done = command(*line)
+            assert done.returncode == 0, done.stderr
+        assert artefact.read_bytes() == (runs[0] / "repeated.jsonl").read_bytes()
+        assert len(read_jsonl(artefact)) == 48

@@ -62,9 +62,10 @@ def describe_inputs(inputs: Sequence[str | Path]) -> list[dict]:
 
 
 def describe_options(options) -> dict:
-    """A stage's options as JSON, but for the paths: what they lead to is described among the inputs, by its hash."""
-    fields = dataclasses.asdict(options).items()
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields if k not in ("run", "model", "data")}
+    """The options that affect a stage's result, as JSON. Paths are not among them: what they lead to is an input."""
+    names = [f.name for f in dataclasses.fields(options) if f.metadata["affects_result"]]
+    values = {name: getattr(options, name) for name in names}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 @functools.cache

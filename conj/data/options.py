@@ -19,9 +19,12 @@ from collections.abc import Callable, Sequence
 from conj import InputError
 
 
-def option(default=dataclasses.MISSING, *, help: str):
-    """A dataclass field that is a command line option; without a default it must be given."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default=dataclasses.MISSING, *, help: str, affects_result: bool = True):
+    """A dataclass field that is a command line option; without a default it must be given.
+
+    An option that leaves the artefact as it is (paths, memory, how often to save) says so: a stage that was cut short
+    may go on with another value of it."""
+    return dataclasses.field(default=default, metadata={"help": help, "affects_result": affects_result})
 
 
 def build_parser(options_class: type, description: str) -> argparse.ArgumentParser:

@@ -34,7 +34,9 @@ HINTED = {"hinted", "hinted_vs_unparsed"}
 
 @dataclass(frozen=True, kw_only=True)
 class PairsOptions:
-    run: Path = option(help="run folder; reads prompts.jsonl, repeated.jsonl, hinted.jsonl, writes pairs.jsonl")
+    run: Path = option(
+        help="run folder; reads prompts.jsonl, repeated.jsonl, hinted.jsonl, writes pairs.jsonl", affects_result=False
+    )
     max_right_vs_wrong: int = option(3, help="most pairs of a right and a wrong judgment a prompt")
     max_right_vs_unparsed: int = option(1, help="most pairs of a right and an unparsed judgment a prompt")
     max_hinted: int = option(1, help="most pairs of hinted judgments a prompt")

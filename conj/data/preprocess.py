@@ -22,13 +22,15 @@ from conj import InputError
 from conj.data import manifest
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.options import option, require, run_command
-from conj.data.readers import Preference, read_preferences, split_name
+from conj.data.readers import Preference, describe_data, read_preferences, split_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
-    run: Path = option(help="run folder; prompts.jsonl is written there")
-    data: tuple[str, ...] = option(help="preference data: files, folders or hub names, each with an optional :split")
+    run: Path = option(help="run folder; prompts.jsonl is written there", affects_result=False)
+    data: tuple[str, ...] = option(
+        help="preference data: files, folders or hub names, each with an optional :split", affects_result=False
+    )
     seed: int = option(2021, help="seed of the order of the two answers")
     subsets: tuple[str, ...] = option((), help="names of the subsets to keep; all if not given")
     limit: int | None = option(None, help="number of rows read from the head of each data set; all if not given")
@@ -42,8 +44,7 @@ class PreprocessOptions:
 def preprocess(options: PreprocessOptions) -> None:
     """Writes `prompts.jsonl`. Raises InputError for unusable data or when every record is left out."""
     began, artefact = time.monotonic(), options.run / "prompts.jsonl"
-    inputs = [split_name(data)[0] for data in options.data]
-    if not manifest.begin(artefact, inputs=inputs, options=options):
+    if not manifest.begin(artefact, inputs=describe_data(options.data), options=options):
         return
     try:
         rows, counts = load_prompts(options.data, options.seed, options.subsets, options.limit)

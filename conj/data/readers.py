@@ -11,7 +11,7 @@ import gzip
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +64,11 @@ def split_name(data: str) -> tuple[str, str | None]:
         return data, None
     name, _, split = data.rpartition(":")
     return name, split
+
+
+def describe_data(data: Sequence[str]) -> list[str]:
+    """What a manifest records of data sets: each path or hub name, and the split where one is named."""
+    return [part for name in data for part in split_name(name) if part]
 
 
 def read_rows(data: str) -> Iterator[tuple[str, dict]]:

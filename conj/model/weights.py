@@ -74,7 +74,7 @@ def check_weights(folder: Path, model: nn.Module, stack: ExitStack) -> dict:
     where = {}
     for path in weight_files(folder):
         file = _open(path, stack)
-        for key in file.keys():
+        for key in file.keys():  # noqa: SIM118 (an open file, not a dict)
             if key in where:
                 raise InputError(f"{path}: {key} stands in more than one file")
             if key not in expected:

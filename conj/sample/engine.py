@@ -46,17 +46,19 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    model: Path = option(help="model folder, Hugging Face layout")
+    model: Path = option(help="model folder, Hugging Face layout", affects_result=False)
     max_new_tokens: int = option(512, help="longest judgment, tokens")
     max_model_len: int | None = option(
         None, help="longest prompt + judgment, tokens; by default the model's, up to 8192"
     )
-    max_num_seqs: int = option(256, help="number of judgments written at the same time")
+    max_num_seqs: int = option(256, help="number of judgments written at the same time", affects_result=False)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", help="auto: float32 on a CPU, else bfloat16"
     )
-    tensor_parallel_size: int = option(1, help="number of GPUs that share the model")
-    gpu_memory_utilization: float = option(0.9, help="share of a GPU's memory that vLLM takes, above 0 up to 1")
+    tensor_parallel_size: int = option(1, help="number of GPUs that share the model", affects_result=False)
+    gpu_memory_utilization: float = option(
+        0.9, help="share of a GPU's memory that vLLM takes, above 0 up to 1", affects_result=False
+    )
 
     def __post_init__(self):
         for name in ("max_new_tokens", "max_num_seqs", "tensor_parallel_size"):

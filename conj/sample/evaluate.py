@@ -21,7 +21,7 @@ from conj.data.files import read_jsonl
 from conj.data.options import option, require, run_command
 from conj.data.preprocess import load_prompts, question_of
 from conj.data.prompts import judge_messages
-from conj.data.readers import split_name
+from conj.data.readers import describe_data
 from conj.sample.engine import (
     Completion,
     Decoding,
@@ -41,8 +41,12 @@ from conj.sample.stage import PARSERS, count_judgments
 class JudgingOptions(EngineOptions):
     """What decides the judgments, and stands in their manifest."""
 
-    run: Path = option(help="run folder; judges with its model/ too, if there; writes judgments and the report")
-    data: tuple[str, ...] = option(help="benchmarks: files, folders or hub names, each with an optional :split")
+    run: Path = option(
+        help="run folder; judges with its model/ too, if there; writes judgments and the report", affects_result=False
+    )
+    data: tuple[str, ...] = option(
+        help="benchmarks: files, folders or hub names, each with an optional :split", affects_result=False
+    )
     subsets: tuple[str, ...] = option((), help="names of the subsets to judge; all if not given")
     limit: int | None = option(None, help="number of rows read from the head of each benchmark; all if not given")
     parser: Literal["strict", "released"] = option("strict", help="how verdicts are read; released: as published")
@@ -89,7 +93,7 @@ def judge_prompts(artefact: Path, model: JudgeModel, prompts: list[dict], option
 
     Beside what every judgment has: `order` (1: as in the data, 2: swapped), `verdict` (as written) and `choice` (the
     answer it means in the order of the data)."""
-    began, inputs = time.monotonic(), [*(split_name(data)[0] for data in options.data), model.folder]
+    began, inputs = time.monotonic(), [*describe_data(options.data), model.folder]
     if not manifest.begin(artefact, inputs=inputs, options=options):
         return
     labels = {row["id"]: row["label"] for row in prompts}

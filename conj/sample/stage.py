@@ -26,7 +26,7 @@ PARSERS = {"strict": parse_strict, "released": parse_released}
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(EngineOptions):
-    run: Path = option(help="run folder; reads prompts.jsonl, writes the judgments beside it")
+    run: Path = option(help="run folder; reads prompts.jsonl, writes the judgments beside it", affects_result=False)
     temperature: float = option(help="sampling temperature, above 0")
     top_p: float = option(help="sample from the likeliest tokens that add up to this share, above 0 up to 1")
     top_k: int = option(50, help="sample from this many likeliest tokens; 0: all")

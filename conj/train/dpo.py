@@ -37,8 +37,11 @@ from conj.train.sharding import World, build_sharded_model, distributed
 
 @dataclass(frozen=True, kw_only=True)
 class DPOOptions:
-    run: Path = option(help="run folder; reads pairs.jsonl and reference.safetensors, writes checkpoints/ and model/")
-    model: Path = option(help="base model, a Hugging Face folder")
+    run: Path = option(
+        help="run folder; reads pairs.jsonl and reference.safetensors, writes checkpoints/ and model/",
+        affects_result=False,
+    )
+    model: Path = option(help="base model, a Hugging Face folder", affects_result=False)
     beta: float = option(0.1, help="DPO's temperature: how dear it is to leave the base model")
     nll_alpha: float = option(0.0, help="weight of the added mean negative logprob of the chosen judgment's tokens")
     learning_rate: float = option(5e-7, help="AdamW's highest learning rate")
@@ -65,8 +68,8 @@ class DPOOptions:
         False, help="keep only each block's input, compute the rest again in backward"
     )
     eval_every: int = option(50, help="optimizer steps between evaluations on the held-out pairs")
-    save_every: int = option(200, help="optimizer steps between checkpoints")
-    keep_checkpoints: int = option(2, help="newest checkpoints to keep")
+    save_every: int = option(200, help="optimizer steps between checkpoints", affects_result=False)
+    keep_checkpoints: int = option(2, help="newest checkpoints to keep", affects_result=False)
     seed: int = option(2021, help="seed of the order of pairs")
 
     def __post_init__(self):

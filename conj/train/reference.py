@@ -37,12 +37,12 @@ PAIR_COLUMNS = ("id", "prompt", "chosen", "rejected", "label", "pair_type")
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceOptions:
-    run: Path = option(help="run folder; reads pairs.jsonl, writes reference.safetensors")
-    model: Path = option(help="base model, a Hugging Face folder")
+    run: Path = option(help="run folder; reads pairs.jsonl, writes reference.safetensors", affects_result=False)
+    model: Path = option(help="base model, a Hugging Face folder", affects_result=False)
     dtype: Literal["bf16", "fp32"] = option("bf16", help="dtype of the forward pass; must be the training run's")
     max_length: int = option(6400, help="tokens of prompt and judgment; pairs over it are counted and left out")
-    max_tokens_per_pack: int = option(16384, help="tokens a forward pass takes on each rank")
-    save_every: int = option(256, help="forward passes between saves")
+    max_tokens_per_pack: int = option(16384, help="tokens a forward pass takes on each rank", affects_result=False)
+    save_every: int = option(256, help="forward passes between saves", affects_result=False)
 
     def __post_init__(self):
         for name in ("max_length", "max_tokens_per_pack", "save_every"):
