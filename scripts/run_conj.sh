@@ -33,6 +33,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+[[ "$nproc" =~ ^[1-9][0-9]*$ ]] || fail "--nproc-per-node: expected a number from 1 up, found $nproc"
 [ -n "$run" ] || fail "--run: expected a run folder, found none"
 [ -n "$model" ] || fail "--model: expected a base model folder, found none"
 [ ${#data[@]} -gt 0 ] || fail "--data: expected a preference data set, found none"
@@ -57,4 +58,4 @@ stage hinted python -m conj.sample.hinted --run "$run" --seed "$seed" --model "$
 stage pairs python -m conj.data.pairs --run "$run" --seed "$seed"
 stage reference train conj.train.reference --run-dir "$run" --model "$model"
 stage dpo train conj.train.dpo --run-dir "$run" --seed "$seed" --model "$model"
-stage evaluate python -m conj.sample.evaluate --run "$run" --model "$model" --data "${test_data[@]}"
+stage evaluate python -m conj.sample.evaluate --run "$run" --seed "$seed" --model "$model" --data "${test_data[@]}"

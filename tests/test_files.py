@@ -23,7 +23,7 @@ def test_bad_line_is_named(line, message, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": 1}\n' * 16 + line + '\n{"id": 2}\n')
     with pytest.raises(InputError) as error:
-        read_jsonl(path, ["id"])
+        read_jsonl(path, {"id": int})
     assert str(error.value).startswith(f"{path}:17: {message}")
 
 
@@ -53,7 +53,7 @@ def test_torn_last_line_is_cut_off(tmp_path):
     """What a killed run leaves: the torn line goes, from the file too, so that appending goes on after whole lines."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": 1}\n{"id": 2}\n{"id": 3, "te')
-    assert recover_jsonl(path, ["id"]) == [{"id": 1}, {"id": 2}]
+    assert recover_jsonl(path, {"id": int}) == [{"id": 1}, {"id": 2}]
     with open(path, "a") as file:
         file.write('{"id": 3}\n')
     assert [row["id"] for row in read_jsonl(path)] == [1, 2, 3]

@@ -210,8 +210,8 @@ def test_judgment_that_does_not_fit_is_named(change, message, run, capsys):
 
 def test_unfinished_sampling_is_refused(run, capsys):
     """Pairs from half of the judgments would look like a complete stage."""
-    (run / "repeated.jsonl.manifest.json").write_text(json.dumps({"complete": False}))
-    assert "repeated.jsonl: sampling was cut short" in fails(capsys, "--run", run)
+    (run / "repeated.jsonl.manifest.json").write_text(json.dumps({"inputs": [], "options": {}, "complete": False}))
+    assert "repeated.jsonl: was cut short; run its stage again" in fails(capsys, "--run", run)
 
 
 @pytest.mark.parametrize("argv", [("--eval-fraction", "1"), ("--max-hinted", "-1"), ("--pair-types", "other")])

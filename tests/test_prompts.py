@@ -168,8 +168,8 @@ def test_fingerprint_changes_with_template_and_vocabulary(small_folder, tmp_path
     ("name", "content", "message"),
     [
         ("tokenizer.json", None, "not a model folder: tokenizer.json is missing"),
-        ("tokenizer.json", "{", "tokenizer cannot be read"),
-        ("tokenizer.json", '{"added_tokens": []}', "tokenizer cannot be read"),
+        ("tokenizer.json", "{", "cannot be read"),
+        ("tokenizer.json", '{"added_tokens": []}', "cannot be read"),
         ("tokenizer_config.json", '{"eos_token": "<|im_end|>"}', "no chat template"),
         (
             "tokenizer_config.json",

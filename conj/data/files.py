@@ -3,20 +3,21 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from conj import InputError
 
 
-def read_jsonl(path: str | Path, columns: Iterable[str] = ()) -> list[dict]:
+def read_jsonl(path: str | Path, columns: Mapping[str, type] | None = None) -> list[dict]:
     """Rows of a JSONL file. Raises InputError (file and line) for a missing or empty file, a line that is not a
-    JSON object, or a missing column."""
-    rows, columns = [], set(columns)
+    JSON object, or one of `columns` that is missing or of another type
+    (object: any)."""
+    rows = []
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                rows.append(_parse_line(line, f"{path}:{number}", columns))
+                rows.append(_parse_line(line, f"{path}:{number}", columns or {}))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as e:
@@ -26,15 +27,18 @@ def read_jsonl(path: str | Path, columns: Iterable[str] = ()) -> list[dict]:
     return rows
 
 
-def _parse_line(line: str, where: str, columns: set[str]) -> dict:
+def _parse_line(line: str, where: str, columns: Mapping[str, type]) -> dict:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as e:
         raise InputError(f"{where}: expected a JSON object, found {line.strip()[:60]!r} ({e})") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    if missing := sorted(columns - row.keys()):
+    if missing := sorted(columns.keys() - row.keys()):
         raise InputError(f"{where}: missing column {', '.join(missing)}; found {', '.join(sorted(row)) or 'none'}")
+    for name, kind in columns.items():
+        if kind is not object and type(row[name]) is not kind:  # not isinstance: true is no label
+            raise InputError(f"{where}: expected {name} to be {kind.__name__}, found {str(row[name])[:40]!r}")
     return row
 
 
@@ -63,7 +67,7 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     write_atomic(path, "".join(map(dump_line, rows)).encode())
 
 
-def recover_jsonl(path: Path, columns: Iterable[str] = ()) -> list[dict]:
+def recover_jsonl(path: Path, columns: Mapping[str, type] | None = None) -> list[dict]:
     """Rows of a file that an earlier, perhaps killed, run appended to; none if there is no file.
     A torn last line (one without a newline) is cut off the file."""
     if not path.exists():
@@ -73,6 +77,24 @@ def recover_jsonl(path: Path, columns: Iterable[str] = ()) -> list[dict]:
     if whole < len(data):
         os.truncate(path, whole)
     return read_jsonl(path, columns) if whole else []
+
+
+def first_line(error: Exception) -> str:
+    """An exception's message, or its kind if it has none, as one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def read_model_json(path: Path) -> dict:
+    """A JSON object of a model folder. Raises InputError when it is missing or malformed."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path.parent}: not a model folder: {path.name} is missing") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{path}: cannot be read: {e}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
 
 
 def sha256_file(path: Path) -> str:

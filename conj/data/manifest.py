@@ -36,14 +36,18 @@ def manifest_path(artefact: Path) -> Path:
 
 
 def read_manifest(artefact: Path) -> dict | None:
-    """The manifest beside an artefact, or None. Raises InputError when it is not JSON."""
+    """The manifest beside an artefact, or None. Raises InputError when it is not a manifest."""
     path = manifest_path(artefact)
     try:
-        return json.loads(path.read_text("utf-8"))
+        manifest = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as e:
+    except (OSError, ValueError) as e:
         raise InputError(f"{path}: expected a JSON manifest: {e}") from None
+    needed = {"inputs": list, "options": dict, "complete": bool}
+    if not isinstance(manifest, dict) or any(type(manifest.get(k)) is not kind for k, kind in needed.items()):
+        raise InputError(f"{path}: expected a manifest with {', '.join(needed)}; delete it and {artefact.name}")
+    return manifest
 
 
 def hash_input(path: str | Path) -> str:
@@ -57,7 +61,7 @@ def hash_input(path: str | Path) -> str:
 
 
 def describe_inputs(inputs: Sequence[str | Path]) -> list[dict]:
-    """Each input's path and hash; something that is not on disk (a hub name) is described by its name alone."""
+    """Each input's path and hash; a text that is not on disk (a hub name, a split) is described by itself alone."""
     return [{"path": str(p), "sha256": hash_input(p) if Path(p).exists() else None} for p in inputs]
 
 
@@ -93,26 +97,21 @@ def describe_code() -> dict:
 def begin(artefact: Path, *, inputs: Sequence[str | Path], options) -> bool:
     """Opens the stage that makes `artefact`. Returns False if it is already complete, from these inputs and options.
 
-    Raises InputError when an artefact of other inputs or options stands there: nothing is overwritten."""
+    Raises InputError when an artefact of other inputs or options stands there (nothing is overwritten), or when an
+    input is not what its own manifest describes. A stage that failed before it made anything leaves nothing behind."""
+    for path in inputs:
+        if isinstance(path, Path) and not path.exists():
+            raise InputError(f"{path}: no such file; make it by its stage first")
     now = {"inputs": describe_inputs(inputs), "options": describe_options(options)}
+    _check_chain(now["inputs"])
     before = read_manifest(artefact)
-    if before is not None:
-        made_from, given = ([i["sha256"] or i["path"] for i in m["inputs"]] for m in (before, now))
-        if made_from != given:
-            changed = [i["path"] for i, old, new in zip(now["inputs"], made_from, given) if old != new]
-            names = ", ".join(changed) or "the number of inputs"
-            raise InputError(
-                f"{artefact}: was made from other inputs (changed: {names}); delete it or use another --run"
-            )
-        for name in sorted(before["options"].keys() | now["options"].keys()):
-            old, new = (m["options"].get(name) for m in (before, now))
-            if old != new:
-                raise InputError(
-                    f"{artefact}: was made with {name}={old!r}, now {new!r}; delete it or use another --run"
-                )
+    if before is not None and (before["complete"] or artefact.exists()):
+        _check_same(artefact, before, now)
         if before["complete"]:
             if not artefact.exists() or hash_input(artefact) != before["sha256"]:
-                raise InputError(f"{artefact}: is not what its manifest describes; delete both to make it again")
+                raise InputError(
+                    f"{artefact}: is not what {manifest_path(artefact).name} describes; delete both to make it again"
+                )
             print(f"{artefact}: already complete")
             return False
         return True
@@ -122,9 +121,44 @@ def begin(artefact: Path, *, inputs: Sequence[str | Path], options) -> bool:
     return True
 
 
-def abandon(artefact: Path) -> None:
-    """Takes back what `begin` opened, for a stage whose input was bad: it made nothing, other options may be tried."""
-    manifest_path(artefact).unlink()
+def _check_same(artefact: Path, before: dict, now: dict) -> None:
+    advice = f"delete it and {manifest_path(artefact).name}, or use another --run"
+    made_from, given = ([i["sha256"] or i["path"] for i in m["inputs"]] for m in (before, now))
+    if made_from != given:
+        names = ", ".join(i["path"] for i, old, new in zip(now["inputs"], made_from, given) if old != new)
+        raise InputError(f"{artefact}: was made from other inputs (changed: {names or 'their number'}); {advice}")
+    for name in sorted(before["options"].keys() | now["options"].keys()):
+        old, new = (m["options"].get(name) for m in (before, now))
+        if old != new:
+            raise InputError(f"{artefact}: was made with {name}={old!r}, now {new!r}; {advice}")
+
+
+def _check_chain(inputs: list[dict]) -> None:
+    """Raises InputError unless every input that has a manifest is complete, unchanged since, and was itself made from
+    the files that are given beside it: judgments of other prompts would turn labels around without a word."""
+    given = {Path(i["path"]).name: i["sha256"] for i in inputs}
+    for entry in inputs:
+        path = Path(entry["path"])
+        manifest = read_manifest(path) if path.exists() else None
+        if manifest is None:
+            continue
+        if not manifest["complete"]:
+            raise InputError(f"{path}: was cut short; run its stage again to finish it")
+        if manifest["sha256"] != entry["sha256"]:
+            raise InputError(f"{path}: was changed after {manifest_path(path).name} was written; make it again")
+        for source in manifest["inputs"]:
+            name = Path(source["path"]).name
+            if name in given and source["sha256"] != given[name]:
+                raise InputError(
+                    f"{path}: was made from another {name} than the one that stands here now; make it again"
+                )
+
+
+def identity(artefact: Path) -> str:
+    """sha256 of the inputs and options of the stage that is making `artefact`: what its checkpoints belong to."""
+    manifest = read_manifest(artefact)
+    content = [[i["sha256"] or i["path"] for i in manifest["inputs"]], manifest["options"]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def finish(artefact: Path, *, num_rows: int, counts: dict, seconds: float) -> None:

@@ -10,6 +10,7 @@ Each field becomes an option (`--pairs-per-step`); `bool` fields also get a `--n
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import types
@@ -27,8 +28,20 @@ def option(default=dataclasses.MISSING, *, help: str, affects_result: bool = Tru
     return dataclasses.field(default=default, metadata={"help": help, "affects_result": affects_result})
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
 def build_parser(options_class: type, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -50,7 +63,7 @@ def build_parser(options_class: type, description: str) -> argparse.ArgumentPars
         elif typing.get_origin(kind) is typing.Literal:
             arguments["choices"] = typing.get_args(kind)
         else:
-            arguments["type"] = kind
+            arguments["type"] = _finite if kind is float else kind
         flags = ["--" + field.name.replace("_", "-")]
         if field.name == "run":
             # Before Python 3.12.7 torchrun's own parser takes a script's --run for a short form of its --run-path.
@@ -74,6 +87,9 @@ def run_command(
     except InputError as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every rank sees the same bad input
             print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:  # a path that cannot be read or written, a full disk
+        print(f"error: {e.filename or 'input/output'}: {e.strerror or e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

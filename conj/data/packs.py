@@ -158,6 +158,10 @@ def plan_packs(pairs: TokenizedPairs, members: Sequence[int], *, max_tokens: int
     return [pack for _, pack in packs]
 
 
+def count_pairs(packs: list[list[Group]]) -> int:
+    return sum(len(group.pairs) for pack in packs for group in pack)
+
+
 def deal(packs: list, rank: int, world_size: int) -> Iterator:
     """This rank's packs; None fills up, so that every rank runs the same number and no collective waits for ever."""
     for i in range(0, len(packs), world_size):

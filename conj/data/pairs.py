@@ -70,31 +70,24 @@ def build_pairs(options: PairsOptions) -> None:
         )
     if not manifest.begin(artefact, inputs=inputs, options=options):
         return
-    try:
-        prompts = read_prompts(inputs[0])
-        judgments = read_judgments(inputs[1:], {prompt["id"] for prompt in prompts})
-        rows, counts = make_rows(prompts, judgments, options)
-    except InputError:
-        manifest.abandon(artefact)
-        raise
+    prompts = read_prompts(inputs[0])
+    judgments = read_judgments(inputs[1:], {prompt["id"] for prompt in prompts})
+    rows, counts = make_rows(prompts, judgments, options)
     write_jsonl(artefact, rows)
     manifest.finish(artefact, num_rows=len(rows), counts=counts, seconds=time.monotonic() - began)
 
 
 def read_judgments(paths: list[Path], ids: set[str]) -> dict[str, list[dict]]:
-    """Sampled judgments by prompt id. Raises InputError for a file that is still being made, and, with file and line,
-    for a judgment of no known prompt, kind or verdict."""
+    """Sampled judgments by prompt id. Raises InputError, with file and line, for one of no known prompt, kind or verdict."""
     judgments = defaultdict(list)
     for path in paths:
-        made = manifest.read_manifest(path)
-        if made is not None and not made["complete"]:
-            raise InputError(f"{path}: sampling was cut short; run it again to finish it")
-        for line, row in enumerate(read_jsonl(path, ("id", "kind", "text", "verdict")), 1):
+        columns = {"id": str, "kind": str, "text": str, "verdict": object}
+        for line, row in enumerate(read_jsonl(path, columns), 1):
             if row["id"] not in ids:
                 raise InputError(f"{path}:{line}: id {row['id']!r} is not in prompts.jsonl")
             if row["kind"] not in ("repeated", "hint", "hint_reversed"):
                 raise InputError(f"{path}:{line}: expected kind repeated, hint or hint_reversed, found {row['kind']!r}")
-            if row["verdict"] not in (1, 2, None):
+            if row["verdict"] is not None and (type(row["verdict"]), row["verdict"]) not in ((int, 1), (int, 2)):
                 raise InputError(f"{path}:{line}: expected verdict 1, 2 or null, found {row['verdict']!r}")
             judgments[row["id"]].append(row)
     return judgments

@@ -46,11 +46,7 @@ def preprocess(options: PreprocessOptions) -> None:
     began, artefact = time.monotonic(), options.run / "prompts.jsonl"
     if not manifest.begin(artefact, inputs=describe_data(options.data), options=options):
         return
-    try:
-        rows, counts = load_prompts(options.data, options.seed, options.subsets, options.limit)
-    except InputError:
-        manifest.abandon(artefact)
-        raise
+    rows, counts = load_prompts(options.data, options.seed, options.subsets, options.limit)
     write_jsonl(artefact, rows)
     manifest.finish(artefact, num_rows=len(rows), counts=counts, seconds=time.monotonic() - began)
 
@@ -110,17 +106,31 @@ def make_row(record: Preference, source: str, seed: int) -> dict:
 
 def read_prompts(path: Path) -> list[dict]:
     """Rows of a `prompts.jsonl`. Raises InputError for a file that stage 1 did not write so."""
-    rows = read_jsonl(path, ("id", "answer_1", "answer_2", "label", "source", "subset"))
+    texts = ("id", "answer_1", "answer_2", "source", "subset")
+    rows = read_jsonl(path, dict.fromkeys(texts, str) | {"label": int})
     ids = set()
     for number, row in enumerate(rows, 1):
         if ("question" in row) == ("messages" in row):
             raise InputError(f"{path}:{number}: expected either question or messages")
+        turns = [{"role": "user", "content": row["question"]}] if "question" in row else row["messages"]
+        if not is_conversation(turns):
+            raise InputError(f"{path}:{number}: expected a question of text or of messages, found {str(turns)[:60]!r}")
         if row["label"] not in (1, 2):
             raise InputError(f"{path}:{number}: expected label 1 or 2, found {row['label']!r}")
         if row["id"] in ids:
             raise InputError(f"{path}:{number}: id {row['id']} appears twice")
         ids.add(row["id"])
     return rows
+
+
+def is_conversation(turns) -> bool:
+    """Whether this is a list, not empty, of messages with a role and a content of text."""
+    texts = ("role", "content")
+    return (
+        bool(turns)
+        and isinstance(turns, list)
+        and all(isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in texts) for turn in turns)
+    )
 
 
 def question_of(row: dict) -> str | list[dict]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from conj import InputError
+from conj.data.files import first_line, read_model_json
 
 REASON_KEY, VERDICT_KEY = "原因", "更好的回答"
 
@@ -75,28 +76,30 @@ class JudgeTokenizer:
 
         Raises InputError when a file is missing or malformed, or when there is no chat template or end token."""
         folder = Path(folder)
+        spec, config = (read_model_json(folder / name) for name in ("tokenizer.json", "tokenizer_config.json"))
+        template, eos = config.get("chat_template"), config.get("eos_token")
+        eos = eos.get("content") if isinstance(eos, dict) else eos
         try:
-            spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-            config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-            added = spec["added_tokens"]
+            if (folder / "chat_template.jinja").exists():
+                template = (folder / "chat_template.jinja").read_text("utf-8")
+            special = {str(token["content"]): int(token["id"]) for token in spec["added_tokens"]}
             plain = Tokenizer.from_str(json.dumps({**spec, "added_tokens": [], "post_processor": None}))
-        except FileNotFoundError as e:
-            raise InputError(f"{folder}: not a model folder: {Path(e.filename).name} is missing") from None
         except Exception as e:  # tokenizers raises bare Exception on a malformed file
-            raise InputError(f"{folder}: tokenizer cannot be read: {str(e).splitlines()[0][:200]}") from None
-        template = config.get("chat_template")
-        if (folder / "chat_template.jinja").exists():
-            template = (folder / "chat_template.jinja").read_text("utf-8")
-        eos = config.get("eos_token")
-        eos = eos["content"] if isinstance(eos, dict) else eos
-        special = {token["content"]: token["id"] for token in added}
+            raise InputError(f"{folder}: tokenizer cannot be read: {first_line(e)}") from None
         if not isinstance(template, str):
             raise InputError(f"{folder}: no chat template in tokenizer_config.json or chat_template.jinja")
-        if eos not in special:
+        if not isinstance(eos, str) or eos not in special:
             raise InputError(f"{folder}: eos_token {eos!r} is not an added token of tokenizer.json")
         identity = json.dumps([spec, template, eos], sort_keys=True, ensure_ascii=False)
-        fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-        return cls(plain=plain, special=special, chat_template=template, eos=eos, fingerprint=fingerprint)
+        fingerprint = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()
+        tokenizer = cls(plain=plain, special=special, chat_template=template, eos=eos, fingerprint=fingerprint)
+        try:
+            shown = tokenizer._render([{"role": "system", "content": ""}, {"role": "user", "content": _placeholder(1)}])
+        except Exception as e:  # whatever a template raises
+            raise InputError(f"{folder}: the chat template cannot be rendered: {first_line(e)}") from None
+        if shown.count(_placeholder(1)) != 1:
+            raise InputError(f"{folder}: the chat template does not show the user's message once")
+        return tokenizer
 
     @cached_property
     def _control(self) -> re.Pattern:
@@ -104,24 +107,30 @@ class JudgeTokenizer:
         return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of text; control tokens in it stay text."""
-        return self.plain.encode(text, add_special_tokens=False).ids
+        """Token ids of text; control tokens in it stay text. Lone surrogates, which no encoding holds, become U+FFFD."""
+        try:
+            return self.plain.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self.plain.encode(text, add_special_tokens=False).ids
+
+    def _render(self, messages: list[dict]) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template  # seconds to import
+
+        rendered, _ = render_jinja_template(
+            conversations=[messages], chat_template=self.chat_template, add_generation_prompt=True
+        )
+        return rendered[0]
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """Ids of the chat template filled with `messages`, up to the point where the assistant starts to write.
 
         The template is rendered with placeholders and split at its control tokens; each stretch between them is
         encoded in one piece with the user's text in it, as the official template's own ids are."""
-        from transformers.utils.chat_template_utils import render_jinja_template  # seconds to import
-
         # A placeholder per message, empty ones aside: templates may treat an empty system text in their own way.
         shown = [{**m, "content": _placeholder(i) if m["content"] else ""} for i, m in enumerate(messages)]
-        rendered, _ = render_jinja_template(
-            conversations=[shown], chat_template=self.chat_template, add_generation_prompt=True
-        )
-        stretches = self._control.split(rendered[0])
         ids = []
-        for stretch in stretches:
+        for stretch in self._control.split(self._render(shown)):
             if stretch in self.special:
                 ids.append(self.special[stretch])
                 continue
@@ -132,7 +141,7 @@ class JudgeTokenizer:
         return ids
 
     def completion_ids(self, text: str) -> list[int]:
-        """Ids of a judgment as the model would have written it: the text, then the token that ends the turn."""
+        """Ids of a judgment that ends: its text, then the token that ends the turn."""
         return [*self.encode_text(text), self.special[self.eos]]
 
     def decode(self, ids: list[int]) -> str:

@@ -10,12 +10,14 @@ went in. Layouts are recognised by their columns (LAYOUTS); a row that breaks it
 import gzip
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from conj import InputError
+from conj.data.files import first_line
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
 Answer = str | bool | int | float  # real data sets hold JSON booleans where a judge read "true"
@@ -99,7 +101,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             text = file.read().decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as e:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read: {e}") from None
     if text.lstrip().startswith("["):
         for number, row in enumerate(_parse_json(text, path, 1), 1):
@@ -126,7 +128,7 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         table = datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
     except Exception as e:  # datasets and pyarrow share no base class
-        raise InputError(f"{path}: cannot be read: {_first_line(e)}") from None
+        raise InputError(f"{path}: cannot be read: {first_line(e)}") from None
     for number, row in enumerate(table, 1):
         yield f"{path}: row {number}", row
 
@@ -139,7 +141,7 @@ def _read_builder(name: str, split: str | None) -> Iterator[tuple[str, dict]]:
         builder = datasets.load_dataset_builder(name)
         splits = list(map(str, builder.info.splits or builder.config.data_files))
     except Exception as e:  # whatever the hub, the network or a data card's parser raises
-        raise InputError(f"{name}: expected a folder with data files or a name on the hub: {_first_line(e)}") from None
+        raise InputError(f"{name}: expected a folder with data files or a name on the hub: {first_line(e)}") from None
     split = _choose_split(name, split, splits)
     if Path(name).is_dir():
         for file in builder.config.data_files[split]:
@@ -149,7 +151,7 @@ def _read_builder(name: str, split: str | None) -> Iterator[tuple[str, dict]]:
         builder.download_and_prepare()
         table = builder.as_dataset(split=split)
     except Exception as e:
-        raise InputError(f"{name}:{split}: cannot be read: {_first_line(e)}") from None
+        raise InputError(f"{name}:{split}: cannot be read: {first_line(e)}") from None
     for number, row in enumerate(table, 1):
         yield f"{name}:{split}: row {number}", row
 
@@ -160,10 +162,6 @@ def _choose_split(name: str, split: str | None, splits: list[str]) -> str:
     if split not in splits:
         raise InputError(f"{name}: no split {split!r}; expected {name}:SPLIT with one of {', '.join(splits)}")
     return split
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
@@ -232,7 +230,9 @@ def _pandalm(row: dict) -> Iterator[Preference]:
 
 def _conj(row: dict) -> Iterator[Preference]:
     label = _member(row, "label", (0, 1, 2))
-    yield _labelled(row.get("messages") or row["question"], row["answer_1"], row["answer_2"], label, _subset(row))
+    yield _labelled(
+        row["messages"] if "messages" in row else row["question"], row["answer_1"], row["answer_2"], label, _subset(row)
+    )
 
 
 @dataclass(frozen=True)

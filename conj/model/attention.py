@@ -10,6 +10,8 @@ depend on its neighbours in the pack, bit for bit; one block-diagonal mask over 
 """
 
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,14 @@ class Segments:
     cu_seqlens_k: Tensor | None = None  # (S + 1,) int32
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+
+
+@cache
+def backend_name(device: torch.device) -> str:
+    """Which kernel `attention` runs on this device."""
+    if device.type == "cpu":
+        return "sdpa"
+    return "flash_attn" if find_spec("flash_attn") else "torch varlen"
 
 
 def build_segments(lengths: list[int], prefix: list[int | None], device: torch.device) -> Segments:
@@ -72,13 +82,13 @@ def attention(
         return _sdpa_by_segment(q, k, v, segments)
     k, v = k[segments.key_index], v[segments.key_index]
     lengths = (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.max_seqlen_q, segments.max_seqlen_k)
-    try:
+    if backend_name(q.device) == "flash_attn":
         from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(q, k, v, *lengths, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
-    return flash_attn_varlen_func(q, k, v, *lengths, causal=True)
+        return flash_attn_varlen_func(q, k, v, *lengths, causal=True)
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(q, k, v, *lengths, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _sdpa_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

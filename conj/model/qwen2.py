@@ -5,7 +5,6 @@ K key/value heads, H head size, V vocabulary, L layers. Parameters have the name
 so the weight map is the identity. Source: Qwen2 technical report (arXiv 2407.10671), section 2.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from conj import InputError
+from conj.data.files import read_model_json
 from conj.model.attention import Segments, attention
 from conj.model.logprob import linear_logprob
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class Qwen2Config:
     rope_theta: float
     tie_word_embeddings: bool
     max_position_embeddings: int
-    dtype: str  # of the stored weights: "float32", "bfloat16" or "float16"
+    dtype: str  # of the stored weights, one of DTYPES
 
 
 def read_config(folder: Path) -> Qwen2Config:
@@ -41,15 +43,10 @@ def read_config(folder: Path) -> Qwen2Config:
     Raises InputError when it is missing or malformed, is not a plain Qwen2, or asks for remote code: a feature this
     model does not have (rope scaling, sliding windows, other activations) is refused, never ignored."""
     path = Path(folder) / "config.json"
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder}: not a model folder: config.json is missing") from None
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read: {e}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    raw = read_model_json(path)
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: expected rope parameters to be a JSON object, found {rope!r}")
     expected = {
         "model_type": (raw.get("model_type"), "qwen2"),
         "auto_map (remote code)": (raw.get("auto_map"), None),
@@ -78,10 +75,15 @@ def read_config(folder: Path) -> Qwen2Config:
         )
     except KeyError as e:
         raise InputError(f"{path}: missing {e.args[0]!r}") from None
-    except (TypeError, ValueError, ZeroDivisionError) as e:
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError) as e:
         raise InputError(f"{path}: {e}") from None
+    for name, value in vars(config).items():
+        if type(value) in (int, float) and not 0 < value < 1e9:
+            raise InputError(f"{path}: {name}: expected a number above 0, found {value}")
     if config.num_attention_heads % config.num_key_value_heads:
         raise InputError(f"{path}: num_attention_heads is not a multiple of num_key_value_heads")
+    if config.dtype not in DTYPES:
+        raise InputError(f"{path}: dtype: expected one of {', '.join(DTYPES)}, found {config.dtype!r}")
     return config
 
 
@@ -198,7 +200,9 @@ class Qwen2(nn.Module):
         targets: Tensor,  # (M,) int64: those next tokens
     ) -> Tensor:  # (M,) fp32 logprobs in nats
         hidden = self.model(input_ids, positions, segments)
-        return linear_logprob(hidden[predict], self.head_weight, targets)
+        # A gather by embedding: rows that several judgments share get their gradients summed in a fixed order, where the
+        # backward of hidden[predict] adds them up by atomics.
+        return linear_logprob(F.embedding(predict, hidden), self.head_weight, targets)
 
     def logits(self, input_ids: Tensor, positions: Tensor, segments: Segments) -> Tensor:  # (T, V)
         """All logits, for tests and inspection; training never holds them."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from conj import InputError
-from conj.data.files import write_atomic
+from conj.data.files import read_model_json, write_atomic
 from conj.model.qwen2 import Qwen2, Qwen2Config, read_config
 
 INDEX = "model.safetensors.index.json"
@@ -49,10 +49,10 @@ def weight_files(folder: Path) -> list[Path]:
         pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
         found = f"; {pickles[0]} is a pickle, which is never loaded" if pickles else ""
         raise InputError(f"{folder}: not a model folder: expected {SINGLE} or {INDEX}{found}")
-    try:
-        names = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{folder / INDEX}: expected a JSON object with weight_map: {e}") from None
+    weight_map = read_model_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{folder / INDEX}: expected a weight_map, found {weight_map!r}")
+    names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if name != Path(name).name or not name.endswith(".safetensors"):
             raise InputError(f"{folder / INDEX}: expected a .safetensors file of this folder, found {name!r}")
@@ -148,7 +148,7 @@ def export_model(
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     shards = []
-    for shard in _gather_shards(model, dtype, max_shard_bytes):
+    for shard in _gather_shards(model, dtype, max_shard_bytes, is_writer):
         shards.append((list(shard), sum(t.nbytes for t in shard.values())))
         if is_writer:
             write_atomic(beside / f"{len(shards)}.safetensors", save(shard, metadata={"format": "pt"}))
@@ -161,7 +161,7 @@ def export_model(
         weight_map = {key: name for name, (keys, _) in zip(names, shards) for key in keys}
         index = {"metadata": {"total_size": sum(size for _, size in shards)}, "weight_map": weight_map}
         write_atomic(beside / INDEX, json.dumps(index, indent=2).encode())
-    config = json.loads((base / "config.json").read_text("utf-8"))
+    config = read_model_json(base / "config.json")
     key = "dtype" if "dtype" in config else "torch_dtype"
     config[key] = str(dtype).removeprefix("torch.")
     write_atomic(beside / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
@@ -177,10 +177,14 @@ def _shard_name(i: int, n: int) -> str:
 
 
 @torch.no_grad()
-def _gather_shards(model: nn.Module, dtype: torch.dtype, max_bytes: int) -> Iterator[dict[str, Tensor]]:
+def _gather_shards(
+    model: nn.Module, dtype: torch.dtype, max_bytes: int, is_writer: bool
+) -> Iterator[dict[str, Tensor]]:
     shard, size = {}, 0
     for name, parameter in model.named_parameters():
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if not is_writer:
+            continue
         full = full.to("cpu", dtype).contiguous()
         if shard and size + full.nbytes > max_bytes:
             yield shard

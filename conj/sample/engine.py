@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from conj import InputError
-from conj.data.files import dump_line, recover_jsonl, write_jsonl
+from conj.data.files import dump_line, first_line, read_model_json, recover_jsonl, write_jsonl
 from conj.data.options import option, require
 from conj.data.prompts import JudgeTokenizer
 
@@ -129,20 +129,27 @@ def check_model(folder: Path, max_model_len: int | None) -> JudgeModel:
     require(
         0 < max_model_len <= context, f"--max-model-len: expected 1 to {context} (the model's), found {max_model_len}"
     )
-    eos = config.get("eos_token_id")
-    end_ids = {tokenizer.special[tokenizer.eos], *(eos if isinstance(eos, list) else [eos])} - {None}
-    return JudgeModel(folder=folder, tokenizer=tokenizer, max_model_len=max_model_len, end_ids=sorted(end_ids))
+    end_ids = _end_ids(folder, config, tokenizer)
+    return JudgeModel(folder=folder, tokenizer=tokenizer, max_model_len=max_model_len, end_ids=end_ids)
 
 
 def _read_config(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-        assert isinstance(config["vocab_size"], int) and isinstance(config["max_position_embeddings"], int)
-    except FileNotFoundError:
-        raise InputError(f"{path.parent}: not a model folder: config.json is missing") from None
-    except (ValueError, KeyError, TypeError, AssertionError) as e:
-        raise InputError(f"{path}: expected a model's configuration with its vocabulary and context ({e!r})") from None
+    config = read_model_json(path)
+    for name in ("vocab_size", "max_position_embeddings"):
+        if type(config.get(name)) is not int or config[name] < 1:
+            raise InputError(f"{path}: expected {name} to be a number from 1 up, found {config.get(name)!r}")
     return config
+
+
+def _end_ids(folder: Path, config: dict, tokenizer: JudgeTokenizer) -> list[int]:
+    """Tokens that end a judgment: the tokenizer's, and those that the model's configuration names."""
+    generation = (
+        read_model_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    )
+    found = {tokenizer.special[tokenizer.eos]}
+    for eos in (config.get("eos_token_id"), generation.get("eos_token_id")):
+        found |= {i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int}
+    return sorted(found)
 
 
 def _check_weights(folder: Path) -> None:
@@ -150,8 +157,9 @@ def _check_weights(folder: Path) -> None:
     require(bool(files), f"{folder}: not a model folder: no *.safetensors")
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        missing = sorted(named - {f.name for f in files})
+        weight_map = read_model_json(index).get("weight_map")
+        require(isinstance(weight_map, dict), f"{index}: expected a JSON object with weight_map")
+        missing = sorted({str(name) for name in weight_map.values()} - {f.name for f in files})
         require(not missing, f"{folder}: missing {', '.join(missing[:10])}, which {index.name} names")
     for file in files:
         try:
@@ -191,7 +199,10 @@ def append_samples(
     appended in the order in which they finish; the whole file is put into the order of the requests at the end, so
     that a run that was killed and one that was not leave the same bytes. Raises InputError for a malformed file."""
     names = list(requests[0].key)
-    done = {tuple(row[name] for name in names): row for row in recover_jsonl(artefact, [*names, "text", "token_ids"])}
+    done = {
+        tuple(row[name] for name in names): row
+        for row in recover_jsonl(artefact, dict.fromkeys(names, object) | {"text": str, "token_ids": list})
+    }
     left = [r for r in requests if tuple(r.key.values()) not in done]
     if left:
         with running_engine(model, options) as engine, open(artefact, "a", encoding="utf-8") as file:
@@ -251,8 +262,11 @@ def running_engine(model: JudgeModel, options: EngineOptions) -> Iterator:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(model.max_model_len, DEFAULT_MAX_MODEL_LEN),
         }
-    with warnings.catch_warnings(action="ignore"):
-        engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    except Exception as e:  # weights that do not fit the config, too little memory: vLLM's errors share no class
+        raise InputError(f"{model.folder}: vLLM cannot start with this model: {first_line(e)}") from None
     try:
         yield engine
     finally:

@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 
-from conj import InputError
 from conj.data import manifest
 from conj.data.files import read_jsonl
 from conj.data.options import option, require, run_command
@@ -60,9 +59,9 @@ class EvaluateOptions(JudgingOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("num_resamples", "max_shown"):
+        for name in ("num_resamples", "max_shown", "limit"):
             value = getattr(self, name)
-            require(value >= 1, f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
+            require(value is None or value >= 1, f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -70,12 +69,12 @@ def evaluate(options: EvaluateOptions) -> None:
     models = {"base": check_model(options.model, options.max_model_len)}
     if (options.run / "model").exists():
         models["trained"] = check_model(options.run / "model", options.max_model_len)
-    prompts, _ = load_prompts(options.data, options.seed, options.subsets, options.limit)
+    prompts, data_counts = load_prompts(options.data, options.seed, options.subsets, options.limit)
     judging = JudgingOptions(**{f.name: getattr(options, f.name) for f in dataclasses.fields(JudgingOptions)})
     judgments = {}
     for name, model in models.items():
         artefact = options.run / f"judgments_{name}.jsonl"
-        judge_prompts(artefact, model, prompts, judging)
+        judge_prompts(artefact, model, prompts, judging, data_counts)
         judgments[name] = {(row["id"], row["order"]): row for row in read_jsonl(artefact)}
     began, report = time.monotonic(), options.run / "report.json"
     for path in report, manifest.manifest_path(report):
@@ -88,7 +87,9 @@ def evaluate(options: EvaluateOptions) -> None:
     manifest.finish(report, num_rows=len(prompts), counts=counts, seconds=time.monotonic() - began)
 
 
-def judge_prompts(artefact: Path, model: JudgeModel, prompts: list[dict], options: JudgingOptions) -> None:
+def judge_prompts(
+    artefact: Path, model: JudgeModel, prompts: list[dict], options: JudgingOptions, data_counts: dict[str, int]
+) -> None:
     """Writes a judgment of every prompt that fits, in both orders of its answers.
 
     Beside what every judgment has: `order` (1: as in the data, 2: swapped), `verdict` (as written) and `choice` (the
@@ -110,13 +111,9 @@ def judge_prompts(artefact: Path, model: JudgeModel, prompts: list[dict], option
         }
 
     requests = [request for row in prompts for request in both_orders(row, model)]
-    try:
-        requests, overlong_ids = split_overlong(requests, model, options.max_new_tokens)
-    except InputError:
-        manifest.abandon(artefact)
-        raise
+    requests, overlong_ids = split_overlong(requests, model, options.max_new_tokens)
     rows = append_samples(artefact, requests, model, options, Decoding(max_new_tokens=options.max_new_tokens), judge)
-    counts = count_judgments([{**row, "verdict": row["choice"]} for row in rows], labels)
+    counts = data_counts | count_judgments([{**row, "verdict": row["choice"]} for row in rows], labels)
     counts |= {"overlong_prompts": len(overlong_ids), "overlong_ids": overlong_ids}
     manifest.finish(artefact, num_rows=len(rows), counts=counts, seconds=time.monotonic() - began)
 

@@ -24,6 +24,7 @@ SENTENCE_END = re.compile(r'(?:[。！？…]|[.!?](?=[\s"”’」』）)]|$))[
 @dataclass(frozen=True, kw_only=True)
 class HintedOptions(SamplingOptions):
     temperature: float = option(1.0, help="sampling temperature, above 0")
+    top_k: int = option(0, help="sample from this many likeliest tokens; 0: all")
     top_p: float = option(0.9, help="sample from the likeliest tokens that add up to this share, above 0 up to 1")
 
 
@@ -49,7 +50,8 @@ def hinted_judgment(completion: Completion, hint: int, tokenizer: JudgeTokenizer
     """What the model wrote for a hint, as a judgment with that verdict; as written and without a verdict if it cannot
     be one: it is empty, has no full sentence up to where it is cut, or is JSON with another verdict or none.
 
-    Rungs: `hint`, the text is the reason; those of the parser, the model wrote the JSON itself; `none`."""
+    Rungs: `hint`, the text is the reason; `hint_cut`, the text up to a full sentence is; those of the parser, the model
+    wrote the JSON itself; `none`."""
     written = completion.text.strip()
     own = parse_strict(written)
     if own.value == hint:
@@ -58,8 +60,9 @@ def hinted_judgment(completion: Completion, hint: int, tokenizer: JudgeTokenizer
         reason, rung = written, "hint"
     else:
         reason, rung = "", "none"
-    if reason := cut_reason(reason, tokenizer, torn=rung == "hint" and completion.finish_reason == "length"):
-        return {"text": judgment_text(reason, hint), "verdict": hint, "rung": rung}
+    if kept := cut_reason(reason, tokenizer, torn=rung == "hint" and completion.finish_reason == "length"):
+        rung = f"{rung}_cut" if kept != reason else rung
+        return {"text": judgment_text(kept, hint), "verdict": hint, "rung": rung}
     return {"text": completion.text, "verdict": None, "rung": "none"}
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from conj import InputError
 from conj.data import manifest
 from conj.data.options import option, require
 from conj.data.preprocess import read_prompts
@@ -56,11 +55,7 @@ def sample_prompts(
     if not manifest.begin(artefact, inputs=[source, options.model], options=options):
         return
     requests = [request for row in prompts for request in make_requests(row)]
-    try:
-        requests, overlong_ids = split_overlong(requests, model, options.max_new_tokens)
-    except InputError:
-        manifest.abandon(artefact)
-        raise
+    requests, overlong_ids = split_overlong(requests, model, options.max_new_tokens)
     decoding = Decoding(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,

@@ -8,6 +8,7 @@ Tensors are stored as rows of dim 0 with their offset, so any number of ranks ca
 
 import json
 import os
+import re
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from conj import InputError
 from conj.data.files import sha256_file, write_atomic
@@ -33,6 +35,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     Creates moments that AdamW has not made yet, so that a fresh optimizer can be filled from a checkpoint."""
     state = {}
     for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor), f"{name} is not sharded: a forward without backward left it gathered"
         moments = optimizer.state[parameter]
         if not moments:
             moments["step"] = torch.tensor(0.0)
@@ -44,9 +47,18 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, *, keep: int
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    *,
+    identity: str,
+    keep: int,
 ) -> None:
-    """Writes `folder/step-…`, then deletes all but the `keep` newest. Collective. `step` is the number of steps done."""
+    """Writes `folder/step-…`, then deletes older ones but for the `keep` newest. Collective.
+
+    `step` is the number of steps done, `identity` says whose checkpoint this is: a hash of inputs and options."""
     final = folder / f"step-{step:08d}"
     beside = folder / f"{final.name}.part"
     if world.is_main:
@@ -62,32 +74,41 @@ def save_checkpoint(
     dist.all_gather_object(entries, entry)
     if world.is_main:
         num_updates = int(next(iter(optimizer.state.values()))["step"])  # fewer than steps if one was not finite
-        manifest = {"step": step, "num_updates": num_updates, "world_size": world.size, "files": entries}
+        manifest = {"identity": identity, "step": step, "num_updates": num_updates, "files": entries}
         write_atomic(beside / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         shutil.rmtree(final, ignore_errors=True)
         os.replace(beside, final)
         _sync_folder(folder)
-        for old in list_checkpoints(folder)[keep:]:
+        for old in [path for path in list_checkpoints(folder) if path.name <= final.name][keep:]:
             shutil.rmtree(old)
     dist.barrier()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first. Unfinished ones (`.part`) do not count."""
-    return sorted((p for p in folder.glob("step-*") if p.suffix != ".part"), reverse=True)
+    """Checkpoint folders, newest first. Unfinished ones (`.part`) and whatever else lies there do not count."""
+    return sorted(
+        (p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name) and p.is_dir()), reverse=True
+    )
 
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all there with their hashes; says which ones it passes over."""
+def find_checkpoint(folder: Path, identity: str) -> Path | None:
+    """The newest checkpoint whose files are all there with their hashes; says which ones it passes over.
+
+    Raises InputError when it belongs to a run of other inputs or options."""
     for path in list_checkpoints(folder):
         try:
             manifest = _read_manifest(path)
             for entry in manifest["files"]:
                 if sha256_file(path / entry["name"]) != entry["sha256"]:
                     raise InputError(f"{path / entry['name']}: sha256 differs from the manifest's")
-            return path
-        except (InputError, OSError) as e:
-            print(f"checkpoint passed over: {e}")
+        except (InputError, OSError, KeyError, TypeError) as e:
+            print(f"checkpoint passed over: {path}: {e}")
+            continue
+        if manifest["identity"] != identity:
+            raise InputError(
+                f"{path}: belongs to a run of other inputs or options; delete {folder} or use another --run"
+            )
+        return path
     return None
 
 
@@ -122,9 +143,12 @@ def _copy_rows(target: Tensor, rows: slice, sources: list) -> None:
 
 def _read_manifest(path: Path) -> dict:
     try:
-        return json.loads((path / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path / MANIFEST}: cannot be read: {e}") from None
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+    except ValueError as e:
+        raise InputError(f"{MANIFEST} cannot be read: {e}") from None
+    if not isinstance(manifest, dict) or not manifest.keys() >= {"identity", "step", "num_updates", "files"}:
+        raise InputError(f"{MANIFEST}: expected identity, step, num_updates and files")
+    return manifest
 
 
 def _sync_folder(folder: Path) -> None:

@@ -24,14 +24,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from conj.data.files import dump_line, recover_jsonl, write_jsonl
-from conj.data.manifest import begin, finish
+from conj.data.manifest import begin, finish, identity
 from conj.data.options import option, require, run_command
-from conj.data.packs import TokenizedPairs, deal, plan_packs, plan_steps
-from conj.model.qwen2 import read_config
+from conj.data.packs import TokenizedPairs, count_pairs, deal, plan_packs, plan_steps
+from conj.model.qwen2 import DTYPES, read_config
 from conj.model.weights import export_model, local_tensor
 from conj.train.batch import Batch, collate
 from conj.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from conj.train.reference import load_pairs, load_reference, reference_key, within_length
+from conj.train.reference import load_pairs, load_reference, reference_key
 from conj.train.sharding import World, build_sharded_model, distributed
 
 
@@ -73,13 +73,17 @@ class DPOOptions:
     seed: int = option(2021, help="seed of the order of pairs")
 
     def __post_init__(self):
-        positive = ("beta", "learning_rate", "max_grad_norm", "num_train_epochs", "pairs_per_step", "max_length")
-        positive += ("max_tokens_per_pack", "eval_every", "save_every", "keep_checkpoints")
-        for name in positive + (("max_steps",) if self.max_steps is not None else ()):
-            require(
-                getattr(self, name) > 0,
-                f"--{name.replace('_', '-')}: expected more than 0, found {getattr(self, name)}",
-            )
+        above_0 = ("beta", "learning_rate", "max_grad_norm", "num_train_epochs", "pairs_per_step", "max_length")
+        above_0 += ("max_tokens_per_pack", "eval_every", "save_every", "keep_checkpoints")
+        above_0 += ("max_steps",) if self.max_steps is not None else ()
+        for names, holds, expected in (
+            (above_0, lambda value: value > 0, "more than 0"),
+            (("nll_alpha", "weight_decay"), lambda value: value >= 0, "0 or more"),
+            (("warmup_ratio", "adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "0 to below 1"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                require(holds(value), f"--{name.replace('_', '-')}: expected {expected}, found {value}")
 
 
 def dpo_loss(logps: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -124,12 +128,13 @@ def clip_gradients(model: nn.Module, max_norm: float, world: World) -> float:
 
 
 def run_packs(
-    model: nn.Module, pairs: TokenizedPairs, reference: Tensor, members: list[int], options: DPOOptions, world: World
+    model: nn.Module, pairs: TokenizedPairs, reference: Tensor, packs: list, options: DPOOptions, world: World
 ) -> dict[str, float]:
-    """Forward, and backward unless gradients are off, of all packs that hold `members`, spread over the ranks.
+    """Forward, and backward unless gradients are off, of the packs, spread over the ranks.
 
-    Returns means over the pairs, summed in float64: loss, chosen_reward, rejected_reward, margin, accuracy; num_tokens."""
-    packs = plan_packs(pairs, members, max_tokens=options.max_tokens_per_pack, share=options.share)
+    Returns means over the pairs, summed in float64: loss, chosen_reward, rejected_reward, margin, accuracy; and
+    num_pairs, num_tokens."""
+    num_pairs = count_pairs(packs)
     totals = torch.zeros(6, dtype=torch.float64)
     for pack in deal(packs, world.rank, world.size):
         batch = collate(pairs, pack, world.device)
@@ -138,14 +143,15 @@ def run_packs(
         if options.nll_alpha:
             losses = losses + options.nll_alpha * mean_chosen_nll(batch, logps)
         if torch.is_grad_enabled():
-            (losses.sum() / len(members)).backward()
+            (losses.sum() / num_pairs).backward()
         margins = rewards[:, 0] - rewards[:, 1]
         columns = torch.stack([losses.detach(), rewards[:, 0], rewards[:, 1], margins, (margins > 0).float()])
         totals[:5] += columns.double().sum(dim=1).cpu()
         totals[5] += len(batch.input_ids) if pack else 0
     totals = world.sum(totals).tolist()
     names = ("loss", "chosen_reward", "rejected_reward", "margin", "accuracy")
-    return {name: total / len(members) for name, total in zip(names, totals)} | {"num_tokens": int(totals[5])}
+    means = {name: total / num_pairs for name, total in zip(names, totals)}
+    return means | {"num_pairs": num_pairs, "num_tokens": int(totals[5])}
 
 
 def train_step(
@@ -153,31 +159,35 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     pairs: TokenizedPairs,
     reference: Tensor,
-    members: list[int],
+    packs: list,
     lr: float,
     options: DPOOptions,
     world: World,
 ) -> dict[str, float]:
-    """One optimizer step on the pairs `members`. A step whose gradient is not finite changes nothing and is reported."""
+    """One optimizer step on the pairs of `packs`. A step whose gradient is not finite changes nothing and is reported."""
     started = time.perf_counter()
-    metrics = run_packs(model, pairs, reference, members, options, world)
+    metrics = run_packs(model, pairs, reference, packs, options, world)
     grad_norm = clip_gradients(model, options.max_grad_norm, world)
     for group in optimizer.param_groups:
         group["lr"] = lr
     if math.isfinite(grad_norm):
         optimizer.step()
     else:
-        metrics["skipped_ids"] = sorted({pairs.ids[i] for i in members})
+        metrics["skipped_ids"] = sorted({pairs.ids[i] for pack in packs for group in pack for i in group.pairs})
     optimizer.zero_grad()
     seconds = time.perf_counter() - started
-    speed = {"pairs_per_second": len(members) / seconds, "tokens_per_second": metrics["num_tokens"] / seconds}
-    return metrics | {"grad_norm": grad_norm, "lr": lr, "num_pairs": len(members), "step_seconds": seconds} | speed
+    speed = {f"{unit}_per_second": metrics[f"num_{unit}"] / seconds for unit in ("pairs", "tokens")}
+    return metrics | {"grad_norm": grad_norm, "lr": lr, "step_seconds": seconds} | speed
 
 
 @torch.no_grad()
-def evaluate_pairs(model, pairs, reference, members, options: DPOOptions, world: World) -> dict[str, float]:
-    metrics = run_packs(model, pairs, reference, members, options, world)
-    return {f"eval_{name}": metrics[name] for name in ("loss", "margin", "accuracy")} | {"eval_num_pairs": len(members)}
+def evaluate_pairs(
+    model: nn.Module, pairs: TokenizedPairs, reference: Tensor, packs: list, options: DPOOptions, world: World
+) -> dict[str, float]:
+    """Loss, margin and accuracy on held-out pairs, each named `eval_…`."""
+    metrics = run_packs(model, pairs, reference, packs, options, world)
+    model.reshard()  # FSDP2 leaves the root gathered until a backward that does not come; checkpoints need its shards
+    return {f"eval_{name}": metrics[name] for name in ("loss", "margin", "accuracy", "num_pairs")}
 
 
 @contextmanager
@@ -209,53 +219,62 @@ def main(options: DPOOptions) -> None:
     """From pairs and reference logprobs to `model/`, top to bottom."""
     started = time.perf_counter()
     artefact, checkpoints = options.run / "model", options.run / "checkpoints"
-    pairs, tokenizer = load_pairs(options.run, options.model)
+    pairs, tokenizer, usable = load_pairs(options.run, options.model, options.max_length)
     with distributed() as world:
-        # Is there anything to do, and is all that it needs there?
-        inputs = [options.run / "pairs.jsonl", options.run / "reference.safetensors", options.model]
-        key = reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device.type)
-        reference = load_reference(options.run / "reference.safetensors", key)
-        usable = within_length(pairs, options.max_length)
+        # Is all there that it needs?
+        path = options.run / "reference.safetensors"
+        key = reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
+        reference = load_reference(path, key, len(pairs))
         train, held_out = ([i for i in usable if pairs.is_eval[i] is flag] for flag in (False, True))
         require(world.size <= len(train), f"{options.run}: {len(train)} training pairs cannot feed {world.size} ranks")
         missing = int(reference[usable].isnan().any(dim=1).sum())
-        require(missing == 0, f"{options.run / 'reference.safetensors'}: {missing} pairs have no reference logprob")
-        if not world.from_main(world.is_main and begin(artefact, inputs=inputs, options=options)):
-            return
+        require(missing == 0, f"{path}: {missing} pairs have no reference logprob")
 
         # The plan: data, seed and epoch decide it, the number of ranks does not.
+        def pack(members: list[int]) -> list:
+            return plan_packs(pairs, members, max_tokens=options.max_tokens_per_pack, share=options.share)
+
         steps = [
-            step
+            pack(members)
             for epoch in range(options.num_train_epochs)
-            for step in plan_steps(
+            for members in plan_steps(
                 pairs, train, pairs_per_step=options.pairs_per_step, share=options.share, seed=f"{options.seed}:{epoch}"
             )
         ][: options.max_steps]
+        eval_packs = pack(held_out)
 
-        # Model, optimizer, and where an earlier run of the same options stopped.
+        # Is it done already? If not: model, optimizer, and where an earlier run of the same inputs and options stopped.
+        inputs = [options.run / "pairs.jsonl", path, options.model]
+        if not world.on_main(lambda: begin(artefact, inputs=inputs, options=options)):
+            return
+        run_identity = world.on_main(lambda: identity(artefact))
+        checkpoint = world.on_main(lambda: find_checkpoint(checkpoints, run_identity))
         model = build_sharded_model(options.model, world, options.dtype, recompute=options.activation_checkpointing)
         optimizer = build_optimizer(model, options)
-        checkpoint = world.from_main(find_checkpoint(checkpoints) if world.is_main else None)
         num_done = load_checkpoint(checkpoint, model, optimizer) if checkpoint else 0
 
-        with metrics_log(options.run, num_done, world) as log:
-            bar = tqdm(steps, desc="dpo", unit="step", initial=num_done, disable=not world.is_main)
+        with (
+            metrics_log(options.run, num_done, world) as log,
+            tqdm(total=len(steps), desc="dpo", unit="step", initial=num_done, disable=not world.is_main) as bar,
+        ):
             for step in range(num_done + 1, len(steps) + 1):
                 lr = learning_rate_at(step - 1, len(steps), options)
                 metrics = train_step(model, optimizer, pairs, reference, steps[step - 1], lr, options, world)
-                if held_out and (step % options.eval_every == 0 or step == len(steps)):
-                    metrics |= evaluate_pairs(model, pairs, reference, held_out, options, world)
+                if eval_packs and (step % options.eval_every == 0 or step == len(steps)):
+                    metrics |= evaluate_pairs(model, pairs, reference, eval_packs, options, world)
                 log(step, metrics)
                 bar.set_postfix(
                     {name: f"{metrics[name]:.3f}" for name in ("loss", "margin", "accuracy")}, refresh=False
                 )
                 bar.update()
                 if step % options.save_every == 0 or step == len(steps):
-                    save_checkpoint(checkpoints, step, model, optimizer, world, keep=options.keep_checkpoints)
-            bar.close()
+                    save_checkpoint(
+                        checkpoints, step, model, optimizer, world,
+                        identity=run_identity, keep=options.keep_checkpoints,
+                    )  # fmt: skip
 
         # A folder that transformers and vLLM open as it is, in the base model's dtype.
-        dtype = getattr(torch, read_config(options.model).dtype)
+        dtype = DTYPES[read_config(options.model).dtype]
         export_model(model, artefact, options.model, dtype=dtype, is_writer=world.is_main)
         if world.is_main:
             counts = {

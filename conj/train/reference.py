@@ -1,6 +1,6 @@
 """Stage 5: the base model's logprobs of every judgment, computed once and stored with a key.
 
-    python -m conj.train.reference --run runs/demo --model Qwen/Qwen2-7B-Instruct
+    python -m conj.train.reference --run runs/demo --model demo/base
     torchrun --nproc_per_node 8 -m conj.train.reference --run-dir … --model …
 
 DPO needs the reference model only for these numbers, so training never loads it. The key names everything they depend
@@ -21,18 +21,18 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-import conj.model
 from conj import InputError
 from conj.data.files import read_jsonl, sha256_file, write_atomic
 from conj.data.manifest import begin, finish
 from conj.data.options import option, require, run_command
-from conj.data.packs import TokenizedPairs, deal, plan_packs, tokenize_pairs
+from conj.data.packs import TokenizedPairs, count_pairs, deal, plan_packs, tokenize_pairs
 from conj.data.prompts import JudgeTokenizer
+from conj.model import attention, logprob, qwen2
 from conj.model.weights import check_model_folder, weight_files
 from conj.train.batch import collate
 from conj.train.sharding import World, build_sharded_model, distributed
 
-PAIR_COLUMNS = ("id", "prompt", "chosen", "rejected", "label", "pair_type")
+PAIR_COLUMNS = {"id": str, "prompt": list, "chosen": list, "rejected": list, "label": int, "pair_type": str}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +51,23 @@ class ReferenceOptions:
             )
 
 
-def load_pairs(run: Path, model: Path) -> tuple[TokenizedPairs, str]:
-    """The run's pairs as token ids of the model's tokenizer, and that tokenizer's fingerprint."""
+def load_pairs(run: Path, model: Path, max_length: int) -> tuple[TokenizedPairs, str, list[int]]:
+    """The run's pairs as token ids of the model's tokenizer, that tokenizer's fingerprint, and the numbers of the pairs
+    that are within `max_length` tokens and the model's context."""
     config = check_model_folder(model)
     tokenizer = JudgeTokenizer.load(model)
-    rows = read_jsonl(run / "pairs.jsonl", PAIR_COLUMNS)
-    return tokenize_pairs(rows, tokenizer, config.vocab_size), tokenizer.fingerprint
+    pairs = tokenize_pairs(read_jsonl(run / "pairs.jsonl", PAIR_COLUMNS), tokenizer, config.vocab_size)
+    longest = min(max_length, config.max_position_embeddings)
+    return pairs, tokenizer.fingerprint, [i for i in range(len(pairs)) if pairs.num_tokens(i) <= longest]
 
 
-def reference_key(model: Path, tokenizer: str, pairs: TokenizedPairs, *, dtype: str, device: str) -> dict[str, str]:
+def reference_key(
+    model: Path, tokenizer: str, pairs: TokenizedPairs, *, dtype: str, device: torch.device
+) -> dict[str, str]:
     """Everything the reference logprobs depend on, field by field."""
     kernels = hashlib.sha256()
-    for path in sorted(Path(conj.model.__file__).parent.glob("*.py")):
-        kernels.update(path.read_bytes())
+    for module in (qwen2, attention, logprob):
+        kernels.update(Path(module.__file__).read_bytes())
     return {
         "weights": json.dumps({path.name: sha256_file(path) for path in weight_files(model)}),
         "config": sha256_file(model / "config.json"),
@@ -71,71 +75,79 @@ def reference_key(model: Path, tokenizer: str, pairs: TokenizedPairs, *, dtype: 
         "tokens": pairs.fingerprint(),
         "dtype": dtype,
         "kernels": kernels.hexdigest(),
+        "attention": attention.backend_name(device),
         "torch": torch.__version__,
-        "device": device,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 
 
-def load_reference(path: Path, key: dict[str, str]) -> Tensor:  # (N, 2) fp32
+def load_reference(path: Path, key: dict[str, str], num_pairs: int) -> Tensor:  # (N, 2) fp32
     """Stored logprobs, chosen and rejected. Raises InputError unless the file is whole and its key is `key`."""
     if not path.exists():
         raise InputError(f"{path}: no such file; make it with python -m conj.train.reference")
     try:
         with safe_open(path, framework="pt") as file:
-            found, logps = json.loads(file.metadata()["key"]), file.get_tensor("logps")
+            found, logps = dict(json.loads(file.metadata()["key"])), file.get_tensor("logps")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path}: not a whole reference file: {e}") from None
     stale = [name for name in key if found.get(name) != key[name]]
     if stale:
         what = "; ".join(f"{n}: expected {key[n][:80]}, found {str(found.get(n))[:80]}" for n in stale[:3])
         raise InputError(
-            f"{path}: stale reference, made with another {', '.join(stale)} ({what}); delete it and make it again"
+            f"{path}: stale reference, made with another {', '.join(stale)} ({what}); delete it and its manifest, and "
+            "make it again"
+        )
+    if logps.shape != (num_pairs, 2) or logps.dtype != torch.float32:
+        raise InputError(
+            f"{path}: expected float32 logprobs ({num_pairs}, 2), found {logps.dtype} {tuple(logps.shape)}"
         )
     return logps
 
 
-def within_length(pairs: TokenizedPairs, max_length: int) -> list[int]:
-    """Numbers of the pairs within the length limit."""
-    return [i for i in range(len(pairs)) if pairs.num_tokens(i) <= max_length]
-
-
 @torch.no_grad()
-def compute_reference(options: ReferenceOptions, pairs: TokenizedPairs, key: dict, world: World) -> Tensor:
-    """Fills in the logprobs that are not there yet, saving as it goes."""
-    path = options.run / "reference.safetensors"
-    logps = load_reference(path, key) if path.exists() else torch.full((len(pairs), 2), torch.nan)
-    todo = [i for i in within_length(pairs, options.max_length) if logps[i].isnan().any()]
-    packs = plan_packs(pairs, todo, max_tokens=options.max_tokens_per_pack, share="prompt")
+def compute_reference(
+    options: ReferenceOptions, pairs: TokenizedPairs, logps: Tensor, packs: list, key: dict, world: World
+) -> None:
+    """Fills in `logps` (N, 2) for the pairs of `packs`, saving as it goes."""
     model = build_sharded_model(options.model, world, options.dtype)
-    rounds = range(0, len(packs), world.size * options.save_every)
-    with tqdm(total=len(todo), desc="reference", unit="pair", disable=not world.is_main) as bar:
-        for start in rounds:
-            now = packs[start : start + world.size * options.save_every]
+    per_save = world.size * options.save_every
+    bar = tqdm(total=count_pairs(packs), desc="reference", unit="pair", disable=not world.is_main)
+    with bar:
+        for start in range(0, len(packs), per_save):
+            now = packs[start : start + per_save]
             found = torch.zeros_like(logps)
             for pack in deal(now, world.rank, world.size):
                 batch = collate(pairs, pack, world.device)
-                pair_logps = batch.pair_logps(model(*batch.inputs))
-                found[batch.pair_numbers] = pair_logps.cpu()
+                found[batch.pair_numbers] = batch.pair_logps(model(*batch.inputs)).cpu()
             done = [pair for pack in now for group in pack for pair in group.pairs]
             logps[done] = world.sum(found)[done]  # one rank has each value, the others add zero
             if world.is_main:
-                write_atomic(path, save({"logps": logps}, metadata={"key": json.dumps(key)}))
+                save_reference(options.run, logps, key)
             bar.update(len(done))
-    return logps
+
+
+def save_reference(run: Path, logps: Tensor, key: dict[str, str]) -> None:
+    write_atomic(run / "reference.safetensors", save({"logps": logps}, metadata={"key": json.dumps(key)}))
 
 
 def main(options: ReferenceOptions) -> None:
     started = time.perf_counter()
-    pairs, tokenizer = load_pairs(options.run, options.model)
     artefact = options.run / "reference.safetensors"
+    pairs, tokenizer, usable = load_pairs(options.run, options.model, options.max_length)
     with distributed() as world:
+        key = reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
+        logps = torch.full((len(pairs), 2), torch.nan)
+        if artefact.exists():
+            logps = load_reference(artefact, key, len(pairs))
+        todo = [i for i in usable if logps[i].isnan().any()]
+        packs = plan_packs(pairs, todo, max_tokens=options.max_tokens_per_pack, share="prompt")
         inputs = [options.run / "pairs.jsonl", options.model]
-        if not world.from_main(world.is_main and begin(artefact, inputs=inputs, options=options)):
+        if not world.on_main(lambda: begin(artefact, inputs=inputs, options=options)):
             return
-        key = reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device.type)
-        logps = compute_reference(options, pairs, key, world)
+        compute_reference(options, pairs, logps, packs, key, world)
         if world.is_main:
-            counts = {"over_max_length": int(logps.isnan().any(dim=1).sum())}
+            save_reference(options.run, logps, key)  # also where no pair was within the length
+            counts = {"over_max_length": len(pairs) - len(usable)}
             finish(artefact, num_rows=len(pairs), counts=counts, seconds=time.perf_counter() - started)
 
 

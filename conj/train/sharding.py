@@ -1,7 +1,7 @@
 """Processes, and a model spread over them: FSDP2 with the same code on one CPU process, one GPU, or many of either."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from conj import InputError
 from conj.model.qwen2 import Qwen2, read_config
 from conj.model.weights import load_weights
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +36,18 @@ class World:
         dist.all_reduce(total)
         return total.to(values.device)
 
-    def from_main(self, value):
-        """The main rank's value of a small Python object, on every rank."""
-        box = [value]
+    def on_main(self, function: Callable[[], object]):
+        """What `function` gives on the main rank, on every rank. An InputError there is raised on all of them: none
+        waits for a rank that is gone."""
+        box = [None, None]
+        if self.is_main:
+            try:
+                box[0] = function()
+            except InputError as e:
+                box[1] = str(e)
         dist.broadcast_object_list(box, src=0, device=self.device)
+        if box[1] is not None:
+            raise InputError(box[1])
         return box[0]
 
 
@@ -62,10 +71,12 @@ def build_sharded_model(folder: Path, world: World, dtype: str, *, recompute: bo
     """Qwen2 with fp32 master weights sharded over all ranks, computing in `dtype`, gradients summed in fp32.
 
     Reference and policy are both built here, so their arithmetic is the same and step 0 is exact."""
+    if world.device.type == "cuda" and dtype == "fp32":
+        raise InputError("--dtype: expected bf16 on a GPU, found fp32: flash attention takes half precision only")
     with torch.device("meta"):
         model = Qwen2(read_config(folder))
     mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[dtype], reduce_dtype=torch.float32)
     for layer in model.model.layers:
         layer.recompute = recompute
         fully_shard(layer, mesh=mesh, mp_policy=policy)
