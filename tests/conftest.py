@@ -4,8 +4,10 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -140,6 +142,22 @@ def command(*arguments, ranks: int | None = None, **options) -> subprocess.Compl
     return subprocess.run(line, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300, **options)
 
 
+def kill_when(line: list, ready_to_kill, seconds: float = 120) -> None:
+    """Starts a command and kills it (SIGKILL) once `ready_to_kill()` holds."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", *map(str, line)], env=env, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + seconds
+    while not ready_to_kill() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.poll() is None, "the command ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def assert_one_line_error(done: subprocess.CompletedProcess, *parts: str) -> None:
     """The contract on bad input: exit code 2, one line on stderr that names each of `parts`, no traceback."""
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -147,3 +165,9 @@ def assert_one_line_error(done: subprocess.CompletedProcess, *parts: str) -> Non
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     for part in parts:
         assert part in lines[0], lines[0]
+
+
+def change_config(folder: Path, **changes) -> None:
+    """Changes a model folder's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -2,16 +2,11 @@
 
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, command, random_pairs, write_model
+from conftest import ROOT, assert_one_line_error, command, kill_when, num_lines, random_pairs, write_model
 from safetensors.torch import load_file, save_file
 
 from conj import InputError
@@ -175,22 +170,6 @@ def test_the_first_20_losses_are_the_golden_ones(run_folder):
     losses = [row["loss"] for row in metrics_of(run_folder)]
     golden = json.loads((ROOT / "tests" / "data" / "golden_losses.json").read_text())
     assert losses == pytest.approx(golden, rel=1e-4), losses
-
-
-def kill_when(line: list, ready_to_kill, seconds: float = 120) -> None:
-    """Starts a command and kills it (SIGKILL) once `ready_to_kill()` holds."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", *map(str, line)], env=env, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + seconds
-    while not ready_to_kill() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert process.poll() is None, "the command ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def num_lines(path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def test_a_killed_training_run_ends_as_an_undisturbed_one(ready, tied_model, tmp_path):

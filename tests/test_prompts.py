@@ -4,18 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import CHATML, SHARED
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from conj import InputError
 from conj.data.prompts import HINT_INSTRUCTIONS, JudgeTokenizer, judge_messages, judgment_text, question_text
 
 DATA = Path(__file__).parent / "data"
-QWEN2 = Path(__file__).parents[2] / "shared" / "data" / "qwen2-tokenizer"
+QWEN2 = SHARED / "qwen2-tokenizer"
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>'"
-    " + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 def examples() -> list[dict]:
@@ -36,7 +33,7 @@ def small_folder(tmp_path_factory) -> Path:
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": CHATML}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
@@ -160,7 +157,7 @@ def test_fingerprint_changes_with_template_and_vocabulary(small_folder, tmp_path
     (tmp_path / spec.name).write_text(spec.read_text("utf-8"), "utf-8")
     (tmp_path / config.name).write_text(config.read_text("utf-8"), "utf-8")
     assert JudgeTokenizer.load(tmp_path).fingerprint == before
-    (tmp_path / "chat_template.jinja").write_text(CHAT_TEMPLATE + " ", "utf-8")
+    (tmp_path / "chat_template.jinja").write_text(CHATML + " ", "utf-8")
     assert JudgeTokenizer.load(tmp_path).fingerprint != before
 
 

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import SHARED
 
 from conj import InputError
 from conj.data.readers import read_preferences
 
 DATA = Path(__file__).parent / "data"
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 LLMBAR = {"input": "q", "output_1": "a", "output_2": "b", "label": 2}
 
 

@@ -3,14 +3,10 @@
 import importlib.util
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_one_line_error, command, write_model
+from conftest import assert_one_line_error, change_config, command, kill_when, num_lines, write_model
 from fake_engine import use_fake_engine
 
 from conj import InputError
@@ -186,11 +182,6 @@ def test_the_usage_snippet_prints_the_reason_and_the_verdict(tied_model, monkeyp
 # ---- Bad input ----
 
 
-def damage_config(model: Path, **changes) -> None:
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | changes))
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -199,8 +190,8 @@ def damage_config(model: Path, **changes) -> None:
         (lambda model: (model / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda model: (model / "model.safetensors").unlink(), r"no \*.safetensors"),
         (lambda model: os.truncate(model / "model.safetensors", 5000), "model.safetensors: not whole"),
-        (lambda model: damage_config(model, vocab_size=100), "the vocabulary 100 entries"),
-        (lambda model: damage_config(model, auto_map={"AutoModel": "x.Y"}), "remote code"),
+        (lambda model: change_config(model, vocab_size=100), "the vocabulary 100 entries"),
+        (lambda model: change_config(model, auto_map={"AutoModel": "x.Y"}), "remote code"),
     ],
 )
 def test_a_damaged_model_folder_is_refused_before_the_engine_starts(model_copy, damage, message):
@@ -303,17 +294,9 @@ class TestEngine:
         arguments = ["--model", live_model, "--n", "8", "--max-new-tokens", "32", "--max-num-seqs", "4"]
         runs = [make_run(tmp_path / name, 6) for name in ("undisturbed", "killed")]
         lines = [["conj.sample.repeated", "--run", run, *arguments] for run in runs]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(
-            [sys.executable, "-m", *map(str, lines[1])], env=environment, stderr=subprocess.DEVNULL
-        )
-        artefact, deadline = runs[1] / "repeated.jsonl", time.monotonic() + 120
-        while not (artefact.exists() and artefact.read_bytes().count(b"\n") >= 5):
-            assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert 5 <= artefact.read_bytes().count(b"\n") < 48
+        artefact = runs[1] / "repeated.jsonl"
+        kill_when(lines[1], lambda: num_lines(artefact) >= 5)
+        assert 5 <= num_lines(artefact) < 48
         for line in lines:
             done = command(*line)
             assert done.returncode == 0, done.stderr

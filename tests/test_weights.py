@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import write_model
+from conftest import change_config, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,11 +35,6 @@ def test_sharded_files_of_transformers_are_read(tmp_path):
     expected = AutoModelForCausalLM.from_pretrained(base).state_dict()
     found = load_model(base).state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def change_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def change_weights(folder, change):

@@ -1,7 +1,7 @@
 """A manifest beside every artefact: what made it, from what, with which options, versions and code.
 
 `begin` opens a stage (and says whether its artefact is already there, whole, from the same inputs and options);
-`finish` closes it. The chain of hashes runs from the raw data to the final weights; `conj.train.audit` walks it.
+`finish` closes it. The chain of hashes runs from the raw data to the final weights, and each stage checks its links.
 A stage that was cut short finds its open manifest and goes on only if nothing it depends on has changed.
 """
 

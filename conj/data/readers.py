@@ -177,8 +177,12 @@ def _chosen_rejected(row: dict) -> Iterator[Preference]:
     if asked is None and not chosen[:-1]:
         raise InputError("missing column prompt or conversations (chosen does not open with the question)")
     better, worse = (_answer(turns[-1]["content"]) for turns in (chosen, rejected))
+    question = chosen[:-1]
+    if asked is not None:  # `chosen` may open with the whole question, or go on from it
+        asked = _turns(asked, "user")
+        question = question if question[: len(asked)] == asked else asked + question
     yield Preference(
-        question=_question(chosen[:-1] or _turns(asked, "user")),
+        question=_question(question),
         better=better,
         worse=worse,
         subset=_subset(row),
@@ -326,7 +330,7 @@ def _answer(value) -> Answer:
 
 def _subset(row: dict) -> str:
     """The finest grouping a row names; "" if none."""
-    named = (row.get(column) for column in ("subset", "task_category", "source"))
+    named = (row.get(column) for column in ("subset", "domain", "task_category", "source"))
     return next((name for name in named if isinstance(name, str)), "")
 
 
