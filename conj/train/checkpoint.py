@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -67,7 +67,8 @@ def save_checkpoint(
     dist.barrier()
     name = f"rank-{world.rank:05d}.safetensors"
     state = {key: t.cpu().contiguous() for key, t in training_state(model, optimizer).items()}
-    write_atomic(beside / name, save(state))
+    save_file(state, beside / name)  # straight to disk: a serialized copy would double the memory
+    _sync(beside / name)
     offsets = {p_name: local_rows(p).start for p_name, p in model.named_parameters()}
     entry = {"name": name, "sha256": sha256_file(beside / name), "first_row": offsets}
     entries = [None] * world.size
@@ -78,7 +79,7 @@ def save_checkpoint(
         write_atomic(beside / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         shutil.rmtree(final, ignore_errors=True)
         os.replace(beside, final)
-        _sync_folder(folder)
+        _sync(folder)
         for old in [path for path in list_checkpoints(folder) if path.name <= final.name][keep:]:
             shutil.rmtree(old)
     dist.barrier()
@@ -151,7 +152,7 @@ def _read_manifest(path: Path) -> dict:
     return manifest
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
