@@ -99,7 +99,7 @@ def make_rows(
     """Rows of `pairs.jsonl`, and counts: pairs by type and split, prompts without a pair and why."""
     counts = Counter(dict.fromkeys((*get_args(PairType), "train", "eval", "prompts_without_pair"), 0))
     rows = []
-    for prompt in tqdm(prompts, desc="pairing", unit=" prompts"):
+    for prompt in tqdm(prompts, desc="pairing", unit=" prompts", disable=None):
         id, label, question = prompt["id"], prompt["label"], question_of(prompt)
         split = "eval" if _fraction(options.seed, question_text(question)) < options.eval_fraction else "train"
         pairs = make_pairs(id, label, judgments.get(id, []), options)

@@ -60,7 +60,7 @@ def load_prompts(
     rows, counts, found = {}, Counter(records=0), set()
     for name in data:
         source = Path(name).name if Path(split_name(name)[0]).exists() else name
-        for record in tqdm(read_preferences(name, limit), desc=f"reading {source}", unit=" records"):
+        for record in tqdm(read_preferences(name, limit), desc=f"reading {source}", unit=" records", disable=None):
             counts["records"] += 1
             found.add(record.subset)
             row = make_row(record, source, seed)
