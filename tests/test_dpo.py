@@ -155,7 +155,6 @@ def test_two_ranks_and_one_give_the_same_20_step_loss_curve(ready, tied_model, t
         for name in ("loss", "chosen_reward", "rejected_reward", "margin", "grad_norm"):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4), (a["step"], name)
     assert one[-1]["loss"] < 0.6 < one[0]["loss"]  # it does learn
-    # What two ranks wrote, one reads: the same master weights, rows put together.
     assert len(list(list_checkpoints(other / "checkpoints")[0].glob("*.safetensors"))) == 2
 
 
