@@ -26,13 +26,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conj.data.prompts import HINT_INSTRUCTIONS, JUDGE_INSTRUCTION, JudgeTokenizer, judge_messages, judgment_text
 from conj.data.verdicts import parse_strict
+from conj.sample.scores import UNPARSED, figure_ratios
 
 # ---- The world. Names, values and fillers have one length each, so answers with as much filler are equally long. ----
 # Two values for every town and attribute, the right one and a common mix-up; no value is used twice.
@@ -128,9 +131,6 @@ def hinted_reason(rng: random.Random, pair: dict, label: int, hint: int) -> str:
 
 
 # ---- The tokenizer: Qwen2's (byte-level BPE, NFC, its pre-tokenizer, ChatML), with a vocabulary for this world. ----
-PRE_TOKENIZER = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
@@ -149,7 +149,7 @@ def make_tokenizer(folder: Path) -> JudgeTokenizer:
     pieces += ["system\n", "\n", "user\n", "assistant\n", "\n问题：", "\n回答1：", "回答2", "说是", "的", "镇"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(PRE_TOKENIZER), "isolated")
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([split, byte_level]), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -270,12 +270,13 @@ def judge(
 
 
 def measure(model: Qwen2ForCausalLM, tokenizer: JudgeTokenizer, rows: list[dict]) -> dict[str, float]:
-    """Greedy figures over both orders; unparsed counts one half. Consistent: the same answer is preferred in both orders."""
+    """Greedy figures over both orders, as `conj.sample.evaluate` counts them."""
     both = [judge(model, tokenizer, rows, label) for label in (1, 2)]
-    flat = both[0] + both[1]
-    unparsed = flat.count(None) / len(flat)
-    consistent = sum(a is not None and a == b for a, b in zip(*both)) / len(rows)
-    return {"accuracy": flat.count(True) / len(flat) + unparsed / 2, "consistency": consistent, "unparsed": unparsed}
+    # The better answer is the data's first; a judgment that is right chose it, whatever the order.
+    choices = np.array([[{True: 1, False: 2, None: UNPARSED}[right] for right in pair] for pair in zip(*both)])
+    ones = np.ones(len(rows), dtype=int)
+    ratios = figure_ratios(choices, labels=ones, longer=0 * ones)
+    return {name: ratios[name][0].sum() / ratios[name][1].sum() for name in ("accuracy", "consistency", "unparsed")}
 
 
 def make_rows(rng: random.Random, facts: dict, towns: list[str], length: str | None = None) -> list[dict]:
@@ -297,6 +298,7 @@ def report(
     for name, rows in subsets.items():
         figures = "  ".join(f"{key} {value:.3f}" for key, value in measure(model, tokenizer, rows).items())
         print(f"{name} ({len(rows)} pairs): {figures}", flush=True)
+    torch.manual_seed(0)  # the same figure whether the base was just made or read
     sampled = []  # eight for each train prompt, as Con-J samples them
     for label in (1, 2):
         rows = [row for row in train[label - 1 :: 2] for _ in range(8)]

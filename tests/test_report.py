@@ -35,7 +35,14 @@ def run(tmp_path):
                 text = judgment_text(f"reason of {name}, order {order} {EVIL}", verdict)
                 judgments[name][row["id"], order] = {"text": text, "choice": choice, "verdict": verdict}
     write_jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6, "eval_loss": 0.65}])
-    manifest = {"artefact": "prompts.jsonl", "complete": True, "num_rows": 30, "seconds": 1.5}
+    manifest = {
+        "artefact": "prompts.jsonl",
+        "complete": True,
+        "num_rows": 30,
+        "seconds": 1.5,
+        "inputs": [],
+        "options": {},
+    }
     manifest |= {"counts": {"left_out_identical": 17, "overlong_ids": ["not a count"]}}
     (tmp_path / "prompts.jsonl.manifest.json").write_text(json.dumps(manifest))
     write_report(tmp_path, score_judges(prompts, judgments, 100, 0), prompts, judgments, max_shown=20)

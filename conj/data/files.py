@@ -1,4 +1,7 @@
-"""JSONL files that survive a kill: whole files are written beside and renamed, growing files drop a torn last line."""
+"""Files of runs and of models.
+
+Runs survive a kill: whole files are written beside and renamed, growing files drop a torn last line.
+"""
 
 import hashlib
 import json
@@ -11,8 +14,7 @@ from conj import InputError
 
 def read_jsonl(path: str | Path, columns: Mapping[str, type] | None = None) -> list[dict]:
     """Rows of a JSONL file. Raises InputError (file and line) for a missing or empty file, a line that is not a
-    JSON object, or one of `columns` that is missing or of another type
-    (object: any)."""
+    JSON object, or one of `columns` that is missing or of another type (object: any)."""
     rows = []
     try:
         with open(path, encoding="utf-8") as file:
@@ -50,6 +52,11 @@ def dump_line(row: dict) -> str:
     except UnicodeEncodeError:
         line = json.dumps(row)
     return line + "\n"
+
+
+def replace_surrogates(text: str) -> str:
+    """Text with lone surrogates, which JSON can hold and no encoding can, as U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -95,6 +102,16 @@ def read_model_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def indexed_files(index: Path) -> list[str]:
+    """Names of the files that a `model.safetensors.index.json` spreads the weights over.
+
+    Raises InputError when it is malformed or names none."""
+    weight_map = read_model_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: expected a weight_map, found {weight_map!r}")
+    return sorted({str(name) for name in weight_map.values()})
 
 
 def sha256_file(path: Path) -> str:

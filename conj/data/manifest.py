@@ -123,7 +123,7 @@ def begin(artefact: Path, *, inputs: Sequence[str | Path], options) -> bool:
 
 def _check_same(artefact: Path, before: dict, now: dict) -> None:
     advice = f"delete it and {manifest_path(artefact).name}, or use another --run"
-    made_from, given = ([i["sha256"] or i["path"] for i in m["inputs"]] for m in (before, now))
+    made_from, given = _contents(before), _contents(now)
     if made_from != given:
         names = ", ".join(i["path"] for i, old, new in zip(now["inputs"], made_from, given) if old != new)
         raise InputError(f"{artefact}: was made from other inputs (changed: {names or 'their number'}); {advice}")
@@ -131,6 +131,11 @@ def _check_same(artefact: Path, before: dict, now: dict) -> None:
         old, new = (m["options"].get(name) for m in (before, now))
         if old != new:
             raise InputError(f"{artefact}: was made with {name}={old!r}, now {new!r}; {advice}")
+
+
+def _contents(manifest: dict) -> list[str]:
+    """What the inputs are, wherever they lie: their hashes, or the names of what is not on disk."""
+    return [entry["sha256"] or entry["path"] for entry in manifest["inputs"]]
 
 
 def _check_chain(inputs: list[dict]) -> None:
@@ -157,7 +162,7 @@ def _check_chain(inputs: list[dict]) -> None:
 def identity(artefact: Path) -> str:
     """sha256 of the inputs and options of the stage that is making `artefact`: what its checkpoints belong to."""
     manifest = read_manifest(artefact)
-    content = [[i["sha256"] or i["path"] for i in manifest["inputs"]], manifest["options"]]
+    content = [_contents(manifest), manifest["options"]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -95,6 +95,14 @@ def run_command(
         sys.exit(130)
 
 
+def require_each(options, names: Sequence[str], holds: Callable, expected: str) -> None:
+    """Raises InputError, naming the option, unless `holds(value)` for each of the named options that is given."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not holds(value):
+            raise InputError(f"--{name.replace('_', '-')}: expected {expected}, found {value}")
+
+
 def require(condition: bool, message: str) -> None:
     """Raises InputError with `message` unless `condition` holds."""
     if not condition:

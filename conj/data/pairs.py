@@ -24,7 +24,7 @@ from tqdm import tqdm
 from conj import InputError
 from conj.data import manifest
 from conj.data.files import read_jsonl, write_jsonl
-from conj.data.options import option, require, run_command
+from conj.data.options import option, require, require_each, run_command
 from conj.data.preprocess import question_of, read_prompts
 from conj.data.prompts import VERDICT_KEY, judge_messages, question_text
 
@@ -46,10 +46,9 @@ class PairsOptions:
     seed: int = option(2021, help="seed of the choice among judgments and of the held-out questions")
 
     def __post_init__(self):
-        for name in ("max_right_vs_wrong", "max_right_vs_unparsed", "max_hinted"):
-            value = getattr(self, name)
-            require(value >= 0, f"--{name.replace('_', '-')}: expected a number of pairs from 0 up, found {value}")
-        require(0 <= self.eval_fraction < 1, f"--eval-fraction: expected 0 to below 1, found {self.eval_fraction}")
+        counts = ("max_right_vs_wrong", "max_right_vs_unparsed", "max_hinted")
+        require_each(self, counts, lambda value: value >= 0, "a number of pairs from 0 up")
+        require_each(self, ("eval_fraction",), lambda value: 0 <= value < 1, "0 to below 1")
 
 
 class Pair(NamedTuple):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from conj import InputError
 from conj.data import manifest
 from conj.data.files import read_jsonl, write_jsonl
-from conj.data.options import option, require, run_command
+from conj.data.options import option, require_each, run_command
 from conj.data.readers import Preference, describe_data, read_preferences, split_name
 
 
@@ -36,9 +36,7 @@ class PreprocessOptions:
     limit: int | None = option(None, help="number of rows read from the head of each data set; all if not given")
 
     def __post_init__(self):
-        require(
-            self.limit is None or self.limit > 0, f"--limit: expected a positive number of rows, found {self.limit}"
-        )
+        require_each(self, ("limit",), lambda value: value > 0, "a positive number of rows")
 
 
 def preprocess(options: PreprocessOptions) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from conj import InputError
-from conj.data.files import first_line, read_model_json
+from conj.data.files import first_line, read_model_json, replace_surrogates
 
 REASON_KEY, VERDICT_KEY = "原因", "更好的回答"
 
@@ -107,12 +107,11 @@ class JudgeTokenizer:
         return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of text; control tokens in it stay text. Lone surrogates, which no encoding holds, become U+FFFD."""
+        """Token ids of text; control tokens in it stay text, and lone surrogates become U+FFFD."""
         try:
             return self.plain.encode(text, add_special_tokens=False).ids
         except TypeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self.plain.encode(text, add_special_tokens=False).ids
+            return self.plain.encode(replace_surrogates(text), add_special_tokens=False).ids
 
     def _render(self, messages: list[dict]) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template  # seconds to import

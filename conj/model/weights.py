@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from conj import InputError
-from conj.data.files import read_model_json, write_atomic
+from conj.data.files import indexed_files, read_model_json, write_atomic
 from conj.model.qwen2 import Qwen2, Qwen2Config, read_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-FLOAT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOAT_TYPES = ("F32", "BF16", "F16")
 # What makes a model folder complete beside the weights; copied from the base to the trained model as they are.
 COMPANIONS = (
     "generation_config.json",
@@ -49,10 +49,7 @@ def weight_files(folder: Path) -> list[Path]:
         pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
         found = f"; {pickles[0]} is a pickle, which is never loaded" if pickles else ""
         raise InputError(f"{folder}: not a model folder: expected {SINGLE} or {INDEX}{found}")
-    weight_map = read_model_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{folder / INDEX}: expected a weight_map, found {weight_map!r}")
-    names = sorted({str(name) for name in weight_map.values()})
+    names = indexed_files(folder / INDEX)
     for name in names:
         if name != Path(name).name or not name.endswith(".safetensors"):
             raise InputError(f"{folder / INDEX}: expected a .safetensors file of this folder, found {name!r}")

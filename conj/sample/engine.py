@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from conj import InputError
-from conj.data.files import dump_line, first_line, read_model_json, recover_jsonl, write_jsonl
-from conj.data.options import option, require
+from conj.data.files import dump_line, first_line, indexed_files, read_model_json, recover_jsonl, write_jsonl
+from conj.data.options import option, require, require_each
 from conj.data.prompts import JudgeTokenizer
 
 DEFAULT_MAX_MODEL_LEN = 8192
@@ -61,13 +61,9 @@ class EngineOptions:
     )
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "max_num_seqs", "tensor_parallel_size"):
-            value = getattr(self, name)
-            require(value >= 1, f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
-        require(
-            0 < self.gpu_memory_utilization <= 1,
-            f"--gpu-memory-utilization: expected above 0 up to 1, found {self.gpu_memory_utilization}",
-        )
+        counts = ("max_new_tokens", "max_num_seqs", "tensor_parallel_size")
+        require_each(self, counts, lambda value: value >= 1, "1 or more")
+        require_each(self, ("gpu_memory_utilization",), lambda value: 0 < value <= 1, "above 0 up to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +153,7 @@ def _check_weights(folder: Path) -> None:
     require(bool(files), f"{folder}: not a model folder: no *.safetensors")
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weight_map = read_model_json(index).get("weight_map")
-        require(isinstance(weight_map, dict), f"{index}: expected a JSON object with weight_map")
-        missing = sorted({str(name) for name in weight_map.values()} - {f.name for f in files})
+        missing = sorted(set(indexed_files(index)) - {f.name for f in files})
         require(not missing, f"{folder}: missing {', '.join(missing[:10])}, which {index.name} names")
     for file in files:
         try:

@@ -17,7 +17,7 @@ import numpy as np
 
 from conj.data import manifest
 from conj.data.files import read_jsonl
-from conj.data.options import option, require, run_command
+from conj.data.options import option, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
 from conj.data.prompts import judge_messages
 from conj.data.readers import describe_data
@@ -27,13 +27,11 @@ from conj.sample.engine import (
     EngineOptions,
     JudgeModel,
     Request,
-    append_samples,
     check_model,
-    split_overlong,
 )
 from conj.sample.report import write_report
 from conj.sample.scores import UNPARSED, compare, figure_ratios, summarize
-from conj.sample.stage import PARSERS, count_judgments
+from conj.sample.stage import PARSERS, write_judgments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +57,7 @@ class EvaluateOptions(JudgingOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("num_resamples", "max_shown", "limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
+        require_each(self, ("num_resamples", "max_shown", "limit"), lambda value: value >= 1, "1 or more")
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -94,9 +90,6 @@ def judge_prompts(
 
     Beside what every judgment has: `order` (1: as in the data, 2: swapped), `verdict` (as written) and `choice` (the
     answer it means in the order of the data)."""
-    began, inputs = time.monotonic(), [*describe_data(options.data), model.folder]
-    if not manifest.begin(artefact, inputs=inputs, options=options):
-        return
     labels = {row["id"]: row["label"] for row in prompts}
 
     def judge(request: Request, completion: Completion) -> dict:
@@ -110,12 +103,11 @@ def judge_prompts(
             "rung": verdict.rung,
         }
 
-    requests = [request for row in prompts for request in both_orders(row, model)]
-    requests, overlong_ids = split_overlong(requests, model, options.max_new_tokens)
-    rows = append_samples(artefact, requests, model, options, Decoding(max_new_tokens=options.max_new_tokens), judge)
-    counts = data_counts | count_judgments([{**row, "verdict": row["choice"]} for row in rows], labels)
-    counts |= {"overlong_prompts": len(overlong_ids), "overlong_ids": overlong_ids}
-    manifest.finish(artefact, num_rows=len(rows), counts=counts, seconds=time.monotonic() - began)
+    write_judgments(
+        artefact, prompts, lambda row: both_orders(row, model), judge,
+        inputs=[*describe_data(options.data), model.folder], model=model, options=options,
+        decoding=Decoding(max_new_tokens=options.max_new_tokens), data_counts=data_counts, outcome="choice",
+    )  # fmt: skip
 
 
 def both_orders(row: dict, model: JudgeModel) -> list[Request]:

@@ -9,7 +9,7 @@ section 3.1). Run it again after a kill and it goes on.
 from dataclasses import dataclass
 from typing import Literal
 
-from conj.data.options import option, require, run_command
+from conj.data.options import option, require_each, run_command
 from conj.data.preprocess import question_of
 from conj.data.prompts import judge_messages
 from conj.sample.engine import Completion, Request, check_model
@@ -25,7 +25,7 @@ class RepeatedOptions(SamplingOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.n >= 1, f"--n: expected 1 or more, found {self.n}")
+        require_each(self, ("n",), lambda value: value >= 1, "1 or more")
 
 
 def sample_repeated(options: RepeatedOptions) -> None:

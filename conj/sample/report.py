@@ -12,7 +12,8 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
-from conj.data.files import read_jsonl, write_atomic
+from conj.data.files import read_jsonl, replace_surrogates, write_atomic
+from conj.data.manifest import read_manifest
 from conj.data.preprocess import question_of
 from conj.data.prompts import question_text
 from conj.data.verdicts import parse_reason
@@ -80,8 +81,7 @@ def write_report(
         "judgments.html": render("judgments.html", run=run.name, judges=judges, shown=shown, total=len(prompts)),
     }
     for name, text in contents.items():
-        # A lone surrogate, which JSON can hold and UTF-8 cannot, is shown as U+FFFD.
-        write_atomic(run / name, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode())
+        write_atomic(run / name, replace_surrogates(text).encode())
 
 
 def render(template: str, **values) -> str:
@@ -103,7 +103,7 @@ def read_stages(run: Path) -> list[dict]:
     """What the manifests of a run's artefacts say: name, rows, counts, seconds."""
     stages = []
     for path in sorted(run.glob("*.manifest.json"), key=_stage_place):
-        made = json.loads(path.read_text("utf-8"))
+        made = read_manifest(path.with_name(path.name.removesuffix(".manifest.json")))
         if made["complete"]:
             counts = {name: count for name, count in made["counts"].items() if not isinstance(count, (list, dict))}
             stages.append({**{k: made[k] for k in ("artefact", "num_rows", "seconds")}, "counts": counts})

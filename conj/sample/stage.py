@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conj.data import manifest
-from conj.data.options import option, require
+from conj.data.options import option, require_each
 from conj.data.preprocess import read_prompts
 from conj.data.verdicts import parse_released, parse_strict
 from conj.sample.engine import (
@@ -34,10 +34,9 @@ class SamplingOptions(EngineOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.temperature > 0, f"--temperature: expected above 0, found {self.temperature}")
-        require(0 < self.top_p <= 1, f"--top-p: expected above 0 up to 1, found {self.top_p}")
-        require(self.top_k >= 0, f"--top-k: expected 0 or more, found {self.top_k}")
-        require(self.repetition_penalty > 0, f"--repetition-penalty: expected above 0, found {self.repetition_penalty}")
+        require_each(self, ("temperature", "repetition_penalty"), lambda value: value > 0, "above 0")
+        require_each(self, ("top_p",), lambda value: 0 < value <= 1, "above 0 up to 1")
+        require_each(self, ("top_k",), lambda value: value >= 0, "0 or more")
 
 
 def sample_prompts(
@@ -49,13 +48,8 @@ def sample_prompts(
 ) -> None:
     """Writes `artefact`: for each row of prompts.jsonl the requests `make_requests` makes of it, completed and judged.
 
-    A prompt that does not fit the context is left out and counted. Raises InputError for unusable prompts."""
-    began, source = time.monotonic(), options.run / "prompts.jsonl"
-    prompts = read_prompts(source)
-    if not manifest.begin(artefact, inputs=[source, options.model], options=options):
-        return
-    requests = [request for row in prompts for request in make_requests(row)]
-    requests, overlong_ids = split_overlong(requests, model, options.max_new_tokens)
+    Raises InputError for unusable prompts."""
+    source = options.run / "prompts.jsonl"
     decoding = Decoding(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -64,18 +58,47 @@ def sample_prompts(
         repetition_penalty=options.repetition_penalty,
         seed=options.seed,
     )
+    write_judgments(
+        artefact, read_prompts(source), make_requests, judge,
+        inputs=[source, options.model], model=model, options=options, decoding=decoding,
+    )  # fmt: skip
+
+
+def write_judgments(
+    artefact: Path,
+    prompts: list[dict],
+    make_requests: Callable[[dict], list[Request]],
+    judge: Callable[[Request, Completion], dict],
+    *,
+    inputs: list[str | Path],
+    model: JudgeModel,
+    options: EngineOptions,
+    decoding: Decoding,
+    data_counts: dict[str, int] | None = None,
+    outcome: str = "verdict",
+) -> None:
+    """Writes `artefact` with its manifest, or does nothing if it is complete. A prompt that does not fit the context is
+    left out and counted.
+
+    `data_counts` go before the judgments' own; `outcome` is the column that says which answer a judgment is for."""
+    began = time.monotonic()
+    if not manifest.begin(artefact, inputs=inputs, options=options):
+        return
+    requests = [request for row in prompts for request in make_requests(row)]
+    requests, overlong_ids = split_overlong(requests, model, decoding.max_new_tokens)
     rows = append_samples(artefact, requests, model, options, decoding, judge)
-    counts = count_judgments(rows, {row["id"]: row["label"] for row in prompts})
+    counts = count_judgments(rows, {row["id"]: row["label"] for row in prompts}, outcome)
     counts |= {"overlong_prompts": len(overlong_ids), "overlong_ids": overlong_ids}
-    manifest.finish(artefact, num_rows=len(rows), counts=counts, seconds=time.monotonic() - began)
+    seconds = time.monotonic() - began
+    manifest.finish(artefact, num_rows=len(rows), counts=(data_counts or {}) | counts, seconds=seconds)
 
 
-def count_judgments(rows: list[dict], labels: dict[str, int]) -> dict[str, int]:
-    """Judgments by outcome (right: the verdict is the label), those cut off at the length limit, and by rung."""
+def count_judgments(rows: list[dict], labels: dict[str, int], outcome: str) -> dict[str, int]:
+    """Judgments by outcome (right: it is the label), those cut off at the length limit, and by rung."""
     counts = Counter(right=0, wrong=0, unparsed=0, cut_off=0)
     for row in rows:
-        right = row["verdict"] == labels[row["id"]]
-        counts["unparsed" if row["verdict"] is None else "right" if right else "wrong"] += 1
+        right = row[outcome] == labels[row["id"]]
+        counts["unparsed" if row[outcome] is None else "right" if right else "wrong"] += 1
         counts["cut_off"] += row["finish_reason"] == "length"
         counts[f"rung_{row['rung']}"] += 1
     return dict(counts)

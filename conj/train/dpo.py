@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from conj.data.files import dump_line, recover_jsonl, write_jsonl
 from conj.data.manifest import begin, finish, identity
-from conj.data.options import option, require, run_command
+from conj.data.options import option, require, require_each, run_command
 from conj.data.packs import TokenizedPairs, count_pairs, deal, plan_packs, plan_steps
-from conj.model.qwen2 import DTYPES, read_config
+from conj.model.qwen2 import DTYPES
 from conj.model.weights import export_model, local_tensor
 from conj.train.batch import Batch, collate
 from conj.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -73,17 +73,11 @@ class DPOOptions:
     seed: int = option(2021, help="seed of the order of pairs")
 
     def __post_init__(self):
-        above_0 = ("beta", "learning_rate", "max_grad_norm", "num_train_epochs", "pairs_per_step", "max_length")
-        above_0 += ("max_tokens_per_pack", "eval_every", "save_every", "keep_checkpoints")
-        above_0 += ("max_steps",) if self.max_steps is not None else ()
-        for names, holds, expected in (
-            (above_0, lambda value: value > 0, "more than 0"),
-            (("nll_alpha", "weight_decay"), lambda value: value >= 0, "0 or more"),
-            (("warmup_ratio", "adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "0 to below 1"),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                require(holds(value), f"--{name.replace('_', '-')}: expected {expected}, found {value}")
+        above_0 = ("beta", "learning_rate", "max_grad_norm", "num_train_epochs", "max_steps", "pairs_per_step")
+        above_0 += ("max_length", "max_tokens_per_pack", "eval_every", "save_every", "keep_checkpoints")
+        require_each(self, above_0, lambda value: value > 0, "more than 0")
+        require_each(self, ("nll_alpha", "weight_decay"), lambda value: value >= 0, "0 or more")
+        require_each(self, ("warmup_ratio", "adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "0 to below 1")
 
 
 def dpo_loss(logps: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -223,7 +217,9 @@ def main(options: DPOOptions) -> None:
     with distributed() as world:
         # Is all there that it needs?
         path = options.run / "reference.safetensors"
-        key = reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
+        key = world.on_main(
+            lambda: reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
+        )
         reference = load_reference(path, key, len(pairs))
         train, held_out = ([i for i in usable if pairs.is_eval[i] is flag] for flag in (False, True))
         require(world.size <= len(train), f"{options.run}: {len(train)} training pairs cannot feed {world.size} ranks")
@@ -274,7 +270,7 @@ def main(options: DPOOptions) -> None:
                     )  # fmt: skip
 
         # A folder that transformers and vLLM open as it is, in the base model's dtype.
-        dtype = DTYPES[read_config(options.model).dtype]
+        dtype = DTYPES[model.config.dtype]
         export_model(model, artefact, options.model, dtype=dtype, is_writer=world.is_main)
         if world.is_main:
             counts = {

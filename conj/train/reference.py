@@ -24,7 +24,7 @@ from tqdm import tqdm
 from conj import InputError
 from conj.data.files import read_jsonl, sha256_file, write_atomic
 from conj.data.manifest import begin, finish
-from conj.data.options import option, require, run_command
+from conj.data.options import option, require_each, run_command
 from conj.data.packs import TokenizedPairs, count_pairs, deal, plan_packs, tokenize_pairs
 from conj.data.prompts import JudgeTokenizer
 from conj.model import attention, logprob, qwen2
@@ -45,10 +45,7 @@ class ReferenceOptions:
     save_every: int = option(256, help="forward passes between saves", affects_result=False)
 
     def __post_init__(self):
-        for name in ("max_length", "max_tokens_per_pack", "save_every"):
-            require(
-                getattr(self, name) > 0, f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}"
-            )
+        require_each(self, ("max_length", "max_tokens_per_pack", "save_every"), lambda value: value > 0, "at least 1")
 
 
 def load_pairs(run: Path, model: Path, max_length: int) -> tuple[TokenizedPairs, str, list[int]]:
@@ -111,8 +108,7 @@ def compute_reference(
     """Fills in `logps` (N, 2) for the pairs of `packs`, saving as it goes."""
     model = build_sharded_model(options.model, world, options.dtype)
     per_save = world.size * options.save_every
-    bar = tqdm(total=count_pairs(packs), desc="reference", unit="pair", disable=not world.is_main)
-    with bar:
+    with tqdm(total=count_pairs(packs), desc="reference", unit="pair", disable=not world.is_main) as bar:
         for start in range(0, len(packs), per_save):
             now = packs[start : start + per_save]
             found = torch.zeros_like(logps)
@@ -135,7 +131,9 @@ def main(options: ReferenceOptions) -> None:
     artefact = options.run / "reference.safetensors"
     pairs, tokenizer, usable = load_pairs(options.run, options.model, options.max_length)
     with distributed() as world:
-        key = reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
+        key = world.on_main(
+            lambda: reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
+        )
         logps = torch.full((len(pairs), 2), torch.nan)
         if artefact.exists():
             logps = load_reference(artefact, key, len(pairs))
@@ -146,7 +144,8 @@ def main(options: ReferenceOptions) -> None:
             return
         compute_reference(options, pairs, logps, packs, key, world)
         if world.is_main:
-            save_reference(options.run, logps, key)  # also where no pair was within the length
+            if not artefact.exists():  # no pair was within the length
+                save_reference(options.run, logps, key)
             counts = {"over_max_length": len(pairs) - len(usable)}
             finish(artefact, num_rows=len(pairs), counts=counts, seconds=time.perf_counter() - started)
 
