@@ -1,13 +1,22 @@
 """The plan: which pairs make a step, which packs hold them, and that neither loses, repeats or splits anything."""
 
+import inspect
+import random
+import time
+from array import array
 from collections import Counter
 
 import pytest
 from conftest import random_pairs
 
 from conj import InputError
-from conj.data.packs import deal, group_tokens, plan_packs, plan_steps, tokenize_pairs
+from conj.data.packs import TokenizedPairs, count_pairs, deal, group_tokens, plan_packs, plan_steps, tokenize_pairs
 from conj.data.prompts import JudgeTokenizer
+
+# Every 10th percentile of tokens, 0 to 100, under Qwen2's tokenizer: UltraFeedback rows in the judge's prompt, and the
+# reasons of LLMBar's judges in the judgment's JSON. scripts/bench_packing.py draws from the data themselves.
+PROMPT_TOKENS = (144, 286, 376, 482, 583, 698, 814, 950, 1114, 1395, 2382)
+JUDGMENT_TOKENS = (19, 69, 79, 89, 97, 107, 117, 133, 154, 186, 322)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +68,219 @@ def test_sharing_saves_the_tokens_it_says(pairs):
         assert sum(group_tokens(pairs, group) for group in pack) == copies * prompt + judgments
 
 
+def drawn_pairs(num_prompts: int, seed: int = 0, fewest: int = 5, most: int = 5) -> TokenizedPairs:
+    """Pairs with lengths as in real data; the ids are all 0."""
+    rng = random.Random(seed)
+
+    def ids(deciles: tuple[int, ...]) -> array:
+        i = rng.randrange(10)
+        return array("i", bytes(4 * rng.randint(deciles[i], deciles[i + 1])))
+
+    prompt_of = [prompt for prompt in range(num_prompts) for _ in range(rng.randint(fewest, most))]
+    return TokenizedPairs(
+        ids=[f"p{prompt}" for prompt in prompt_of],
+        is_eval=[False] * len(prompt_of),
+        prompts=[ids(PROMPT_TOKENS) for _ in range(num_prompts)],
+        prompt_of=prompt_of,
+        judgments=[(ids(JUDGMENT_TOKENS), ids(JUDGMENT_TOKENS)) for _ in prompt_of],
+    )
+
+
+def tokens_of(pairs, packs) -> list[int]:
+    return [sum(group_tokens(pairs, group) for group in pack) for pack in packs]
+
+
+def balance_lost(pairs, packs, num_ranks: int) -> float:
+    """The share of a step in which ranks wait for the fullest one, if time is as tokens."""
+    dealt = [sum(tokens_of(pairs, filter(None, deal(packs, rank, num_ranks)))) for rank in range(num_ranks)]
+    return 1 - sum(dealt) / num_ranks / max(dealt)
+
+
+def plain_first_fit_steps(pairs, members, pairs_per_step: int, seed: str) -> list[list[int]]:
+    """`plan_steps` with share="prompt" as its docstring tells it, looking at every open step for every prompt."""
+    rng = random.Random(seed)
+    by_prompt = {}
+    for pair in members:
+        by_prompt.setdefault(pairs.prompt_of[pair], []).append(pair)
+    groups = list(by_prompt.values())
+    rng.shuffle(groups)
+    steps, full = [], []
+    for group in groups:
+        for start in range(0, len(group), pairs_per_step):
+            part = group[start : start + pairs_per_step]
+            step = next((step for step in steps if len(step) + len(part) <= pairs_per_step), None)
+            if step is None:
+                steps.append(step := [])
+            step += part
+            if len(step) == pairs_per_step:
+                full.append(step)
+    rest = [pair for step in steps if len(step) < pairs_per_step for pair in step]
+    rest = [rest[i : i + pairs_per_step] for i in range(0, len(rest), pairs_per_step)]
+    tail = [rest.pop()] if rest and len(rest[-1]) < pairs_per_step else []
+    steps = full + rest
+    rng.shuffle(steps)
+    return steps + tail
+
+
+def test_steps_are_those_of_a_plain_first_fit():
+    """The quick search for an open step changes no step: golden losses and unfinished runs depend on their order."""
+    for seed in range(60):
+        rng = random.Random(seed)
+        pairs = drawn_pairs(rng.randint(1, 120), seed, 1, rng.randint(1, 9))
+        members = [i for i in range(len(pairs)) if rng.random() < 0.9] or [0]
+        size = rng.choice((1, 2, 5, 6, 24, 50))
+        found = plan_steps(pairs, members, pairs_per_step=size, share="prompt", seed=str(seed))
+        assert found == plain_first_fit_steps(pairs, members, size, str(seed)), seed
+
+
+@pytest.mark.parametrize("share", ["none", "pair", "prompt"])
+def test_packs_of_any_multiple_hold_every_pair_once_within_the_budget(share):
+    """Cutting prompts apart to even packs out must lose, repeat and overfill nothing, and leave no rank without pairs
+    while there are pairs for all."""
+    for seed in range(60):
+        rng = random.Random(seed)
+        pairs = drawn_pairs(rng.randint(1, 60), seed, 1, 6)
+        members = rng.sample(range(len(pairs)), rng.randint(1, len(pairs)))
+        multiple, max_tokens = rng.choice((1, 2, 3, 8, 64)), rng.choice((5_500, 16_384))
+        packs = plan_packs(pairs, members, max_tokens=max_tokens, share=share, multiple=multiple)
+        tokens = tokens_of(pairs, packs)
+        assert sorted(pair for pack in packs for group in pack for pair in group.pairs) == sorted(members)
+        assert all(len({pairs.prompt_of[pair] for pair in group.pairs}) == 1 for pack in packs for group in pack)
+        assert max(tokens) <= max_tokens and tokens == sorted(tokens, reverse=True) and all(packs)
+        assert len(packs) % multiple == 0 or len(packs) == len(members)
+        # The smallest such number: one multiple fewer could not hold even the bare tokens, or hardly.
+        fewest = sum(tokens_of(pairs, plan_packs(pairs, members, max_tokens=2**40, share=share)))
+        assert len(packs) - multiple < fewest / (0.8 * max_tokens)
+
+
+def test_no_pairs_make_no_packs():
+    """A run without held-out pairs has an empty evaluation set."""
+    for multiple in (1, 8):
+        assert plan_packs(drawn_pairs(1), [], max_tokens=100, share="prompt", multiple=multiple) == []
+
+
+def test_prompts_are_cut_apart_only_where_ranks_would_wait():
+    """Each cut encodes a prompt once more: with one rank never, with more only as far as it shortens the fullest."""
+    pairs = drawn_pairs(40)
+    (pack,) = plan_packs(pairs, range(20), max_tokens=16384, share="prompt")
+    assert [len(group.pairs) for group in pack] == [5, 5, 5, 5]
+    packs = plan_packs(pairs, range(200), max_tokens=16384, share="prompt")
+    assert len(packs) > 1 and sum(map(len, packs)) == 40
+    cut = plan_packs(pairs, range(200), max_tokens=16384, share="prompt", multiple=8)
+    assert 40 < sum(map(len, cut)) < 40 + 8
+    assert sum(tokens_of(pairs, cut)) < 1.03 * sum(tokens_of(pairs, packs))
+    # 8 prompts of one length and 8 ranks: nothing to gain, nothing cut.
+    even = TokenizedPairs(
+        ids=["p"] * 24, is_eval=[False] * 24, prompts=[array("i", bytes(400))] * 8,
+        prompt_of=[i // 3 for i in range(24)], judgments=[(array("i", bytes(80)),) * 2] * 24,
+    )  # fmt: skip
+    assert [len(pack) for pack in plan_packs(even, range(24), max_tokens=16384, share="prompt", multiple=8)] == [1] * 8
+
+
+@pytest.mark.parametrize("share", ["none", "pair", "prompt"])
+def test_ranks_of_a_large_step_carry_the_same_load_within_3_percent(share):
+    """Ranks wait for the fullest at every step. Packs come largest first, so in each round that is rank 0."""
+    lost = []
+    for seed in range(20):
+        pairs = drawn_pairs(45, seed)
+        packs = plan_packs(pairs, range(192), max_tokens=16384, share=share, multiple=8)
+        lost.append(balance_lost(pairs, packs, 8))
+        rounds = sum(max(tokens_of(pairs, packs[i : i + 8])) for i in range(0, len(packs), 8))
+        assert rounds == sum(tokens_of(pairs, deal(packs, 0, 8)))
+    assert sum(lost) / len(lost) < 0.03 and max(lost) < 0.05, lost
+
+
+def test_the_balance_check_sees_packs_that_were_filled_for_one_rank():
+    """Negative control: as few packs as possible, dealt to 8 ranks, leave some without work."""
+    pairs = drawn_pairs(45)
+    assert balance_lost(pairs, plan_packs(pairs, range(192), max_tokens=16384, share="prompt"), 8) > 0.3
+
+
+def test_no_rank_idles_in_a_small_step():
+    """24 pairs fit one pack: without a multiple one of 8 ranks would do all the work."""
+    for seed in range(20):
+        pairs = drawn_pairs(5, seed)
+        one, eight = (
+            plan_packs(pairs, range(24), max_tokens=16384, share="prompt", multiple=multiple) for multiple in (1, 8)
+        )
+        assert (len(one), len(eight)) == (1, 8)
+        assert max(tokens_of(pairs, eight)) < 0.4 * tokens_of(pairs, one)[0]
+
+
+def test_packs_of_whole_data_are_at_least_97_percent_full():
+    """Stage 5 packs all pairs at once."""
+    for seed, (fewest, most) in enumerate([(5, 5), (1, 5), (1, 1), (3, 8)]):
+        pairs = drawn_pairs(1000, seed, fewest, most)
+        tokens = tokens_of(pairs, plan_packs(pairs, range(len(pairs)), max_tokens=16384, share="prompt"))
+        assert sum(tokens) > 0.97 * 16384 * (len(tokens) - 1), (fewest, most)  # the last pack takes what is left
+
+
+def test_a_prompt_too_large_for_a_pack_is_cut_whatever_the_multiple():
+    """A prompt may have any number of pairs."""
+    pairs = drawn_pairs(1, fewest=200, most=200)
+    for multiple in (1, 2, 8):
+        packs = plan_packs(pairs, range(200), max_tokens=4000, share="prompt", multiple=multiple)
+        assert count_pairs(packs) == 200 and max(tokens_of(pairs, packs)) <= 4000
+        assert len(packs) % multiple == 0
+
+
+@pytest.fixture(scope="module")
+def many_pairs():
+    return drawn_pairs(20_000)
+
+
+def plan_all_steps(pairs) -> None:
+    plan_steps(pairs, list(range(len(pairs))), pairs_per_step=24, share="prompt", seed="0")
+
+
+def pack_all_steps(pairs) -> None:
+    for step in plan_steps(pairs, list(range(len(pairs))), pairs_per_step=24, share="pair", seed="0"):
+        plan_packs(pairs, step, max_tokens=16384, share="prompt", multiple=8)
+
+
+def pack_whole(pairs) -> None:
+    plan_packs(pairs, range(len(pairs)), max_tokens=16384, share="prompt")
+
+
+def plan_plainly(pairs) -> None:
+    plain_first_fit_steps(pairs, range(len(pairs)), 24, "0")
+
+
+def cpu_seconds(plan, pairs) -> float:
+    start = time.process_time()
+    plan(pairs)
+    return time.process_time() - start
+
+
+@pytest.mark.parametrize("plan", [plan_all_steps, pack_all_steps, pack_whole])
+def test_plans_of_100_000_pairs_take_seconds(plan, many_pairs):
+    """0.1, 1.1 and 0.5 s here; 80,000 prompts x 5 pairs then take seconds too (scripts/bench_packing.py)."""
+    assert cpu_seconds(plan, many_pairs) < 10
+
+
+def test_steps_are_planned_without_a_scan_over_all_open_steps(many_pairs):
+    """Steps of 24 pairs that prompts of 5 cannot fill stay open, and the plain scan, the negative control, is quadratic:
+    here 40 times slower."""
+    assert 5 * cpu_seconds(plan_all_steps, many_pairs) < cpu_seconds(plan_plainly, many_pairs)
+
+
+def test_the_plan_knows_nothing_of_ranks_and_repeats_itself():
+    """The same run on other ranks must take the same packs: who is asked for a plan is not told their number."""
+    pairs = drawn_pairs(40)
+    asked = {name for function in (plan_steps, plan_packs) for name in inspect.signature(function).parameters}
+    assert asked == {"pairs", "members", "pairs_per_step", "share", "seed", "max_tokens", "multiple"}
+    plans = [plan_packs(pairs, range(150), max_tokens=9000, share="prompt", multiple=4) for _ in range(2)]
+    assert plans[0] == plans[1]
+    for num_ranks in range(1, 10):
+        dealt = [list(deal(plans[0], rank, num_ranks)) for rank in range(num_ranks)]
+        assert len({len(packs) for packs in dealt}) == 1
+        assert [pack for turn in zip(*dealt) for pack in turn if pack] == plans[0]
+
+
 def test_a_pair_over_the_budget_is_refused_by_name(pairs):
-    with pytest.raises(InputError, match="p000.*--max-tokens-per-pack is 50"):
-        plan_packs(pairs, [0], max_tokens=50, share="prompt")
+    for multiple in (1, 8):
+        with pytest.raises(InputError, match="p000.*--max-tokens-per-pack is 50"):
+            plan_packs(pairs, [0], max_tokens=50, share="prompt", multiple=multiple)
 
 
 def test_every_rank_runs_the_same_number_of_packs():

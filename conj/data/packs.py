@@ -1,15 +1,19 @@
-"""Contrastive pairs to packs: token ids, the plan of steps, first-fit-decreasing packs.
+"""Contrastive pairs to packs: token ids, the plan of steps, best-fit-decreasing packs.
 
 A judge's prompt is long and its judgments are short, so a prompt is encoded once and its judgments hang off it:
 `prompt + sum of judgments` tokens, where separate sequences take `2 x pairs x prompt + sum of judgments`.
-The plan depends on data, seed and epoch alone, never on the number of ranks.
+The plan depends on data, seed and epoch alone, never on the number of ranks: nothing here knows that number, but for
+`deal`, which hands out packs that are made. Fill, balance and seconds at 400,000 pairs: scripts/bench_packing.py.
 """
 
 import hashlib
+import heapq
 import random
 from array import array
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from conj import InputError
 from conj.data.prompts import JudgeTokenizer
@@ -31,6 +35,16 @@ class TokenizedPairs:
     def num_tokens(self, pair: int) -> int:
         """Tokens of the prompt and the longer of its two judgments."""
         return len(self.prompts[self.prompt_of[pair]]) + max(map(len, self.judgments[pair]))
+
+    @cached_property
+    def prompt_tokens(self) -> list[int]:
+        """Tokens of each distinct prompt."""
+        return [len(ids) for ids in self.prompts]
+
+    @cached_property
+    def judgment_tokens(self) -> list[int]:
+        """(N,) tokens a pair's judgments take in a pack. The last token of a judgment is only predicted, never read."""
+        return [len(chosen) + len(rejected) - 2 for chosen, rejected in self.judgments]
 
     def fingerprint(self) -> str:
         """sha256 over all token ids in row order."""
@@ -88,17 +102,27 @@ def plan_steps(
         by_prompt.setdefault(pairs.prompt_of[pair], []).append(pair)
     groups = list(by_prompt.values())
     rng.shuffle(groups)
-    full, open_steps = [], []
+    full: list[list[int]] = []
+    begun: list[list[int]] = []  # steps in the order in which they were begun
+    by_room: dict[int, list[int]] = {}  # pairs that still fit -> heap of the steps (places in `begun`) with that room
     for group in groups:
         for part in _cut(group, pairs_per_step):
-            step = next((s for s in open_steps if len(s) + len(part) <= pairs_per_step), None)
-            if step is None:
-                open_steps.append(step := [])
-            step += part
-            if len(step) == pairs_per_step:
-                open_steps = [s for s in open_steps if s is not step]
-                full.append(step)
-    rest = _cut([pair for step in open_steps for pair in step], pairs_per_step)
+            fitting = [(steps[0], room) for room, steps in by_room.items() if room >= len(part)]
+            if fitting:
+                first, room = min(fitting)
+                heapq.heappop(by_room[room])
+                if not by_room[room]:
+                    del by_room[room]
+            else:
+                first, room = len(begun), pairs_per_step
+                begun.append([])
+            begun[first] += part
+            room -= len(part)
+            if room:
+                heapq.heappush(by_room.setdefault(room, []), first)
+            else:
+                full.append(begun[first])
+    rest = _cut([pair for step in begun if len(step) < pairs_per_step for pair in step], pairs_per_step)
     tail = [rest.pop()] if rest and len(rest[-1]) < pairs_per_step else []
     steps = full + rest
     rng.shuffle(steps)  # first-fit fills early steps with small groups; their order must not show that
@@ -119,43 +143,127 @@ class Group:
 
 
 def group_tokens(pairs: TokenizedPairs, group: Group) -> int:
-    """Tokens a group takes in a pack. The last token of a judgment is only predicted, never read."""
-    judgments = [ids for pair in group.pairs for ids in pairs.judgments[pair]]
-    copies = len(judgments) if group.split else 1
-    return copies * len(pairs.prompts[group.prompt]) + sum(len(ids) - 1 for ids in judgments)
+    """Tokens a group takes in a pack."""
+    copies = 2 * len(group.pairs) if group.split else 1
+    return copies * pairs.prompt_tokens[group.prompt] + sum(pairs.judgment_tokens[pair] for pair in group.pairs)
 
 
-def plan_packs(pairs: TokenizedPairs, members: Sequence[int], *, max_tokens: int, share: str) -> list[list[Group]]:
-    """First-fit-decreasing packs of at most `max_tokens` tokens for the pairs of one step.
+Piece = tuple[int, int, list[int]]  # a group being planned: its tokens, those of its prompt's copies, pair numbers
 
-    A pair is never split between packs. Raises InputError for a pair that alone is over the budget."""
-    groups: list[Group] = []
-    filling: dict[int, tuple[Group, int]] = {}  # prompt -> its last group and that group's tokens
+
+def plan_packs(
+    pairs: TokenizedPairs, members: Sequence[int], *, max_tokens: int, share: str, multiple: int = 1
+) -> list[list[Group]]:
+    """Packs of at most `max_tokens` tokens that hold the pairs `members`, as even as can be, largest first.
+
+    With `multiple=1` there are as few packs as best-fit-decreasing takes, and a prompt that fits a pack is never
+    repeated: the fewest tokens in all, for one rank and for plans of so many packs that ranks are even anyway.
+    Else their number is the smallest multiple of it that is enough (but never more packs than pairs), and a prompt's
+    pairs are cut apart where that makes the largest pack smaller: the fewest tokens on the fullest of `multiple` ranks,
+    for which the others wait, at the price of repeated prompts. It must not follow the number of ranks of a run whose
+    result may not depend on that number. A pair is never cut. Raises InputError for a pair that alone is over budget."""
+    if not members:
+        return []
+    pieces, can_cut = _pieces(pairs, members, max_tokens, share), multiple > 1
+    total = _tokens(pieces)
+
+    def fill(capacity: int) -> list[list[Piece]] | None:
+        return _fill(pieces, pairs.judgment_tokens, capacity, num_packs, can_cut)
+
+    if can_cut:
+        num_packs, packs = (total - 1) // max_tokens // multiple * multiple, None
+        while packs is None:
+            num_packs = min(num_packs + multiple, len(members))
+            packs = fill(max_tokens)
+    else:
+        num_packs = len(pieces)
+        packs = fill(max_tokens)
+        num_packs = len(packs)
+    # The smallest capacity that is enough for so many packs makes them even. Bisection finds it to within 0.5 %.
+    low, high = total // num_packs, max(map(_tokens, packs))
+    while high - low > max(1, high // 200):
+        middle = (low + high) // 2
+        trial = fill(middle)
+        if trial is None:
+            low = middle
+        else:
+            packs, high = trial, max(map(_tokens, trial))
+    if can_cut:
+        _occupy(packs, num_packs, pairs.judgment_tokens)
+    packs.sort(key=_tokens, reverse=True)
+    return [
+        [Group(prompt=pairs.prompt_of[part[0]], pairs=part, split=share == "none") for _, _, part in pack]
+        for pack in packs
+    ]
+
+
+def _tokens(pack: list[Piece]) -> int:
+    return sum(piece[0] for piece in pack)
+
+
+def _pieces(pairs: TokenizedPairs, members: Sequence[int], max_tokens: int, share: str) -> list[Piece]:
+    """What packs are filled with, largest first: single pairs, or a prompt's pairs, as many as fit a pack."""
+    by_prompt: dict[int, list[Piece]] = {}
     for pair in members:
-        prompt = pairs.prompt_of[pair]
-        alone = Group(prompt=prompt, pairs=[pair], split=share == "none")
-        cost = group_tokens(pairs, alone)
-        if cost > max_tokens:
+        prompt, judgments = pairs.prompt_of[pair], pairs.judgment_tokens[pair]
+        copies = pairs.prompt_tokens[prompt] * (2 if share == "none" else 1)
+        if copies + judgments > max_tokens:
             raise InputError(
-                f"pair of prompt {pairs.ids[pair]}: takes {cost} tokens, --max-tokens-per-pack is {max_tokens}"
+                f"pair of prompt {pairs.ids[pair]}: takes {copies + judgments} tokens, "
+                f"--max-tokens-per-pack is {max_tokens}"
             )
-        extra = cost - len(pairs.prompts[prompt])
-        if share == "prompt" and prompt in filling and filling[prompt][1] + extra <= max_tokens:
-            group, tokens = filling[prompt]
-            group.pairs.append(pair)
-            filling[prompt] = (group, tokens + extra)
+        pieces = by_prompt.setdefault(prompt, [])
+        if share == "prompt" and pieces and pieces[-1][0] + judgments <= max_tokens:
+            tokens, _, part = pieces[-1]
+            part.append(pair)
+            pieces[-1] = (tokens + judgments, copies, part)
         else:
-            groups.append(alone)
-            filling[prompt] = (alone, cost)
-    sized = sorted(((group_tokens(pairs, g), i) for i, g in enumerate(groups)), key=lambda x: (-x[0], x[1]))
-    packs: list[tuple[int, list[Group]]] = []
-    for tokens, i in sized:
-        fit = next((j for j, (used, _) in enumerate(packs) if used + tokens <= max_tokens), None)
-        if fit is None:
-            packs.append((tokens, [groups[i]]))
-        else:
-            packs[fit] = (packs[fit][0] + tokens, packs[fit][1] + [groups[i]])
-    return [pack for _, pack in packs]
+            pieces.append((copies + judgments, copies, [pair]))
+    return sorted((piece for pieces in by_prompt.values() for piece in pieces), key=lambda piece: -piece[0])
+
+
+def _fill(
+    pieces: list[Piece], judgment_tokens: list[int], capacity: int, num_packs: int, can_cut: bool
+) -> list[list[Piece]] | None:
+    """At most `num_packs` packs of at most `capacity` tokens, or None: each piece goes where it leaves the least room.
+
+    One that fits nowhere is cut, if it may be: the emptiest pack takes what pairs it can, and the others go on."""
+    packs: list[list[Piece]] = []
+    rooms: list[tuple[int, int]] = []  # of each pack: tokens that still fit, its number; ascending
+    for tokens, copies, part in pieces:
+        while part:
+            place = bisect_left(rooms, (tokens, 0))
+            if place == len(rooms) and len(packs) < num_packs and (not rooms or rooms[-1][0] < capacity):
+                rooms.append((capacity, len(packs)))
+                packs.append([])
+            taken, taken_tokens, left = part, tokens, []
+            if place == len(rooms) or rooms[place][0] < tokens:
+                place = len(rooms) - 1
+                taken, taken_tokens = [], copies
+                for pair in part if can_cut else ():
+                    fits = taken_tokens + judgment_tokens[pair] <= rooms[place][0]
+                    (taken if fits else left).append(pair)
+                    taken_tokens += judgment_tokens[pair] if fits else 0
+                if not taken:
+                    return None
+            room, number = rooms.pop(place)
+            insort(rooms, (room - taken_tokens, number))
+            packs[number].append((taken_tokens, copies, taken))
+            tokens, part = tokens - taken_tokens + copies, left
+    return packs
+
+
+def _occupy(packs: list[list[Piece]], num_packs: int, judgment_tokens: list[int]) -> None:
+    """Adds packs up to `num_packs`, each from a piece, or half of the only piece, of the fullest pack.
+
+    Where one long prompt sets the capacity, fewer packs are enough for the others; no rank need idle."""
+    while len(packs) < num_packs:
+        pack = max((pack for pack in packs if len(pack) > 1 or len(pack[0][2]) > 1), key=_tokens)
+        packs.append([pack.pop()])
+        if not pack:
+            _, copies, part = packs[-1].pop()
+            for half, place in ((part[::2], pack), (part[1::2], packs[-1])):
+                place.append((copies + sum(judgment_tokens[pair] for pair in half), copies, half))
 
 
 def count_pairs(packs: list[list[Group]]) -> int:
