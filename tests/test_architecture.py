@@ -23,11 +23,11 @@ OPTIONS = {
     "conj.sample.repeated": SAMPLING + "n parser",
     "conj.sample.hinted": SAMPLING,
     "conj.data.pairs": "run max_right_vs_wrong max_right_vs_unparsed max_hinted pair_types rationale eval_fraction seed",
-    "conj.train.reference": "run model dtype max_length max_tokens_per_pack save_every",
+    "conj.train.reference": "dtype attention kernels run model max_length max_tokens_per_pack save_every",
     "conj.train.dpo": (
-        "run model beta nll_alpha learning_rate adam_beta1 adam_beta2 weight_decay warmup_ratio max_grad_norm "
-        "num_train_epochs max_steps pairs_per_step max_length max_tokens_per_pack share dtype activation_checkpointing "
-        "eval_every save_every keep_checkpoints seed"
+        "dtype attention kernels run model beta nll_alpha learning_rate adam_beta1 adam_beta2 weight_decay warmup_ratio max_grad_norm "
+        "num_train_epochs max_steps pairs_per_step max_length max_tokens_per_pack pack_multiple share "
+        "activation_checkpointing cpu_offload deterministic eval_every save_every keep_checkpoints seed"
     ),
     "conj.sample.evaluate": ENGINE + "run data subsets limit parser seed num_resamples max_shown",
     "conj.sample.judge": ENGINE + "question answer_1 answer_2",

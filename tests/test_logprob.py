@@ -34,8 +34,8 @@ def oracle(hidden, weight, targets, upstream):
 @pytest.mark.parametrize("lift", [0.0, 10.0])
 @pytest.mark.parametrize("T, D, V", [(1, 16, 33), (130, 48, 515), (257, 64, 2000)])
 def test_error_is_at_most_twice_that_of_plain_torch(T, D, V, lift, dtype, monkeypatch):
-    """Three-way error: both against fp64. Chunks of 64 make every shape but the first cross a chunk's edge."""
-    monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", 64 * V)
+    """Three-way error: both against fp64. Small blocks make every shape but the first cross edges both ways."""
+    monkeypatch.setitem(logprob.BLOCK, "cpu", (64, 200))
     arguments = inputs(T, D, V, dtype, lift)
     expected = oracle(*arguments)
     ours, torchs = run(linear_logprob, *arguments), run(linear_logprob_reference, *arguments)

@@ -1,6 +1,7 @@
 """The hand-written Qwen2 against `transformers`, and packs with shared prefixes against separate sequences."""
 
 import json
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from conj.data.packs import Group, plan_packs, tokenize_pairs
 from conj.data.prompts import JudgeTokenizer
 from conj.model import attention as attention_module
-from conj.model.attention import attention, build_segments, gather_index
+from conj.model.attention import attention, build_segments, key_rows
 from conj.model.weights import load_model
 from conj.train.batch import collate
 
@@ -134,15 +135,15 @@ def test_recomputed_activations_give_the_same_gradients(untied_model, pairs):
 
 
 def test_gathered_keys_of_the_varlen_backends_equal_segment_by_segment():
-    """The GPU backends read keys through `gather_index`; here a plain softmax stands in for their kernel."""
+    """The GPU backends read keys through `key_rows`; here a plain softmax stands in for their kernel."""
     lengths, prefix = [5, 3, 4, 6, 2], [None, 0, 0, None, 3]
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(20, heads, 8, generator=generator) for heads in (4, 2, 2))
-    index = gather_index(lengths, prefix, CPU)
-    cu_q, cu_k = index["cu_seqlens_q"].tolist(), index["cu_seqlens_k"].tolist()
+    index, k_lengths = key_rows(lengths, prefix)
+    cu_q, cu_k = ([0, *accumulate(n)] for n in (lengths, k_lengths))
     outputs = []
     for i in range(len(lengths)):
-        rows = index["key_index"][cu_k[i] : cu_k[i + 1]]
+        rows = index[cu_k[i] : cu_k[i + 1]]
         queries, keys, values = (
             q[cu_q[i] : cu_q[i + 1]],
             k[rows].repeat_interleave(2, 1),
@@ -153,7 +154,7 @@ def test_gathered_keys_of_the_varlen_backends_equal_segment_by_segment():
         outputs.append(torch.einsum("nqk,knh->qnh", scores.masked_fill(~visible, -torch.inf).softmax(-1), values))
     found = attention(q, k, v, build_segments(lengths, prefix, CPU))
     torch.testing.assert_close(found, torch.cat(outputs), rtol=1e-5, atol=1e-5)
-    assert (index["max_seqlen_q"], index["max_seqlen_k"]) == (6, 9)
+    assert k_lengths == [5, 8, 9, 6, 8]
 
 
 def test_the_empty_pack_has_a_graph_and_zero_gradients(untied_model, pairs):

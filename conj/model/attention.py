@@ -4,18 +4,20 @@ A pack is a row of segments. A segment's queries attend, causally, to the keys o
 its own: the mask is aligned bottom-right, so a judgment sees its whole prompt. With any varlen flash attention that
 needs no special kernel, only a gather of keys and values; with grouped-query attention the gather is small.
 
-Backends, one function: `flash_attn` if installed, else `torch.nn.attention.varlen` (flash attention inside torch),
-else SDPA segment by segment (CPU, and the reference for the others). Segment by segment, a sequence's result does not
-depend on its neighbours in the pack, bit for bit; one block-diagonal mask over the pack would not keep that.
+Backends, one function (`backends.py` chooses): `flash_attn`, `varlen` (torch.nn.attention.varlen: flash attention
+inside torch), and `sdpa`, segment by segment, which is the CPU's and the reference for the others. Segment by segment,
+a sequence's result does not depend on its neighbours in the pack, bit for bit; one block-diagonal mask over the pack
+would not keep that.
 """
 
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from conj.model import backends
+from conj.model.ops import Gather, build_gather, gather_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,50 +27,45 @@ class Segments:
     lengths: list[int]  # (S,) tokens of each segment; they sum to T
     prefix: list[int | None]  # (S,) an earlier segment, itself without a prefix, or None
     masks: list[Tensor | None] = field(default_factory=list)  # (S,) bool (length, prefix + length), SDPA only
-    key_index: Tensor | None = None  # (sum of k lengths,) int64 rows of k and v, varlen backends only
+    keys: Gather | None = (
+        None  # rows of k and v, as many as the k lengths sum to; varlen backends only, as are the next
+    )
     cu_seqlens_q: Tensor | None = None  # (S + 1,) int32
     cu_seqlens_k: Tensor | None = None  # (S + 1,) int32
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
 
 
-@cache
-def backend_name(device: torch.device) -> str:
-    """Which kernel `attention` runs on this device."""
-    if device.type == "cpu":
-        return "sdpa"
-    return "flash_attn" if find_spec("flash_attn") else "torch varlen"
-
-
 def build_segments(lengths: list[int], prefix: list[int | None], device: torch.device) -> Segments:
-    """Segments with what the device's backend needs, built once a pack and read by every layer."""
+    """Segments with what the chosen backend needs, built once a pack and read by every layer."""
     assert all(p is None or (p < i and prefix[p] is None) for i, p in enumerate(prefix))
-    if device.type == "cpu":
+    if backends.current.attention == "sdpa":
         masks = [
-            None if p is None else torch.ones(n, lengths[p] + n, dtype=torch.bool).tril(lengths[p])
+            None if p is None else torch.ones(n, lengths[p] + n, dtype=torch.bool).tril(lengths[p]).to(device)
             for n, p in zip(lengths, prefix)
         ]
         return Segments(lengths=lengths, prefix=prefix, masks=masks)
-    return Segments(lengths=lengths, prefix=prefix, **gather_index(lengths, prefix, device))
+    rows, k_lengths = key_rows(lengths, prefix)
+    return Segments(
+        lengths=lengths,
+        prefix=prefix,
+        keys=build_gather(rows, sum(lengths), device),
+        cu_seqlens_q=_cumulative(lengths, device),
+        cu_seqlens_k=_cumulative(k_lengths, device),
+        max_seqlen_q=max(lengths),
+        max_seqlen_k=max(k_lengths),
+    )
 
 
-def gather_index(lengths: list[int], prefix: list[int | None], device: torch.device) -> dict:
-    """Row numbers that lay out `[prefix keys ; own keys]` segment after segment, with both cumulative lengths."""
-    starts = [0]
-    for n in lengths:
-        starts.append(starts[-1] + n)
-    rows, k_lengths = [], []
-    for i, p in enumerate(prefix):
-        own = torch.arange(starts[i], starts[i + 1])
-        rows.append(own if p is None else torch.cat([torch.arange(starts[p], starts[p + 1]), own]))
-        k_lengths.append(len(rows[-1]))
-    return {
-        "key_index": torch.cat(rows).to(device),
-        "cu_seqlens_q": torch.tensor(starts, dtype=torch.int32, device=device),
-        "cu_seqlens_k": F.pad(torch.tensor(k_lengths).cumsum(0), (1, 0)).to(device, torch.int32),
-        "max_seqlen_q": max(lengths),
-        "max_seqlen_k": max(k_lengths),
-    }
+def key_rows(lengths: list[int], prefix: list[int | None]) -> tuple[Tensor, list[int]]:
+    """Row numbers that lay out `[prefix keys ; own keys]` segment after segment, and how many each segment has."""
+    own = torch.arange(sum(lengths)).split(lengths)
+    pieces = [own[i] if p is None else torch.cat([own[p], own[i]]) for i, p in enumerate(prefix)]
+    return torch.cat(pieces), [len(piece) for piece in pieces]
+
+
+def _cumulative(lengths: list[int], device: torch.device) -> Tensor:
+    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32, non_blocking=True)
 
 
 def attention(
@@ -78,14 +75,14 @@ def attention(
     segments: Segments,
 ) -> Tensor:  # (T, N, H)
     """Causal attention of each segment over its prefix's keys and its own, scaled by 1/sqrt(H)."""
-    if q.device.type == "cpu":
+    if backends.current.attention == "sdpa":
         return _sdpa_by_segment(q, k, v, segments)
-    k, v = k[segments.key_index], v[segments.key_index]
+    k, v = (gather_rows(x.flatten(1), segments.keys).unflatten(1, x.shape[1:]) for x in (k, v))
     lengths = (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.max_seqlen_q, segments.max_seqlen_k)
-    if backend_name(q.device) == "flash_attn":
+    if backends.current.attention == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(q, k, v, *lengths, causal=True)
+        return flash_attn_varlen_func(q, k, v, *lengths, causal=True, deterministic=backends.current.deterministic)
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn(q, k, v, *lengths, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])

@@ -5,7 +5,9 @@ K key/value heads, H head size, V vocabulary, L layers. Parameters have the name
 so the weight map is the identity. Source: Qwen2 technical report (arXiv 2407.10671), section 2.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from conj import InputError
 from conj.data.files import read_model_json
+from conj.model import backends
 from conj.model.attention import Segments, attention
 from conj.model.logprob import linear_logprob
+from conj.model.ops import Gather, add_rms_norm, gather_rows, rms_norm, rope, rope_tables, swiglu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -94,23 +98,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
-
-def rope_tables(positions: Tensor, config: Qwen2Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (T, 1, H), of rotary position embedding (arXiv 2104.09864), computed in fp32."""
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angles = positions.float()[:, None] * (1.0 / config.rope_theta**exponents)  # (T, H/2)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates (T, heads, H) by its position; the halves of H are the two coordinates."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    def after(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + delta, and that sum."""
+        return add_rms_norm(x, delta, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -123,10 +115,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+    def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, D) -> (T, N, H), (T, K, H), (T, K, H), rotated by their positions."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out = attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, segments)  # (T, N, H)
-        return self.o_proj(out.flatten(-2))
+        return *rope(q, k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -137,7 +129,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -155,8 +147,26 @@ class DecoderLayer(nn.Module):
         return self._block(x, cos, sin, segments)
 
     def _block(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segments)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        before, after = _before_attention, _after_attention
+        if backends.current.kernels == "compile":
+            before, after = _compiled(before), _compiled(after)
+        q, k, v = before(self, x, cos, sin)
+        # Not compiled: the segments differ from pack to pack, and each pack would be compiled anew.
+        return after(self, x, attention(q, k, v, segments))
+
+
+def _before_attention(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return layer.self_attn.queries_keys_values(layer.input_layernorm(x), cos, sin)
+
+
+def _after_attention(layer: DecoderLayer, x: Tensor, attended: Tensor) -> Tensor:
+    normed, x = layer.post_attention_layernorm.after(x, layer.self_attn.o_proj(attended.flatten(-2)))
+    return x + layer.mlp(normed)
+
+
+@cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True)  # one compilation for all layers and all pack lengths
 
 
 class Backbone(nn.Module):
@@ -169,7 +179,7 @@ class Backbone(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, segments: Segments) -> Tensor:
         x = self.embed_tokens(input_ids)  # (T, D)
-        cos, sin = rope_tables(positions, self.config, x.dtype)
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, segments)
         return self.norm(x)
@@ -196,13 +206,11 @@ class Qwen2(nn.Module):
         input_ids: Tensor,  # (T,) int64
         positions: Tensor,  # (T,) int64, from 0 in each sequence; a judgment goes on from its prompt's
         segments: Segments,
-        predict: Tensor,  # (M,) int64: the rows of T whose next token is asked for
+        predict: Gather,  # (M,) rows of T: those whose next token is asked for
         targets: Tensor,  # (M,) int64: those next tokens
     ) -> Tensor:  # (M,) fp32 logprobs in nats
         hidden = self.model(input_ids, positions, segments)
-        # A gather by embedding: rows that several judgments share get their gradients summed in a fixed order, where the
-        # backward of hidden[predict] adds them up by atomics.
-        return linear_logprob(F.embedding(predict, hidden), self.head_weight, targets)
+        return linear_logprob(gather_rows(hidden, predict), self.head_weight, targets)
 
     def logits(self, input_ids: Tensor, positions: Tensor, segments: Segments) -> Tensor:  # (T, V)
         """All logits, for tests and inspection; training never holds them."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from conj.data.packs import Group, TokenizedPairs
 from conj.model.attention import Segments, build_segments
+from conj.model.ops import Gather, build_gather
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class Batch:
     input_ids: Tensor  # (T,) int64
     positions: Tensor  # (T,) int64
     segments: Segments
-    predict: Tensor  # (M,) int64 rows of T
+    predict: Gather  # (M,) rows of T
     targets: Tensor  # (M,) int64
     lengths: list[int]  # (2P,) tokens of chosen, rejected, chosen, …; they sum to M
     pair_numbers: list[int]  # (P,)
@@ -64,7 +65,7 @@ def collate(pairs: TokenizedPairs, pack: list[Group] | None, device: torch.devic
         input_ids=tensor(ids),
         positions=tensor(positions),
         segments=build_segments(lengths, prefix, device),
-        predict=tensor(predict),
+        predict=build_gather(torch.tensor(predict, dtype=torch.int64), len(ids), device),
         targets=tensor(targets),
         lengths=judgment_lengths,
         pair_numbers=numbers,

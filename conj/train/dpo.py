@@ -27,16 +27,17 @@ from conj.data.files import dump_line, recover_jsonl, write_jsonl
 from conj.data.manifest import begin, finish, identity
 from conj.data.options import option, require, require_each, run_command
 from conj.data.packs import TokenizedPairs, count_pairs, deal, plan_packs, plan_steps
+from conj.model import backends
 from conj.model.qwen2 import DTYPES
 from conj.model.weights import export_model, local_tensor
 from conj.train.batch import Batch, collate
 from conj.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from conj.train.reference import load_pairs, load_reference, reference_key
-from conj.train.sharding import World, build_sharded_model, distributed
+from conj.train.sharding import ComputeOptions, World, build_sharded_model, distributed
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOOptions:
+class DPOOptions(ComputeOptions):
     run: Path = option(
         help="run folder; reads pairs.jsonl and reference.safetensors, writes checkpoints/ and model/",
         affects_result=False,
@@ -59,14 +60,18 @@ class DPOOptions:
     pairs_per_step: int = option(24, help="pairs an optimizer step takes, over all ranks")
     max_length: int = option(6400, help="tokens of prompt and judgment; pairs over it are counted and left out")
     max_tokens_per_pack: int = option(16384, help="tokens a forward pass takes on each rank")
+    pack_multiple: int = option(
+        1, help="the packs of a step are a multiple of this: set it to the number of ranks, and none of them idles"
+    )
     share: Literal["prompt", "pair", "none"] = option(
         "prompt",
         help="who shares one encoding of a prompt: all its pairs (they then share a step), the two judgments of a pair, none",
     )
-    dtype: Literal["bf16", "fp32"] = option("bf16", help="dtype of forward and backward; master weights are fp32")
     activation_checkpointing: bool = option(
         False, help="keep only each block's input, compute the rest again in backward"
     )
+    cpu_offload: bool = option(False, help="keep master weights, gradients and optimizer state in host memory")
+    deterministic: bool = option(False, help="a backward of attention that sums in a fixed order; slower on a GPU")
     eval_every: int = option(50, help="optimizer steps between evaluations on the held-out pairs")
     save_every: int = option(200, help="optimizer steps between checkpoints", affects_result=False)
     keep_checkpoints: int = option(2, help="newest checkpoints to keep", affects_result=False)
@@ -74,7 +79,14 @@ class DPOOptions:
 
     def __post_init__(self):
         above_0 = ("beta", "learning_rate", "max_grad_norm", "num_train_epochs", "max_steps", "pairs_per_step")
-        above_0 += ("max_length", "max_tokens_per_pack", "eval_every", "save_every", "keep_checkpoints")
+        above_0 += (
+            "max_length",
+            "max_tokens_per_pack",
+            "pack_multiple",
+            "eval_every",
+            "save_every",
+            "keep_checkpoints",
+        )
         require_each(self, above_0, lambda value: value > 0, "more than 0")
         require_each(self, ("nll_alpha", "weight_decay"), lambda value: value >= 0, "0 or more")
         require_each(self, ("warmup_ratio", "adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "0 to below 1")
@@ -106,7 +118,13 @@ def build_optimizer(model: nn.Module, options: DPOOptions) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.adam_beta1, options.adam_beta2))
+    # On a GPU the fused update: the default one holds a temporary copy of all gradients.
+    return torch.optim.AdamW(
+        groups,
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        fused=True if matrices[0].device.type == "cuda" else None,
+    )
 
 
 @torch.no_grad()
@@ -215,6 +233,9 @@ def main(options: DPOOptions) -> None:
     artefact, checkpoints = options.run / "model", options.run / "checkpoints"
     pairs, tokenizer, usable = load_pairs(options.run, options.model, options.max_length)
     with distributed() as world:
+        backends.select(
+            world.device, attention=options.attention, kernels=options.kernels, deterministic=options.deterministic
+        )
         # Is all there that it needs?
         path = options.run / "reference.safetensors"
         key = world.on_main(
@@ -228,7 +249,10 @@ def main(options: DPOOptions) -> None:
 
         # The plan: data, seed and epoch decide it, the number of ranks does not.
         def pack(members: list[int]) -> list:
-            return plan_packs(pairs, members, max_tokens=options.max_tokens_per_pack, share=options.share)
+            return plan_packs(
+                pairs, members, max_tokens=options.max_tokens_per_pack, multiple=options.pack_multiple,
+                share=options.share,
+            )  # fmt: skip
 
         steps = [
             pack(members)
@@ -245,7 +269,10 @@ def main(options: DPOOptions) -> None:
             return
         run_identity = world.on_main(lambda: identity(artefact))
         checkpoint = world.on_main(lambda: find_checkpoint(checkpoints, run_identity))
-        model = build_sharded_model(options.model, world, options.dtype, recompute=options.activation_checkpointing)
+        model = build_sharded_model(
+            options.model, world, options.dtype, recompute=options.activation_checkpointing,
+            cpu_offload=options.cpu_offload,
+        )  # fmt: skip
         optimizer = build_optimizer(model, options)
         num_done = load_checkpoint(checkpoint, model, optimizer) if checkpoint else 0
 

@@ -13,7 +13,6 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,19 +26,18 @@ from conj.data.manifest import begin, finish
 from conj.data.options import option, require_each, run_command
 from conj.data.packs import TokenizedPairs, count_pairs, deal, plan_packs, tokenize_pairs
 from conj.data.prompts import JudgeTokenizer
-from conj.model import attention, logprob, qwen2
+from conj.model import backends, qwen2
 from conj.model.weights import check_model_folder, weight_files
 from conj.train.batch import collate
-from conj.train.sharding import World, build_sharded_model, distributed
+from conj.train.sharding import ComputeOptions, World, build_sharded_model, distributed
 
 PAIR_COLUMNS = {"id": str, "prompt": list, "chosen": list, "rejected": list, "label": int, "pair_type": str}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceOptions:
+class ReferenceOptions(ComputeOptions):
     run: Path = option(help="run folder; reads pairs.jsonl, writes reference.safetensors", affects_result=False)
     model: Path = option(help="base model, a Hugging Face folder", affects_result=False)
-    dtype: Literal["bf16", "fp32"] = option("bf16", help="dtype of the forward pass; must be the training run's")
     max_length: int = option(6400, help="tokens of prompt and judgment; pairs over it are counted and left out")
     max_tokens_per_pack: int = option(16384, help="tokens a forward pass takes on each rank", affects_result=False)
     save_every: int = option(256, help="forward passes between saves", affects_result=False)
@@ -62,17 +60,17 @@ def reference_key(
     model: Path, tokenizer: str, pairs: TokenizedPairs, *, dtype: str, device: torch.device
 ) -> dict[str, str]:
     """Everything the reference logprobs depend on, field by field."""
-    kernels = hashlib.sha256()
-    for module in (qwen2, attention, logprob):
-        kernels.update(Path(module.__file__).read_bytes())
+    code = hashlib.sha256()
+    for name in ("qwen2", "attention", "logprob", "ops", "kernels"):
+        code.update(Path(qwen2.__file__).with_name(f"{name}.py").read_bytes())
     return {
         "weights": json.dumps({path.name: sha256_file(path) for path in weight_files(model)}),
         "config": sha256_file(model / "config.json"),
         "tokenizer": tokenizer,
         "tokens": pairs.fingerprint(),
         "dtype": dtype,
-        "kernels": kernels.hexdigest(),
-        "attention": attention.backend_name(device),
+        "code": code.hexdigest(),
+        "backends": backends.describe(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
@@ -131,6 +129,7 @@ def main(options: ReferenceOptions) -> None:
     artefact = options.run / "reference.safetensors"
     pairs, tokenizer, usable = load_pairs(options.run, options.model, options.max_length)
     with distributed() as world:
+        backends.select(world.device, attention=options.attention, kernels=options.kernels)
         key = world.on_main(
             lambda: reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
         )

@@ -6,18 +6,34 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from conj import InputError
+from conj.data.options import option
+from conj.model import backends
 from conj.model.qwen2 import Qwen2, read_config
 from conj.model.weights import load_weights
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """What decides the bits of a forward pass; stored reference and training must have the same."""
+
+    dtype: Literal["bf16", "fp32"] = option("bf16", help="dtype of forward and backward; master weights are fp32")
+    attention: Literal[backends.ATTENTION] | None = option(
+        None, help="attention kernel; by default flash_attn if installed, else varlen, and on a CPU sdpa"
+    )
+    kernels: Literal[backends.KERNELS] | None = option(
+        None, help="norm, RoPE, SwiGLU and logprob kernels; by default triton, and on a CPU torch, their reference"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,24 +83,35 @@ def distributed() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def build_sharded_model(folder: Path, world: World, dtype: str, *, recompute: bool = False) -> Qwen2:
+def build_sharded_model(
+    folder: Path, world: World, dtype: str, *, recompute: bool = False, cpu_offload: bool = False
+) -> Qwen2:
     """Qwen2 with fp32 master weights sharded over all ranks, computing in `dtype`, gradients summed in fp32.
 
-    Reference and policy are both built here, so their arithmetic is the same and step 0 is exact."""
-    if world.device.type == "cuda" and dtype == "fp32":
-        raise InputError("--dtype: expected bf16 on a GPU, found fp32: flash attention takes half precision only")
+    Reference and policy are both built here, so their arithmetic is the same and step 0 is exact. With `cpu_offload`
+    master weights, gradients and optimizer state stay in the host's memory."""
+    if world.device.type == "cuda" and dtype == "fp32" and backends.current.attention != "sdpa":
+        raise InputError(
+            "--dtype: expected bf16, found fp32: flash attention takes half precision; --attention sdpa both"
+        )
+    if cpu_offload and world.device.type == "cpu":
+        raise InputError("--cpu-offload: expected a GPU, found a CPU")
     with torch.device("meta"):
         model = Qwen2(read_config(folder))
     mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[dtype], reduce_dtype=torch.float32)
+    settings = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[dtype], reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+    }
     for layer in model.model.layers:
         layer.recompute = recompute
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, **settings)
+    fully_shard(model, **settings)
     for module in (*model.model.layers, model):
         # The loss is already a mean over the step's pairs: ranks add up, they do not average.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    model.to_empty(device=world.device)
+    model.to_empty(device="cpu" if cpu_offload else world.device)
     load_weights(model, folder)
     return model

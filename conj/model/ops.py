@@ -1,0 +1,168 @@
+"""The block's memory-bound steps: a reference in plain torch beside a fused Triton kernel, one function each.
+
+The kernels (`kernels.py`) run where `backends.current.kernels` is "triton"; under "torch" the references run, and under
+"compile" the references again, fused by torch.compile (`qwen2.py`). All are deterministic, and no row's result depends
+on another row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conj.model import backends
+
+
+def _use_triton() -> bool:
+    return backends.current.kernels == "triton"
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return weight * y.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (T, D), (D,) -> (T, D)
+    """Root mean square norm over the last dimension (arXiv 1910.07467), in fp32 inside."""
+    return _RMSNorm.apply(x, weight, eps) if _use_triton() else rms_norm_reference(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta, and its RMS norm: (T, D), (T, D), (D,) -> (norm (T, D), sum (T, D))."""
+    if _use_triton():
+        return _AddRMSNorm.apply(x, delta, weight, eps)
+    x = x + delta
+    return rms_norm_reference(x, weight, eps), x
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        from conj.model.kernels import add_rms_norm_forward
+
+        y, _, inv_rms = add_rms_norm_forward(x, None, weight, eps)
+        ctx.save_for_backward(x, weight, inv_rms)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        from conj.model.kernels import add_rms_norm_backward
+
+        x, weight, inv_rms = ctx.saved_tensors
+        grad_x, grad_weight = add_rms_norm_backward(grad.contiguous(), None, x, weight, inv_rms)
+        return grad_x, grad_weight.to(weight.dtype), None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, delta, weight, eps):
+        from conj.model.kernels import add_rms_norm_forward
+
+        y, total, inv_rms = add_rms_norm_forward(x, delta, weight, eps)
+        ctx.save_for_backward(total, weight, inv_rms)
+        return y, total
+
+    @staticmethod
+    def backward(ctx, grad, grad_total):
+        from conj.model.kernels import add_rms_norm_backward
+
+        total, weight, inv_rms = ctx.saved_tensors
+        grads = grad.contiguous(), grad_total.contiguous()
+        grad_x, grad_weight = add_rms_norm_backward(*grads, total, weight, inv_rms)
+        return grad_x, grad_x, grad_weight.to(weight.dtype), None
+
+
+def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, (T, H), of rotary position embedding (arXiv 2104.09864), computed in fp32."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    angles = positions.float()[:, None] * (1.0 / theta**exponents)  # (T, H/2)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates (T, N, H) and (T, K, H) by their positions; the halves of H are the two coordinates."""
+    if _use_triton():
+        return _Rope.apply(q, k, cos, sin)
+    return rope_reference(q, cos, sin), rope_reference(k, cos, sin)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        from conj.model.kernels import rope as rotate
+
+        ctx.save_for_backward(cos, sin)
+        return rotate(q, k, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad_q, grad_k):
+        from conj.model.kernels import rope as rotate
+
+        return *rotate(grad_q.contiguous(), grad_k.contiguous(), *ctx.saved_tensors, inverse=True), None, None
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # (T, F), (T, F) -> (T, F)
+    """silu(gate) * up (arXiv 2002.05202)."""
+    return _SwiGLU.apply(gate, up) if _use_triton() else F.silu(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        from conj.model.kernels import swiglu_forward
+
+        ctx.save_for_backward(gate, up)
+        return swiglu_forward(gate, up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        from conj.model.kernels import swiglu_backward
+
+        return swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gather:
+    """Rows to take from a (T, …) tensor, and the same read backwards: who took row t."""
+
+    index: Tensor  # (G,) int64, rows of T
+    takers: Tensor | None = None  # (G,) int64, numbers of G, those that took row 0 first; Triton only
+    starts: Tensor | None = None  # (T + 1,) int64: row t's takers are takers[starts[t]:starts[t + 1]]
+
+
+def build_gather(index: Tensor, num_rows: int, device: torch.device) -> Gather:
+    """A gather of `index` (on the CPU) from `num_rows` rows."""
+    if not _use_triton():
+        return Gather(index=index.to(device))
+    starts = F.pad(torch.bincount(index, minlength=num_rows).cumsum(0), (1, 0))
+    return Gather(
+        index=index.to(device, non_blocking=True),
+        takers=index.argsort(stable=True).to(device, non_blocking=True),
+        starts=starts.to(device, non_blocking=True),
+    )
+
+
+def gather_rows(x: Tensor, gather: Gather) -> Tensor:  # (T, C) -> (G, C)
+    """x[index], whose backward sums a row's gradients in a fixed order, where indexing adds them up by atomics."""
+    return _GatherRows.apply(x, gather) if _use_triton() else F.embedding(gather.index, x)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gather):
+        ctx.gather = gather
+        return x.index_select(0, gather.index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        from conj.model.kernels import sum_rows
+
+        return sum_rows(grad.contiguous(), ctx.gather.starts, ctx.gather.takers), None
