@@ -16,6 +16,45 @@ from conj.data.prompts import JudgeTokenizer
 from conj.model.weights import COMPANIONS
 
 
+def write_random_model(
+    out: Path,
+    tokenizer_folder: Path,
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocab_size: int,
+    tie: bool,
+    dtype: str,
+    max_position_embeddings: int = 32768,
+    seed: int = 0,
+) -> None:
+    """Writes a Hugging Face folder with the tokenizer of another one."""
+    tokenizer = JudgeTokenizer.load(tokenizer_folder)
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=tie,
+        eos_token_id=tokenizer.special[tokenizer.eos],
+        dtype=dtype,
+    )
+    torch.manual_seed(seed)
+    torch.set_default_dtype(getattr(torch, dtype))
+    Qwen2ForCausalLM(config).save_pretrained(out)
+    torch.set_default_dtype(torch.float32)
+    for name in COMPANIONS:
+        if (tokenizer_folder / name).exists():
+            shutil.copyfile(tokenizer_folder / name, out / name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -32,29 +71,10 @@ def main() -> None:
     parser.add_argument("--tie", action=argparse.BooleanOptionalAction, default=True, help="one matrix for both ends")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the stored weights")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
-    args = parser.parse_args()
-
-    tokenizer = JudgeTokenizer.load(args.tokenizer)
-    config = Qwen2Config(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        max_position_embeddings=args.max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=args.tie,
-        eos_token_id=tokenizer.special[tokenizer.eos],
-        dtype=args.dtype,
-    )
-    torch.manual_seed(args.seed)
-    torch.set_default_dtype(getattr(torch, args.dtype))
-    Qwen2ForCausalLM(config).save_pretrained(args.out)
-    for name in COMPANIONS:
-        if (args.tokenizer / name).exists():
-            shutil.copyfile(args.tokenizer / name, args.out / name)
-    print(f"{args.out}: {sum(f.stat().st_size for f in args.out.iterdir()) / 2**20:.0f} MiB")
+    args = vars(parser.parse_args())
+    out = args.pop("out")
+    write_random_model(out, args.pop("tokenizer"), **args)
+    print(f"{out}: {sum(f.stat().st_size for f in out.iterdir()) / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":

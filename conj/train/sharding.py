@@ -76,7 +76,8 @@ def distributed() -> Iterator[World]:
     if use_gpu:
         torch.cuda.set_device(device)
     store = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(minutes=30), **store)
+    # gloo beside NCCL: with --cpu-offload parameters lie on the host.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=timedelta(minutes=30), **store)
     try:
         yield World(rank=rank, size=size, device=device)
     finally:

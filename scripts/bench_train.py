@@ -1,0 +1,388 @@
+"""Training speed of conj beside TRL's DPOTrainer: the same pairs.jsonl, model, dtype and pairs in each step.
+
+    python scripts/bench_train.py --device cpu --peer trl --json out.json
+
+Makes its own data (64 prompts of about 300 tokens, 4 pairs each, judgments of 40 to 120 tokens) and random models.
+conj runs `conj.train.reference` and the steps of `conj.train.dpo`; TRL runs `trainer.train()`. Each run is a
+process of its own, so that its peak memory is its own, and the two sides take turns, so that a slow minute of the
+machine hits both. The first step of every run is warm-up. Both start at the base model and take the same pairs, step
+by step, with the same optimizer: their losses after each step must agree, or the work was not equal.
+
+TRL runs as `DPOConfig()` gives it (`default`: batch of 8, reference model beside the policy, activation checkpointing)
+and in its best configuration (`best`: reference logprobs precomputed, the fastest batch size with and without
+activation checkpointing, found here first).
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench_common import ROOT, matmul_ceiling, where_measured
+from make_random_model import write_random_model
+
+SETTINGS = {"beta": 0.1, "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.0}
+GEOMETRIES = {
+    "1M": dict(hidden_size=128, intermediate_size=384, layers=4, heads=4, kv_heads=2, vocab_size=1_536, tie=True),
+    "20M": dict(hidden_size=384, intermediate_size=1024, layers=5, heads=6, kv_heads=2, vocab_size=32_000, tie=True),
+    "large-vocabulary": dict(
+        hidden_size=128, intermediate_size=384, layers=4, heads=4, kv_heads=2, vocab_size=151_936, tie=True
+    ),
+    "qwen2-1.5b": dict(
+        hidden_size=1536, intermediate_size=8960, layers=28, heads=12, kv_heads=2, vocab_size=151_936, tie=True
+    ),
+    "qwen2-7b": dict(
+        hidden_size=3584, intermediate_size=18944, layers=28, heads=28, kv_heads=4, vocab_size=152_064, tie=False
+    ),
+}
+
+
+def write_pairs(run: Path, args: argparse.Namespace) -> None:
+    """pairs.jsonl of random words; lengths in tokens are drawn evenly from the two ranges, end token counted."""
+    from conj.data.files import write_jsonl
+    from conj.data.prompts import JudgeTokenizer, judge_messages, judgment_text
+
+    rng = random.Random(0)
+    tokenizer = JudgeTokenizer.load(ROOT / "demo" / "base")
+    words = ["red", "blue", "seven", "town", "river", "天空", "蓝色", "回答", "更好", "特产", "准确"]
+
+    def grown(render, ids_of, fewest: int, most: int):
+        """`render(words)` with as many words as its target length in tokens asks for."""
+        target, chosen = rng.randint(fewest, most), []
+        while len(ids_of(render(chosen))) < target:
+            chosen.append(rng.choice(words))
+        return render(chosen)
+
+    rows = []
+    for i in range(args.prompts):
+        prompt = grown(lambda w: judge_messages(" ".join(w[::3]), " ".join(w[1::3]), " ".join(w[2::3])),
+                       tokenizer.prompt_ids, *args.prompt_tokens)  # fmt: skip
+        for _ in range(args.pairs_per_prompt):
+            chosen, rejected = (
+                grown(lambda w, v=v: judgment_text(" ".join(w), v), tokenizer.completion_ids, *args.judgment_tokens)
+                for v in (1, 2)
+            )
+            rows.append(
+                {"id": f"prompt-{i}", "prompt": prompt, "chosen": [{"role": "assistant", "content": chosen}]}
+                | {"rejected": [{"role": "assistant", "content": rejected}], "label": 1, "pair_type": "repeated"}
+            )
+    write_jsonl(run / "pairs.jsonl", rows)
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Of this process: allocated on the GPU, or resident on a CPU."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run_conj(folder: Path, model: Path, share: str, args: argparse.Namespace) -> dict:
+    """`train_step` of `conj.train.dpo` on the first steps of its plan, without checkpoints and logs."""
+    from safetensors.torch import load_file
+
+    from conj.model import backends
+    from conj.train import dpo
+    from conj.train.sharding import build_sharded_model, distributed
+
+    options = dpo.DPOOptions(
+        run=folder / "run", model=model, share=share, dtype=args.dtype, pairs_per_step=args.pairs_per_step,
+        warmup_ratio=0.0, max_tokens_per_pack=args.max_tokens_per_pack, kernels=args.kernels,
+        activation_checkpointing=args.activation_checkpointing, cpu_offload=args.cpu_offload, **SETTINGS,
+    )  # fmt: skip
+    pairs, _, plans = steps_of(options.run, model, share, args)
+    with distributed() as world:
+        backends.select(world.device, kernels=args.kernels)
+        logps = load_file(options.run / "reference.safetensors")["logps"]
+        sharded = build_sharded_model(
+            model, world, args.dtype, recompute=args.activation_checkpointing, cpu_offload=args.cpu_offload
+        )
+        optimizer = dpo.build_optimizer(sharded, options)
+        rates = [dpo.learning_rate_at(step, args.steps, options) for step in range(args.steps)]
+        rows = [
+            dpo.train_step(sharded, optimizer, pairs, logps, packs, lr, options, world)
+            for packs, lr in zip(plans, rates)
+        ]
+    return {
+        "pairs_per_step": args.pairs_per_step,
+        "losses": [row["loss"] for row in rows],
+        "step_seconds": [row["step_seconds"] for row in rows],
+        "tokens": [row["num_tokens"] for row in rows],
+        "peak_memory_bytes": peak_memory_bytes(args.device),
+    }
+
+
+def run_reference(folder: Path, model: Path, args: argparse.Namespace) -> dict:
+    """Stage 5, once a model; what it costs is reported beside the steps that it saves."""
+    from conj.train import reference
+
+    started = time.perf_counter()
+    reference.main(
+        reference.ReferenceOptions(
+            run=folder,
+            model=model,
+            dtype=args.dtype,
+            kernels=args.kernels,
+            max_tokens_per_pack=args.max_tokens_per_pack,
+        )
+    )
+    return {"seconds": time.perf_counter() - started}
+
+
+def steps_of(run: Path, model: Path, share: str, args: argparse.Namespace) -> tuple:
+    """The pairs, and the plan of `conj.train.dpo`: which pairs are in each step, and in which packs."""
+    from conj.data.packs import plan_packs, plan_steps
+    from conj.train.reference import load_pairs
+
+    pairs, _, usable = load_pairs(run, model, 6400)
+    steps = plan_steps(pairs, usable, pairs_per_step=args.pairs_per_step, share=share, seed="2021:0")[: args.steps]
+    return pairs, steps, [plan_packs(pairs, s, max_tokens=args.max_tokens_per_pack, share=share) for s in steps]
+
+
+def run_trl(folder: Path, model: Path, share: str, peer: dict, args: argparse.Namespace) -> dict:
+    """`DPOTrainer.train()` on the same pairs in the same order, timed step by step.
+
+    `peer` holds what differs from `DPOConfig()`'s defaults for speed; everything else here is output and the
+    optimizer's numbers, which are conj's so that losses can be compared."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    from conj.data.files import read_jsonl
+
+    rows = read_jsonl(folder / "run" / "pairs.jsonl")
+    _, steps, _ = steps_of(folder / "run", model, share, args)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    # conj trains a judgment up to its end token; the template's line break after that is never sampled.
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "'<|im_end|>' + '\n'}}", "'<|im_end|>'}}{% if message['role'] != 'assistant' %}{{'\n'}}{% endif %}"
+    )
+    times = []
+
+    class StepTimer(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            times.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            times[-1] = time.perf_counter() - times[-1]
+
+    batch = peer.get("per_device_train_batch_size", min(8, args.pairs_per_step))
+    config = DPOConfig(
+        output_dir=str(folder / "trl"), max_steps=args.steps, gradient_accumulation_steps=args.pairs_per_step // batch,
+        per_device_train_batch_size=batch, use_cpu=args.device == "cpu", bf16=args.dtype == "bf16",
+        train_sampling_strategy="sequential", logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
+        beta=SETTINGS["beta"], learning_rate=SETTINGS["learning_rate"], adam_beta1=SETTINGS["adam_beta1"],
+        adam_beta2=SETTINGS["adam_beta2"], weight_decay=SETTINGS["weight_decay"], lr_scheduler_type="cosine",
+        **{k: v for k, v in peer.items() if k != "per_device_train_batch_size"},
+    )  # fmt: skip
+    data = Dataset.from_list(
+        [{k: rows[i][k] for k in ("prompt", "chosen", "rejected")} for step in steps for i in step]
+    )
+    trainer = DPOTrainer(
+        model=str(model), args=config, train_dataset=data, processing_class=tokenizer, callbacks=[StepTimer()]
+    )
+    trainer.train()
+    return {
+        "pairs_per_step": args.pairs_per_step,
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "step_seconds": times,
+        "peak_memory_bytes": peak_memory_bytes(args.device),
+    }
+
+
+def isolated(function, *arguments) -> dict:
+    """`function(*arguments)` in a fresh process; {"error": …} where it fails, out of memory for one."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        try:
+            return pool.apply(function, arguments)
+        except Exception as e:
+            return {"error": f"{type(e).__name__}: {e}".splitlines()[0][:200]}
+
+
+def step_flops(pairs, packs: list, config, *, recompute: bool) -> int:
+    """FLOPs that conj executes for one step, elementwise work left out.
+
+    A token takes 2 x (parameters of the blocks' matrices); a query takes 4 x N x H for every key it sees; a predicted
+    token takes 2 x D x V. Backward takes twice the forward; recomputed activations the blocks' forward once more, and
+    `linear_logprob` its own forward, always."""
+    from conj.data.packs import group_tokens
+
+    c = config
+    heads_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    block = c.hidden_size * (2 * heads_size + 2 * kv_size + 3 * c.intermediate_size)
+    blocks = head = 0
+    for group in (g for pack in packs for g in pack):
+        prompt = len(pairs.prompts[group.prompt])
+        judgments = [len(ids) for pair in group.pairs for ids in pairs.judgments[pair]]
+        copies = len(judgments) if group.split else 1
+        keys_seen = copies * prompt * (prompt + 1) // 2
+        keys_seen += sum((n - 1) * prompt + (n - 1) * n // 2 for n in judgments)
+        blocks += c.num_hidden_layers * (2 * block * group_tokens(pairs, group) + 4 * heads_size * keys_seen)
+        head += 2 * c.hidden_size * c.vocab_size * sum(judgments)
+    return (4 if recompute else 3) * blocks + 4 * head
+
+
+def conj_step_flops(folder: Path, model: Path, share: str, args: argparse.Namespace) -> list[int]:
+    from conj.model.qwen2 import read_config
+
+    pairs, _, plans = steps_of(folder / "run", model, share, args)
+    return [step_flops(pairs, packs, read_config(model), recompute=args.activation_checkpointing) for packs in plans]
+
+
+def best_settings(folder: Path, model: Path, args: argparse.Namespace) -> dict:
+    """TRL's fastest settings with stored reference logprobs, each tried on one step after a warm-up."""
+    found = {}
+    args = argparse.Namespace(**vars(args) | {"steps": 2})
+    for batch in (b for b in (1, 2, 4, 8) if args.pairs_per_step % b == 0):
+        for checkpointing in (False, True):
+            peer = {"precompute_ref_log_probs": True, "per_device_train_batch_size": batch}
+            peer["gradient_checkpointing"] = checkpointing
+            result = isolated(run_trl, folder, model, "prompt", peer, args)
+            print(f"  trl, batch {batch}, checkpointing {checkpointing}:", end=" ")
+            print(in_short(result), flush=True)
+            if "error" not in result:
+                found[pairs_per_second(result)] = peer
+    if not found:
+        sys.exit("error: TRL ran with no batch size")
+    return found[max(found)]
+
+
+def compare(folder: Path, geometry: str, args: argparse.Namespace) -> list[dict]:
+    """Rows for one model: every share against every setting of the peer, in turns."""
+    model = folder / "model"
+    reference_seconds = isolated(run_reference, folder / "run", model, args)["seconds"]
+    peers = {"default": {}} if args.peer == "trl" else {}
+    if peers and "best" in args.settings:
+        peers["best"] = best_settings(folder, model, args)
+    results: dict[tuple[str, str], list[dict]] = {}
+    for _ in range(args.rounds):
+        for share in args.share:
+            for name, settings in {"conj": None, **peers}.items():
+                extra = () if name == "conj" else (settings,)
+                result = isolated(run_trl if extra else run_conj, folder, model, share, *extra, args)
+                results.setdefault((share, name), []).append(result)
+                print(f"  share {share}, {name}: {in_short(result)}", flush=True)
+    ceiling = isolated(matmul_ceiling, args.device, args.dtype)
+    rows = []
+    for share in args.share:
+        ours = results[share, "conj"]
+        if any("error" in result for result in ours):
+            sys.exit(f"error: conj, share {share}: {next(r['error'] for r in ours if 'error' in r)}")
+        flops = isolated(conj_step_flops, folder, model, share, args)
+        seconds = [sum(result["step_seconds"][1:]) for result in ours]
+        row = {
+            "geometry": geometry, "vocab_size": GEOMETRIES[geometry]["vocab_size"], "share": share,
+            "dtype": args.dtype, "pairs_per_step": args.pairs_per_step, "steps": args.steps, "rounds": args.rounds,
+            "pairs_per_second_conj": statistics.median(map(pairs_per_second, ours)),
+            "unique_tokens_per_second_conj": statistics.median(sum(r["tokens"][1:]) / s for r, s in zip(ours, seconds)),
+            "flops_per_second_conj": statistics.median(sum(flops[1:]) / s for s in seconds),
+            "matmul_ceiling_flops_per_second": ceiling,
+            "utilisation_conj": statistics.median(sum(flops[1:]) / s for s in seconds) / ceiling,
+            "peak_memory_bytes_conj": max(r["peak_memory_bytes"] for r in ours),
+            "reference_seconds_per_pair_conj": reference_seconds / (args.prompts * args.pairs_per_prompt),
+            "loss_conj": ours[0]["losses"][-1], "losses_conj": ours[0]["losses"],
+        }  # fmt: skip
+        rows += [row | beside(ours, results[share, name], name, peers[name]) for name in peers] or [row]
+    return rows
+
+
+def beside(ours: list[dict], theirs: list[dict], name: str, settings: dict) -> dict:
+    """What a row says of a peer: its figures, and ours divided by its, round by round."""
+    if failed := next((r["error"] for r in theirs if "error" in r), None):
+        return {"peer": name, "peer_settings": settings, "peer_error": failed}
+    ratios = [pairs_per_second(a) / pairs_per_second(b) for a, b in zip(ours, theirs)]
+    peak = max(r["peak_memory_bytes"] for r in theirs)
+    return {
+        "peer": name,
+        "peer_settings": settings,
+        "pairs_per_second_peer": statistics.median(map(pairs_per_second, theirs)),
+        "peak_memory_bytes_peer": peak,
+        "ratio_pairs_per_second": statistics.median(ratios),
+        "ratios_pairs_per_second": ratios,
+        "ratio_peak_memory": max(r["peak_memory_bytes"] for r in ours) / peak,
+        "loss_peer": theirs[0]["losses"][-1],
+        "losses_peer": theirs[0]["losses"],
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(ours[0]["losses"], theirs[0]["losses"])),
+    }
+
+
+def pairs_per_second(result: dict) -> float:
+    """After the first step, which is warm-up."""
+    return result["pairs_per_step"] * (len(result["step_seconds"]) - 1) / sum(result["step_seconds"][1:])
+
+
+def in_short(result: dict) -> str:
+    if "error" in result:
+        return result["error"]
+    peak = result["peak_memory_bytes"] / 2**20
+    return f"{pairs_per_second(result):.2f} pairs/s, {peak:.0f} MiB, loss {result['losses'][-1]:.5f}"
+
+
+def print_table(rows: list[dict]) -> None:
+    print("| model | share | TRL | conj pairs/s | TRL pairs/s | ratio | peak memory, conj / TRL | losses differ by |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        start = (
+            f"| {row['geometry']} | {row['share']} | {row.get('peer', 'none')} | {row['pairs_per_second_conj']:.2f} | "
+        )
+        if "ratio_pairs_per_second" in row:
+            print(f"{start}{row['pairs_per_second_peer']:.2f} | {row['ratio_pairs_per_second']:.1f} | "
+                  f"{row['ratio_peak_memory']:.2f} | {row['largest_loss_difference']:.1e} |")  # fmt: skip
+        else:
+            print(f"{start}{row.get('peer_error', '–')} | | | |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="must be what torch finds here")
+    parser.add_argument("--peer", choices=("trl", "none"), default="trl", help="whom to time beside conj")
+    parser.add_argument(
+        "--settings", nargs="+", choices=("default", "best"), default=["default", "best"], help="of TRL"
+    )
+    parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES, default=["20M", "large-vocabulary"], help="models")
+    parser.add_argument("--share", nargs="+", choices=("prompt", "pair", "none"), default=["prompt", "pair"])
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of forward and backward, both sides")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts in pairs.jsonl")
+    parser.add_argument("--pairs-per-prompt", type=int, default=4)
+    parser.add_argument("--prompt-tokens", type=int, nargs=2, default=(270, 330), help="fewest and most")
+    parser.add_argument("--judgment-tokens", type=int, nargs=2, default=(40, 120), help="fewest and most")
+    parser.add_argument("--pairs-per-step", type=int, default=8, help="pairs an optimizer step takes, both sides")
+    parser.add_argument("--max-tokens-per-pack", type=int, default=16384, help="of conj")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="of conj")
+    parser.add_argument("--cpu-offload", action="store_true", help="of conj")
+    parser.add_argument("--kernels", choices=("triton", "compile", "torch"), help="of conj; by default the device's")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps a run; the first is warm-up")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    args = parser.parse_args()
+    if args.steps < 2:
+        parser.error("--steps: expected at least 2, the first is warm-up")
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for geometry in args.geometry:
+            print(geometry, flush=True)
+            folder = Path(scratch) / geometry
+            dtype = "bfloat16" if geometry.startswith("qwen2") else "float32"
+            write_random_model(folder / "model", ROOT / "demo" / "base", dtype=dtype, **GEOMETRIES[geometry])
+            write_pairs(folder / "run", args)
+            rows += compare(folder, geometry, args)
+    where = where_measured(args.device)
+    if args.json:
+        args.json.write_text(json.dumps([row | where for row in rows], indent=1) + "\n")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
