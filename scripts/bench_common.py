@@ -19,14 +19,24 @@ def where_measured(device: str) -> dict[str, str]:
     else:
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         name = f"{models[0].partition(': ')[2]}, {torch.get_num_threads()} threads" if models else platform.machine()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        line = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(line, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:  # a lent machine may have no git
+        commit = ""
     found = {"device": name, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "transformers", "trl"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found | {"commit": commit.stdout.strip() or "unknown"}
+    return found | {"commit": commit or "unknown"}
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS or VmHWM, its peak, of this process. Not ru_maxrss: a child starts at its parent's."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def synchronize(device: str) -> None:

@@ -17,17 +17,19 @@ import argparse
 import json
 import multiprocessing
 import random
-import resource
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from bench_common import ROOT, matmul_ceiling, where_measured
+from bench_common import ROOT, matmul_ceiling, resident_bytes, where_measured
 from make_random_model import write_random_model
 
 SETTINGS = {"beta": 0.1, "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.0}
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}  # after a few steps; more means that the work was not equal
 GEOMETRIES = {
     "1M": dict(hidden_size=128, intermediate_size=384, layers=4, heads=4, kv_heads=2, vocab_size=1_536, tie=True),
     "20M": dict(hidden_size=384, intermediate_size=1024, layers=5, heads=6, kv_heads=2, vocab_size=32_000, tie=True),
@@ -81,7 +83,7 @@ def peak_memory_bytes(device: str) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident_bytes("VmHWM")
 
 
 def run_conj(folder: Path, model: Path, share: str, args: argparse.Namespace) -> dict:
@@ -149,8 +151,10 @@ def steps_of(run: Path, model: Path, share: str, args: argparse.Namespace) -> tu
 def run_trl(folder: Path, model: Path, share: str, peer: dict, args: argparse.Namespace) -> dict:
     """`DPOTrainer.train()` on the same pairs in the same order, timed step by step.
 
-    `peer` holds what differs from `DPOConfig()`'s defaults for speed; everything else here is output and the
-    optimizer's numbers, which are conj's so that losses can be compared."""
+    `peer` holds what differs from `DPOConfig()`'s defaults for speed; everything else here is output, the optimizer's
+    numbers, which are conj's so that losses can be compared, and no max_length, or TRL would cut off judgments."""
+    batch = peer.get("per_device_train_batch_size", min(8, args.pairs_per_step))
+    assert args.pairs_per_step % batch == 0
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
@@ -176,10 +180,9 @@ def run_trl(folder: Path, model: Path, share: str, peer: dict, args: argparse.Na
                 torch.cuda.synchronize()
             times[-1] = time.perf_counter() - times[-1]
 
-    batch = peer.get("per_device_train_batch_size", min(8, args.pairs_per_step))
     config = DPOConfig(
         output_dir=str(folder / "trl"), max_steps=args.steps, gradient_accumulation_steps=args.pairs_per_step // batch,
-        per_device_train_batch_size=batch, use_cpu=args.device == "cpu", bf16=args.dtype == "bf16",
+        per_device_train_batch_size=batch, max_length=None, use_cpu=args.device == "cpu", bf16=args.dtype == "bf16",
         train_sampling_strategy="sequential", logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
         beta=SETTINGS["beta"], learning_rate=SETTINGS["learning_rate"], adam_beta1=SETTINGS["adam_beta1"],
         adam_beta2=SETTINGS["adam_beta2"], weight_decay=SETTINGS["weight_decay"], lr_scheduler_type="cosine",
@@ -201,20 +204,19 @@ def run_trl(folder: Path, model: Path, share: str, peer: dict, args: argparse.Na
 
 
 def isolated(function, *arguments) -> dict:
-    """`function(*arguments)` in a fresh process; {"error": …} where it fails, out of memory for one."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    """`function(*arguments)` in a fresh process; {"error": …} where it fails, killed for its memory for one."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.apply(function, arguments)
+            return pool.submit(function, *arguments).result()
         except Exception as e:
             return {"error": f"{type(e).__name__}: {e}".splitlines()[0][:200]}
 
 
-def step_flops(pairs, packs: list, config, *, recompute: bool) -> int:
-    """FLOPs that conj executes for one step, elementwise work left out.
+def step_flops(pairs, packs: list, config) -> tuple[int, int]:
+    """FLOPs of one forward through the blocks, and through the head, elementwise work left out.
 
     A token takes 2 x (parameters of the blocks' matrices); a query takes 4 x N x H for every key it sees; a predicted
-    token takes 2 x D x V. Backward takes twice the forward; recomputed activations the blocks' forward once more, and
-    `linear_logprob` its own forward, always."""
+    token takes 2 x D x V."""
     from conj.data.packs import group_tokens
 
     c = config
@@ -229,21 +231,25 @@ def step_flops(pairs, packs: list, config, *, recompute: bool) -> int:
         keys_seen += sum((n - 1) * prompt + (n - 1) * n // 2 for n in judgments)
         blocks += c.num_hidden_layers * (2 * block * group_tokens(pairs, group) + 4 * heads_size * keys_seen)
         head += 2 * c.hidden_size * c.vocab_size * sum(judgments)
-    return (4 if recompute else 3) * blocks + 4 * head
+    return blocks, head
 
 
-def conj_step_flops(folder: Path, model: Path, share: str, args: argparse.Namespace) -> list[int]:
+def conj_step_flops(folder: Path, model: Path, share: str, args: argparse.Namespace) -> list[tuple[int, int]]:
+    """(executed, needed) FLOPs of each step. Needed is three times the forward; executed adds what is computed again:
+    the head's forward always, the blocks' with activation checkpointing."""
     from conj.model.qwen2 import read_config
 
     pairs, _, plans = steps_of(folder / "run", model, share, args)
-    return [step_flops(pairs, packs, read_config(model), recompute=args.activation_checkpointing) for packs in plans]
+    forwards = [step_flops(pairs, packs, read_config(model)) for packs in plans]
+    recomputed = 4 if args.activation_checkpointing else 3
+    return [(recomputed * blocks + 4 * head, 3 * (blocks + head)) for blocks, head in forwards]
 
 
 def best_settings(folder: Path, model: Path, args: argparse.Namespace) -> dict:
     """TRL's fastest settings with stored reference logprobs, each tried on one step after a warm-up."""
     found = {}
     args = argparse.Namespace(**vars(args) | {"steps": 2})
-    for batch in (b for b in (1, 2, 4, 8) if args.pairs_per_step % b == 0):
+    for batch in (b for b in args.batch_sizes if args.pairs_per_step % b == 0):
         for checkpointing in (False, True):
             peer = {"precompute_ref_log_probs": True, "per_device_train_batch_size": batch}
             peer["gradient_checkpointing"] = checkpointing
@@ -252,48 +258,46 @@ def best_settings(folder: Path, model: Path, args: argparse.Namespace) -> dict:
             print(in_short(result), flush=True)
             if "error" not in result:
                 found[pairs_per_second(result)] = peer
-    if not found:
-        sys.exit("error: TRL ran with no batch size")
-    return found[max(found)]
+    return found[max(found)] if found else {"precompute_ref_log_probs": True, "per_device_train_batch_size": 1}
 
 
-def compare(folder: Path, geometry: str, args: argparse.Namespace) -> list[dict]:
-    """Rows for one model: every share against every setting of the peer, in turns."""
+def compare(folder: Path, geometry: str, args: argparse.Namespace) -> Iterator[list[dict]]:
+    """Rows for one model, share by share: conj and every setting of the peer, in turns."""
     model = folder / "model"
-    reference_seconds = isolated(run_reference, folder / "run", model, args)["seconds"]
+    reference = isolated(run_reference, folder / "run", model, args)
+    ceiling = isolated(matmul_ceiling, args.device, args.dtype)
     peers = {"default": {}} if args.peer == "trl" else {}
     if peers and "best" in args.settings:
         peers["best"] = best_settings(folder, model, args)
-    results: dict[tuple[str, str], list[dict]] = {}
-    for _ in range(args.rounds):
-        for share in args.share:
-            for name, settings in {"conj": None, **peers}.items():
-                extra = () if name == "conj" else (settings,)
-                result = isolated(run_trl if extra else run_conj, folder, model, share, *extra, args)
-                results.setdefault((share, name), []).append(result)
-                print(f"  share {share}, {name}: {in_short(result)}", flush=True)
-    ceiling = isolated(matmul_ceiling, args.device, args.dtype)
-    rows = []
     for share in args.share:
-        ours = results[share, "conj"]
-        if any("error" in result for result in ours):
-            sys.exit(f"error: conj, share {share}: {next(r['error'] for r in ours if 'error' in r)}")
-        flops = isolated(conj_step_flops, folder, model, share, args)
-        seconds = [sum(result["step_seconds"][1:]) for result in ours]
+        results: dict[str, list[dict]] = {name: [] for name in ("conj", *peers)}
+        for _ in range(args.rounds):
+            for name in results:
+                extra = () if name == "conj" else (peers[name],)
+                results[name].append(isolated(run_trl if extra else run_conj, folder, model, share, *extra, args))
+                print(f"  share {share}, {name}: {in_short(results[name][-1])}", flush=True)
+        ours = results["conj"]
         row = {
             "geometry": geometry, "vocab_size": GEOMETRIES[geometry]["vocab_size"], "share": share,
             "dtype": args.dtype, "pairs_per_step": args.pairs_per_step, "steps": args.steps, "rounds": args.rounds,
+        }  # fmt: skip
+        if failed := next((r["error"] for r in [reference, *ours] if "error" in r), None):
+            yield [row | {"error": failed}]
+            continue
+        seconds = [sum(result["step_seconds"][1:]) for result in ours]
+        flops = conj_step_flops(folder, model, share, args)
+        executed, needed = (statistics.median(sum(f[i] for f in flops[1:]) / s for s in seconds) for i in (0, 1))
+        row |= {
             "pairs_per_second_conj": statistics.median(map(pairs_per_second, ours)),
             "unique_tokens_per_second_conj": statistics.median(sum(r["tokens"][1:]) / s for r, s in zip(ours, seconds)),
-            "flops_per_second_conj": statistics.median(sum(flops[1:]) / s for s in seconds),
             "matmul_ceiling_flops_per_second": ceiling,
-            "utilisation_conj": statistics.median(sum(flops[1:]) / s for s in seconds) / ceiling,
+            "hardware_flops_utilisation_conj": executed / ceiling,
+            "model_flops_utilisation_conj": needed / ceiling,
             "peak_memory_bytes_conj": max(r["peak_memory_bytes"] for r in ours),
-            "reference_seconds_per_pair_conj": reference_seconds / (args.prompts * args.pairs_per_prompt),
+            "reference_seconds_per_pair_conj": reference["seconds"] / (args.prompts * args.pairs_per_prompt),
             "loss_conj": ours[0]["losses"][-1], "losses_conj": ours[0]["losses"],
         }  # fmt: skip
-        rows += [row | beside(ours, results[share, name], name, peers[name]) for name in peers] or [row]
-    return rows
+        yield [row | beside(ours, results[name], name, peers[name]) for name in peers] or [row]
 
 
 def beside(ours: list[dict], theirs: list[dict], name: str, settings: dict) -> dict:
@@ -332,6 +336,9 @@ def print_table(rows: list[dict]) -> None:
     print("| model | share | TRL | conj pairs/s | TRL pairs/s | ratio | peak memory, conj / TRL | losses differ by |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
+        if "error" in row:
+            print(f"| {row['geometry']} | {row['share']} | | {row['error']} | | | | |")
+            continue
         start = (
             f"| {row['geometry']} | {row['share']} | {row.get('peer', 'none')} | {row['pairs_per_second_conj']:.2f} | "
         )
@@ -351,6 +358,9 @@ def main() -> None:
     parser.add_argument(
         "--settings", nargs="+", choices=("default", "best"), default=["default", "best"], help="of TRL"
     )
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=int, default=[1, 2, 4, 8], help="of TRL, to find its best among"
+    )
     parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES, default=["20M", "large-vocabulary"], help="models")
     parser.add_argument("--share", nargs="+", choices=("prompt", "pair", "none"), default=["prompt", "pair"])
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of forward and backward, both sides")
@@ -369,7 +379,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 2:
         parser.error("--steps: expected at least 2, the first is warm-up")
-    rows = []
+    rows, where = [], where_measured(args.device)
     with tempfile.TemporaryDirectory() as scratch:
         for geometry in args.geometry:
             print(geometry, flush=True)
@@ -377,11 +387,16 @@ def main() -> None:
             dtype = "bfloat16" if geometry.startswith("qwen2") else "float32"
             write_random_model(folder / "model", ROOT / "demo" / "base", dtype=dtype, **GEOMETRIES[geometry])
             write_pairs(folder / "run", args)
-            rows += compare(folder, geometry, args)
-    where = where_measured(args.device)
-    if args.json:
-        args.json.write_text(json.dumps([row | where for row in rows], indent=1) + "\n")
+            for found in compare(folder, geometry, args):
+                rows += [row | where for row in found]
+                if args.json:
+                    args.json.write_text(json.dumps(rows, indent=1) + "\n")
     print_table(rows)
+    unequal = [r for r in rows if r.get("largest_loss_difference", 0) > LOSS_TOLERANCE[args.dtype]]
+    if unequal or any("error" in row for row in rows):
+        sys.exit(
+            f"error: {len(unequal)} comparisons with unequal losses; conj failed: {any('error' in r for r in rows)}"
+        )
 
 
 if __name__ == "__main__":

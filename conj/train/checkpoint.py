@@ -38,7 +38,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
         assert isinstance(parameter, DTensor), f"{name} is not sharded: a forward without backward left it gathered"
         moments = optimizer.state[parameter]
         if not moments:
-            moments["step"] = torch.tensor(0.0)
+            moments["step"] = torch.zeros((), device=parameter.device)  # where the fused AdamW wants it
             moments.update({kind: torch.zeros_like(parameter) for kind in MOMENTS})
         state[f"weight.{name}"] = local_tensor(parameter.detach())
         for kind in MOMENTS:

@@ -118,13 +118,9 @@ def build_optimizer(model: nn.Module, options: DPOOptions) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # On a GPU the fused update: the default one holds a temporary copy of all gradients.
-    return torch.optim.AdamW(
-        groups,
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        fused=True if matrices[0].device.type == "cuda" else None,
-    )
+    # Fused: one pass over memory, and no temporary copies of all gradients.
+    betas = (options.adam_beta1, options.adam_beta2)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=betas, fused=True)
 
 
 @torch.no_grad()
@@ -132,7 +128,10 @@ def clip_gradients(model: nn.Module, max_norm: float, world: World) -> float:
     """Scales all gradients so that their norm over all ranks is at most `max_norm`; returns the norm before, summed in
     float64. Gradients that are not finite are left as they are."""
     gradients = [local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
-    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients])
+    pieces = [
+        piece for g in gradients for piece in g.flatten().split(1 << 22)
+    ]  # each is copied to float64 for its norm
+    norms = torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces])
     norm = world.sum(norms.square().sum()).sqrt().item()
     if math.isfinite(norm) and norm > max_norm:
         torch._foreach_mul_(gradients, max_norm / norm)
@@ -262,6 +261,10 @@ def main(options: DPOOptions) -> None:
             )
         ][: options.max_steps]
         eval_packs = pack(held_out)
+        places = sum(-(-len(packs) // world.size) * world.size for packs in steps)
+        idle = 1 - sum(map(len, steps)) / places
+        if world.is_main and idle > 0.1:
+            print(f"{idle:.0%} of the ranks' turns have no pack; --pack-multiple {world.size} gives each of them one")
 
         # Is it done already? If not: model, optimizer, and where an earlier run of the same inputs and options stopped.
         inputs = [options.run / "pairs.jsonl", path, options.model]

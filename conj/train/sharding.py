@@ -109,8 +109,9 @@ def build_sharded_model(
         layer.recompute = recompute
         fully_shard(layer, **settings)
     fully_shard(model, **settings)
-    for module in (*model.model.layers, model):
-        # The loss is already a mean over the step's pairs: ranks add up, they do not average.
+    # The loss is already a mean over the step's pairs: ranks add up, they do not average. One rank does not divide
+    # anyway, and a factor would cost it a copy of all gradients.
+    for module in (*model.model.layers, model) if world.size > 1 else ():
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device="cpu" if cpu_offload else world.device)
