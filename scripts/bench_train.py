@@ -45,6 +45,12 @@ GEOMETRIES = {
 }
 
 
+def make_model(folder: Path, dtype: str, geometry: str, device: str) -> dict:
+    """In a process of its own: random numbers for 7 B parameters are drawn on the GPU, which gives their memory back."""
+    write_random_model(folder, ROOT / "demo" / "base", dtype=dtype, device=device, **GEOMETRIES[geometry])
+    return {}
+
+
 def write_pairs(run: Path, args: argparse.Namespace) -> None:
     """pairs.jsonl of random words; lengths in tokens are drawn evenly from the two ranges, end token counted."""
     from conj.data.files import write_jsonl
@@ -385,7 +391,9 @@ def main() -> None:
             print(geometry, flush=True)
             folder = Path(scratch) / geometry
             dtype = "bfloat16" if geometry.startswith("qwen2") else "float32"
-            write_random_model(folder / "model", ROOT / "demo" / "base", dtype=dtype, **GEOMETRIES[geometry])
+            made = isolated(make_model, folder / "model", dtype, geometry, args.device)
+            if "error" in made:
+                sys.exit(f"error: no model of {geometry}: {made['error']}")
             write_pairs(folder / "run", args)
             for found in compare(folder, geometry, args):
                 rows += [row | where for row in found]

@@ -30,6 +30,7 @@ def write_random_model(
     dtype: str,
     max_position_embeddings: int = 32768,
     seed: int = 0,
+    device: str = "cpu",
 ) -> None:
     """Writes a Hugging Face folder with the tokenizer of another one."""
     tokenizer = JudgeTokenizer.load(tokenizer_folder)
@@ -48,7 +49,9 @@ def write_random_model(
     )
     torch.manual_seed(seed)
     torch.set_default_dtype(getattr(torch, dtype))
-    Qwen2ForCausalLM(config).save_pretrained(out)
+    with torch.device(device):
+        model = Qwen2ForCausalLM(config)
+    model.save_pretrained(out)
     torch.set_default_dtype(torch.float32)
     for name in COMPANIONS:
         if (tokenizer_folder / name).exists():

@@ -24,9 +24,10 @@ LENGTHS, PREFIX = [300, 40, 77, 512, 1, 90], [None, 0, 0, None, 3, 3]
 
 @pytest.fixture(autouse=True)
 def restore_backends():
-    before = dict(vars(backends.current))
+    before, fill = dict(vars(backends.current)), torch.utils.deterministic.fill_uninitialized_memory
     yield
     vars(backends.current).update(before)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(False)
 
 

@@ -24,13 +24,14 @@ def report(tmp_path_factory) -> list[dict]:
 def test_every_kernel_compiles_for_three_architectures_without_spills(report):
     """A kernel that is left out of the report, that Triton refuses, or that overflows its registers at real sizes."""
     source = (ROOT / "conj" / "model" / "kernels.py").read_text().splitlines()
-    decorated = [source[i + 1] for i, line in enumerate(source) if line == "@triton.jit"]
+    decorated = [source[i + 1] for i, line in enumerate(source) if line.startswith("@triton.jit")]
     names = {line.removeprefix("def ").split("(")[0] for line in decorated}
     assert len(names) == 8
     for architecture in ("sm_80", "sm_90a", "sm_100a"):
         rows = [row for row in report if row["architecture"] == architecture]
         assert names <= {row["kernel"] for row in rows}
-        assert not [row for row in rows if row["spill_stores"] or row["spill_loads"]]
+        ours = [row for row in rows if row["kernel"] in names]  # the rival in benchmarks/ is listed, not held to it
+        assert not [row for row in ours if row["spill_stores"] or row["spill_loads"]]
 
 
 def test_shared_memory_fits_the_smallest_of_the_architectures(report):

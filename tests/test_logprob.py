@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conj.model import logprob
-from conj.model.logprob import linear_logprob, linear_logprob_reference
+from conj.model.logprob import linear_logprob, linear_logprob_reference, selected_logprob
 
 
 def inputs(T: int, D: int, V: int, dtype: torch.dtype, lift: float):
@@ -44,7 +44,32 @@ def test_error_is_at_most_twice_that_of_plain_torch(T, D, V, lift, dtype, monkey
         assert errors[0] <= 2 * errors[1] + 1e-6 * e.norm().item(), name
 
 
-def test_a_row_does_not_depend_on_the_other_rows():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lift", [0.0, 10.0])
+def test_logits_that_exist_are_scored_and_differentiated_as_plain_torch_would(lift, dtype):
+    """`selected_logprob` against fp64, on a view whose rows are not next to each other."""
+    hidden, weight, targets, upstream = inputs(90, 48, 515, torch.float32, lift)
+    logits = torch.nn.functional.pad(hidden @ weight.T, (1, 2)).to(dtype)[:, 1:516]
+    outcomes = []
+    for function, like in ((reference, torch.float64), (selected_logprob, dtype), (reference, dtype)):
+        leaf = logits.to(like).detach().requires_grad_()
+        logprobs = function(leaf, targets)
+        outcomes.append((logprobs.detach(), *torch.autograd.grad((logprobs * upstream).sum(), leaf)))
+    for expected, ours, torchs in zip(*outcomes):
+        errors = [(x.double() - expected).norm().item() for x in (ours, torchs)]
+        assert errors[0] <= 2 * errors[1] + 1e-6 * expected.norm().item()
+
+
+def reference(logits, targets):
+    return (
+        logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        .gather(-1, targets[:, None])
+        .squeeze(-1)
+    )
+
+
+def test_a_row_does_not_depend_on_the_other_rows(monkeypatch):
+    monkeypatch.setitem(logprob.BLOCK, "cpu", (128, 300))
     hidden, weight, targets, _ = inputs(200, 64, 999, torch.float32, 0.0)
     whole = linear_logprob(hidden, weight, targets)
     assert torch.equal(linear_logprob(hidden[50:170], weight, targets[50:170]), whole[50:170])

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from conj.data.packs import Group, plan_packs, tokenize_pairs
 from conj.data.prompts import JudgeTokenizer
 from conj.model import attention as attention_module
+from conj.model import backends
 from conj.model.attention import attention, build_segments, key_rows
 from conj.model.weights import load_model
 from conj.train.batch import collate
@@ -132,6 +133,23 @@ def test_recomputed_activations_give_the_same_gradients(untied_model, pairs):
         layer.recompute = True
     recomputed = gradients(model, packed_logps(model, pairs, "prompt"))
     assert all(torch.equal(recomputed[name], kept[name]) for name in kept)
+
+
+def test_compiled_blocks_equal_eager_ones_in_packs_of_any_length(untied_model, pairs, monkeypatch):
+    """`--kernels compile`: logprobs and gradients, and a pair's bits the same in every pack; compiled once for all."""
+    model = load_model(untied_model)
+    expected = packed_logps(model, pairs, "prompt")
+    expected_gradients = gradients(model, expected)
+    monkeypatch.setattr(backends.current, "kernels", "compile")
+    torch._dynamo.utils.counters.clear()
+    found = packed_logps(model, pairs, "prompt")
+    assert ((found - expected).abs() / expected.abs()).max() < 1e-5
+    found_gradients = gradients(model, found)
+    assert max(relative_error(found_gradients[name], g) for name, g in expected_gradients.items()) < 1e-4
+    with torch.no_grad():
+        others = [packed_logps(model, pairs, share, n) for share in ("none", "pair") for n in (700, 1500)]
+    assert all(torch.equal(other, others[0]) for other in others[1:])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
 
 
 def test_gathered_keys_of_the_varlen_backends_equal_segment_by_segment():

@@ -10,7 +10,10 @@ a sequence's result does not depend on its neighbours in the pack, bit for bit; 
 would not keep that.
 """
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -83,9 +86,18 @@ def attention(
         from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(q, k, v, *lengths, causal=True, deterministic=backends.current.deterministic)
+    return _varlen_attention()(q, k, v, *lengths)
+
+
+@cache
+def _varlen_attention() -> Callable:
+    """torch's own, causal. From 2.12 on it asks for grouped heads by name, and may split keys by the pack's longest
+    segment, which would change a judgment's bits with its neighbours: one split."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(q, k, v, *lengths, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+    newer = {"enable_gqa": True, "num_splits": 1}
+    known = inspect.signature(varlen_attn).parameters
+    return partial(varlen_attn, window_size=(-1, 0), **{k: v for k, v in newer.items() if k in known})
 
 
 def _sdpa_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

@@ -6,6 +6,7 @@ Policy and reference must run the same arithmetic, so the choice is made once, b
 
 import os
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -33,25 +34,27 @@ def select(
 
     Raises InputError for a backend that cannot run here: nothing is silently replaced by another."""
     on_gpu = device.type == "cuda"
+    if not on_gpu and attention not in (None, "sdpa"):
+        raise InputError(f"--attention: expected sdpa on a CPU, found {attention}")
+    if not on_gpu and kernels == "triton":
+        raise InputError("--kernels: expected torch or compile on a CPU, found triton")
+    if attention == "flash_attn" and not find_spec("flash_attn"):
+        raise InputError("--attention: flash_attn is not installed; varlen runs flash attention from inside torch")
     default_attention = "sdpa" if not on_gpu else "flash_attn" if find_spec("flash_attn") else "varlen"
     current.attention = attention or default_attention
     current.kernels = kernels or ("triton" if on_gpu else "torch")
     current.deterministic = deterministic
-    if not on_gpu and current.attention != "sdpa":
-        raise InputError(f"--attention: expected sdpa on a CPU, found {attention}")
-    if not on_gpu and current.kernels == "triton":
-        raise InputError("--kernels: expected torch or compile on a CPU, found triton")
-    if current.attention == "flash_attn" and not find_spec("flash_attn"):
-        raise InputError("--attention: flash_attn is not installed; varlen runs flash attention from inside torch")
     if on_gpu:
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has given NaN on DPO of Qwen2.5 (trl#7181)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses cuBLAS below
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        # Without it deterministic mode refuses cuBLAS; set in either mode, so that the forward is the same in both.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.utils.deterministic.fill_uninitialized_memory = not deterministic
     torch.use_deterministic_algorithms(deterministic)  # this is what torch's own varlen attention goes by
     return current
 
 
 def describe() -> str:
-    """The choice as one line, for the reference's key."""
-    return f"attention {current.attention}, kernels {current.kernels}"
+    """The choice as one line, with the versions of the packages behind it, for the reference's key."""
+    packages = {"flash_attn": "flash-attn", "triton": "triton"}
+    behind = [packages[name] for name in (current.attention, current.kernels) if name in packages]
+    return ", ".join([current.attention, current.kernels, *(f"{name} {version(name)}" for name in behind)])

@@ -5,7 +5,7 @@ Their references and their autograd are in `ops.py` and `logprob.py`.
 Why: torch needs several passes over memory for each of these (cast, square, mean, multiply, ...), keeps what it made in
 between, or sums by atomics in an order that changes from run to run. Here each tensor is read and written once, the
 arithmetic is fp32 with one rounding at the store, and all sums have a fixed order: the same inputs give the same bits.
-A row's result depends on that row alone, not on T and not on its neighbours, so a sequence scores the same in any pack.
+A row's result depends on that row alone, not on T and not on its neighbours, which a sequence that scores the same in any pack needs.
 Block sizes follow from the sizes by the rules below and nothing is autotuned, since another block is another order of
 summation. (The compiler also picks the order by alignment: a view that starts at an odd address may round otherwise
 than its aligned copy.)
@@ -26,7 +26,7 @@ from torch import Tensor
 ROW_BLOCK = 4096  # columns that a program holds at a time where it walks along a row
 ELEMENT_BLOCK = 1024  # columns of a program where elements do not need each other
 ELEMENTS_PER_THREAD = 16  # two 16-byte loads of bf16 in flight for each tensor
-NORM_ROWS = 32  # rows whose share of the gradient of a norm's weight one program adds up
+NORM_ROWS = 8  # rows whose share of the gradient of a norm's weight one program adds up
 
 
 def block_size(columns: int, most: int | None = None) -> int:
@@ -182,7 +182,7 @@ def add_rms_norm_forward(
     return y, x if residual is None else residual, inv_rms
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # else each kind of pack length would be compiled, and in mid-training
 def _add_rms_norm_grad(
     grad_y, grad_residual, residual, weight, inv_rms, grad_x, partial_sums, grad_y_stride, grad_residual_stride,
     residual_stride, num_rows, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

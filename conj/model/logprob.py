@@ -11,7 +11,8 @@ The matmuls are the vendor library's; what lies between them is one Triton kerne
 few passes of torch over a block that fits the cache on a CPU. A matmul inside the kernel, which would never write the
 block, is the rival design: `benchmarks/blockwise_logprob.py`.
 
-The split of the columns does not depend on T, and rows do not meet: a row's bits do not depend on its neighbours.
+The split of the columns does not depend on T, and rows do not meet: a row's bits do not depend on its neighbours, as far
+as the matmuls keep that. On CPUs they were seen to; a GPU's library may choose another kernel for another T.
 """
 
 import torch
@@ -68,16 +69,21 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, weight, targets, lse = ctx.saved_tensors
         upstream = upstream.contiguous()
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        grad_weight = torch.empty_like(weight)
+        grad_weight = torch.zeros_like(weight)
         num_rows, num_columns = BLOCK[hidden.device.type]
+        one_block = len(hidden) <= num_rows  # the matmul itself then sums over all tokens
         for columns in _slices(len(weight), num_columns):
-            column_sum = torch.zeros_like(weight[columns], dtype=torch.float32)
+            column_sum = None if one_block else torch.zeros_like(weight[columns], dtype=torch.float32)
             for rows in _slices(len(hidden), num_rows):
                 block = _matmul(hidden[rows], weight[columns].T)
                 block = grad_of_block(block, targets[rows], columns.start, lse[rows], upstream[rows], weight.dtype)
                 _add_matmul(grad_hidden[rows], block, weight[columns])
-                _add_matmul(column_sum, block.T, hidden[rows])
-            grad_weight[columns] = column_sum
+                if one_block:
+                    torch.mm(block.T, hidden, out=grad_weight[columns])
+                else:
+                    _add_matmul(column_sum, block.T, hidden[rows])
+            if not one_block:
+                grad_weight[columns] = column_sum
         return grad_hidden.to(hidden.dtype), grad_weight, None
 
 
@@ -102,38 +108,38 @@ def _slices(length: int, size: int) -> list[slice]:
 
 def empty_statistics(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Running maximum, sum of exp(logit - maximum), and the target's logit of each row, all (T,) fp32."""
-    largest = rows.new_full((len(rows),), -torch.inf, dtype=torch.float32)
-    return largest, torch.zeros_like(largest), torch.full_like(largest, -torch.inf)
+    row_max = rows.new_full((len(rows),), -torch.inf, dtype=torch.float32)
+    return row_max, torch.zeros_like(row_max), torch.full_like(row_max, -torch.inf)
 
 
 def update_statistics(
     block: Tensor,  # (R, C) logits of columns first_column … first_column + C
     targets: Tensor,  # (R,) int64, in the numbers of the whole vocabulary
     first_column: int,
-    largest: Tensor,  # (R,) fp32, and the two below: changed in place
-    total: Tensor,
+    row_max: Tensor,  # (R,) fp32, and the two below: changed in place
+    row_sum: Tensor,
     target_logit: Tensor,
 ) -> None:
     """Takes a block of columns into the running log-sum-exp, and the target's logit where it lies in the block."""
     if backends.current.kernels == "triton":
         from conj.model.kernels import logprob_update
 
-        return logprob_update(block, targets, first_column, largest, total, target_logit)
+        return logprob_update(block, targets, first_column, row_max, row_sum, target_logit)
     block = block.float()
     column = targets - first_column
     inside = (column >= 0) & (column < block.shape[1])
     found = block.gather(1, column.clamp(0, block.shape[1] - 1)[:, None]).squeeze(1)
     target_logit.copy_(torch.where(inside, found, target_logit))
-    highest = torch.maximum(largest, block.amax(1))
+    highest = torch.maximum(row_max, block.amax(1))
     shift = highest.clamp(min=torch.finfo(torch.float32).min)  # a row of -inf alone must not become inf - inf
-    total.mul_((largest - shift).exp_()).add_((block - shift[:, None]).exp_().sum(1))
-    largest.copy_(highest)
+    row_sum.mul_((row_max - shift).exp_()).add_((block - shift[:, None]).exp_().sum(1))
+    row_max.copy_(highest)
 
 
-def logprobs_and_lse(largest: Tensor, total: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
-    log_total = total.log()
+def logprobs_and_lse(row_max: Tensor, row_sum: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
+    log_sum = row_sum.log()
     # In this order: near p = 1 the target is the maximum, the first difference is exact and nothing cancels.
-    return (target_logit - largest) - log_total, largest + log_total
+    return (target_logit - row_max) - log_sum, row_max + log_sum
 
 
 def grad_of_block(

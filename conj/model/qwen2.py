@@ -143,7 +143,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._block, x, cos, sin, segments, use_reentrant=False)
+            return checkpoint(self._block, x, cos, sin, segments, use_reentrant=False, preserve_rng_state=False)
         return self._block(x, cos, sin, segments)
 
     def _block(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:

@@ -146,18 +146,19 @@ def run_packs(
     Returns means over the pairs, summed in float64: loss, chosen_reward, rejected_reward, margin, accuracy; and
     num_pairs, num_tokens."""
     num_pairs = count_pairs(packs)
-    totals = torch.zeros(6, dtype=torch.float64)
+    totals = torch.zeros(6, dtype=torch.float64, device=world.device)
     for pack in deal(packs, world.rank, world.size):
         batch = collate(pairs, pack, world.device)
+        reference_logps = reference[batch.pair_numbers].to(world.device)
         logps = batch.pair_logps(model(*batch.inputs))  # (P, 2)
-        losses, rewards = dpo_loss(logps, reference[batch.pair_numbers].to(world.device), options.beta)
+        losses, rewards = dpo_loss(logps, reference_logps, options.beta)
         if options.nll_alpha:
             losses = losses + options.nll_alpha * mean_chosen_nll(batch, logps)
         if torch.is_grad_enabled():
             (losses.sum() / num_pairs).backward()
         margins = rewards[:, 0] - rewards[:, 1]
         columns = torch.stack([losses.detach(), rewards[:, 0], rewards[:, 1], margins, (margins > 0).float()])
-        totals[:5] += columns.double().sum(dim=1).cpu()
+        totals[:5] += columns.double().sum(dim=1)  # stays on the device: reading it would wait for the backward
         totals[5] += len(batch.input_ids) if pack else 0
     totals = world.sum(totals).tolist()
     names = ("loss", "chosen_reward", "rejected_reward", "margin", "accuracy")

@@ -28,6 +28,7 @@ from conj.data.packs import TokenizedPairs, count_pairs, deal, plan_packs, token
 from conj.data.prompts import JudgeTokenizer
 from conj.model import backends, qwen2
 from conj.model.weights import check_model_folder, weight_files
+from conj.train import batch
 from conj.train.batch import collate
 from conj.train.sharding import ComputeOptions, World, build_sharded_model, distributed
 
@@ -61,8 +62,9 @@ def reference_key(
 ) -> dict[str, str]:
     """Everything the reference logprobs depend on, field by field."""
     code = hashlib.sha256()
-    for name in ("qwen2", "attention", "logprob", "ops", "kernels"):
-        code.update(Path(qwen2.__file__).with_name(f"{name}.py").read_bytes())
+    sources = [Path(qwen2.__file__).with_name(f"{n}.py") for n in ("qwen2", "attention", "logprob", "ops", "kernels")]
+    for path in (*sources, Path(batch.__file__)):
+        code.update(path.read_bytes())
     return {
         "weights": json.dumps({path.name: sha256_file(path) for path in weight_files(model)}),
         "config": sha256_file(model / "config.json"),
@@ -111,8 +113,8 @@ def compute_reference(
             now = packs[start : start + per_save]
             found = torch.zeros_like(logps)
             for pack in deal(now, world.rank, world.size):
-                batch = collate(pairs, pack, world.device)
-                found[batch.pair_numbers] = batch.pair_logps(model(*batch.inputs)).cpu()
+                inputs = collate(pairs, pack, world.device)
+                found[inputs.pair_numbers] = inputs.pair_logps(model(*inputs.inputs)).cpu()
             done = [pair for pack in now for group in pack for pair in group.pairs]
             logps[done] = world.sum(found)[done]  # one rank has each value, the others add zero
             if world.is_main:

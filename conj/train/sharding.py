@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from conj import InputError
 from conj.data.options import option
@@ -108,10 +108,12 @@ def build_sharded_model(
     for layer in model.model.layers:
         layer.recompute = recompute
         fully_shard(layer, **settings)
+    if model.lm_head is not None:  # a group of its own: reduced apart from the head, gradients take half the memory
+        fully_shard(model.model.embed_tokens, **settings)
     fully_shard(model, **settings)
     # The loss is already a mean over the step's pairs: ranks add up, they do not average. One rank does not divide
     # anyway, and a factor would cost it a copy of all gradients.
-    for module in (*model.model.layers, model) if world.size > 1 else ():
+    for module in (m for m in model.modules() if isinstance(m, FSDPModule) and world.size > 1):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device="cpu" if cpu_offload else world.device)
