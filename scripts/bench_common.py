@@ -1,17 +1,24 @@
 """What the benchmarks share: the row that says where a figure was measured, the device's matmul ceiling, timing."""
 
-import importlib.metadata
 import platform
-import subprocess
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from conj.data.manifest import describe_code
 from conj.train.sharding import COMPUTE_DTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
+QWEN2 = {  # arXiv 2407.10671, table 1: hidden, mlp, query heads, key heads, head size, vocabulary, layers
+    "0.5B": {"D": 896, "F": 4864, "N": 14, "K": 2, "H": 64, "V": 151936, "L": 24, "tie": True},
+    "1.5B": {"D": 1536, "F": 8960, "N": 12, "K": 2, "H": 128, "V": 151936, "L": 28, "tie": True},
+    "7B": {"D": 3584, "F": 18944, "N": 28, "K": 4, "H": 128, "V": 152064, "L": 28, "tie": False},
+    "72B": {"D": 8192, "F": 29568, "N": 64, "K": 8, "H": 128, "V": 152064, "L": 80, "tie": False},
+}
 
 
 def where_measured(device: str) -> dict[str, str]:
@@ -21,18 +28,10 @@ def where_measured(device: str) -> dict[str, str]:
     else:
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         name = f"{models[0].partition(': ')[2]}, {torch.get_num_threads()} threads" if models else platform.machine()
-    try:
-        line = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(line, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    except OSError:  # a lent machine may have no git
-        commit = ""
-    found = {"device": name, "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "transformers", "trl"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found | {"commit": commit or "unknown"}
+    code = describe_code()
+    commit = (code["git"]["commit"] or "unknown")[:7] + ("-dirty" if code["git"]["dirty"] else "")
+    peers = {name: version(name) for name in ("triton", "trl") if find_spec(name)}
+    return {"device": name, **code["versions"], **peers, "commit": commit}
 
 
 def resident_bytes(field: str) -> int:

@@ -45,7 +45,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_common import ROOT, matmul_ceiling, resident_bytes, synchronize, where_measured
+from bench_common import QWEN2, ROOT, matmul_ceiling, resident_bytes, synchronize, where_measured
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
@@ -55,12 +55,6 @@ from conj.model.attention import key_rows
 from conj.train.sharding import COMPUTE_DTYPES
 
 MODES = ("forward", "backward", "both")
-MODELS = {  # Qwen2
-    "0.5B": {"D": 896, "F": 4864, "N": 14, "K": 2, "H": 64, "V": 151936},
-    "1.5B": {"D": 1536, "F": 8960, "N": 12, "K": 2, "H": 128, "V": 151936},
-    "7B": {"D": 3584, "F": 18944, "N": 28, "K": 4, "H": 128, "V": 152064},
-    "72B": {"D": 8192, "F": 29568, "N": 64, "K": 8, "H": 128, "V": 152064},
-}
 TINY = {"tiny": {"D": 64, "F": 160, "N": 4, "K": 2, "H": 16, "V": 5000}}
 VOCABULARIES = (32768, 65536, 131072, 262144)
 HEADER = ("mode", "candidate", "error", "p50 ms", "p20 to p80", "peak MiB", "% of ceiling", "GB/s")
@@ -423,7 +417,7 @@ def describe(candidate: Candidate, problem: Problem, mode: str, measured: dict, 
 
 def run(op: str, model: str, T: int, args: argparse.Namespace, ceiling: float) -> list[dict]:
     """Gate and timing of one operation at one shape: a row for each candidate and mode."""
-    size, compiled = (MODELS | TINY)[model], args.compile or args.device == "cuda"
+    size, compiled = (QWEN2 | TINY)[model], args.compile or args.device == "cuda"
     like = (args.device, COMPUTE_DTYPES[args.dtype])
     torch.compiler.reset()  # else the shapes of earlier problems count against its limit of recompilations
     torch.manual_seed(0)
@@ -558,7 +552,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--dtype", choices=COMPUTE_DTYPES, default="bf16")
     parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="operations")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="whose shapes")
+    parser.add_argument("--models", nargs="+", choices=QWEN2, default=list(QWEN2), help="whose shapes")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, 16384], help="T")
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, help="only these")
     parser.add_argument("--tiny", action="store_true", help="one small shape")

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from bench_common import ROOT, matmul_ceiling, resident_bytes, where_measured
+from bench_common import QWEN2, ROOT, matmul_ceiling, resident_bytes, where_measured
 from make_random_model import write_random_model
 
 SETTINGS = {"beta": 0.1, "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.0}
@@ -36,13 +36,13 @@ GEOMETRIES = {
     "large-vocabulary": dict(
         hidden_size=128, intermediate_size=384, layers=4, heads=4, kv_heads=2, vocab_size=151_936, tie=True
     ),
-    "qwen2-1.5b": dict(
-        hidden_size=1536, intermediate_size=8960, layers=28, heads=12, kv_heads=2, vocab_size=151_936, tie=True
-    ),
-    "qwen2-7b": dict(
-        hidden_size=3584, intermediate_size=18944, layers=28, heads=28, kv_heads=4, vocab_size=152_064, tie=False
-    ),
-}
+} | {
+    f"qwen2-{name.lower()}": dict(
+        hidden_size=size["D"], intermediate_size=size["F"], layers=size["L"], heads=size["N"], kv_heads=size["K"],
+        vocab_size=size["V"], tie=size["tie"],
+    )
+    for name, size in QWEN2.items()
+}  # fmt: skip
 
 
 def make_model(folder: Path, dtype: str, geometry: str, device: str) -> dict:
@@ -154,6 +154,20 @@ def steps_of(run: Path, model: Path, share: str, args: argparse.Namespace) -> tu
     return pairs, steps, [plan_packs(pairs, s, max_tokens=args.max_tokens_per_pack, share=share) for s in steps]
 
 
+def trl_tokenizer(folder: Path):
+    """The folder's tokenizer with a template that ends at the judgment's end token.
+
+    conj trains a judgment up to that token, which is what a sampler writes; the line break that the template puts after
+    it is never sampled. TRL takes the completion from the template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "'<|im_end|>' + '\n'}}", "'<|im_end|>'}}{% if message['role'] != 'assistant' %}{{'\n'}}{% endif %}"
+    )
+    return tokenizer
+
+
 def run_trl(folder: Path, model: Path, share: str, peer: dict, args: argparse.Namespace) -> dict:
     """`DPOTrainer.train()` on the same pairs in the same order, timed step by step.
 
@@ -163,18 +177,14 @@ def run_trl(folder: Path, model: Path, share: str, peer: dict, args: argparse.Na
     assert args.pairs_per_step % batch == 0
     import torch
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     from conj.data.files import read_jsonl
 
     rows = read_jsonl(folder / "run" / "pairs.jsonl")
     _, steps, _ = steps_of(folder / "run", model, share, args)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    # conj trains a judgment up to its end token; the template's line break after that is never sampled.
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "'<|im_end|>' + '\n'}}", "'<|im_end|>'}}{% if message['role'] != 'assistant' %}{{'\n'}}{% endif %}"
-    )
+    tokenizer = trl_tokenizer(model)
     times = []
 
     class StepTimer(TrainerCallback):

@@ -20,19 +20,19 @@ from pathlib import Path
 
 import torch
 import triton
+from bench_common import QWEN2, ROOT
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
-from benchmarks import blockwise_logprob  # noqa: E402
-from conj.model import kernels  # noqa: E402
+from benchmarks import blockwise_logprob
+from conj.model import kernels
 
 CAPABILITIES = (80, 90, 100)  # A100; H100 and H200; B200
-T, D, F, N, K, H, V = 4096, 3584, 18944, 28, 4, 128, 152064  # Qwen2-7B
+T, D, F, N, K, H, V = 4096, *(QWEN2["7B"][letter] for letter in "DFNKHV")
 COLUMNS = 8192  # of a block of logits
 FIELDS = ("kernel", "variant", "architecture", "registers", "spill_stores", "spill_loads", "shared_bytes", "num_warps")
 

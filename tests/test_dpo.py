@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from bench_train import trl_tokenizer
 from conftest import ROOT, assert_one_line_error, command, kill_when, num_lines, random_pairs, write_model
 from safetensors.torch import load_file, save_file
 
@@ -66,15 +67,10 @@ def trl_loss_and_gradients(policy, base, rows, folder):
     """One batch through TRL's DPOTrainer, in fp32, nothing cut."""
     pytest.importorskip("trl", reason="the independent trainer is not installed (pip install -e '.[dev]')")
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    # conj trains the turn up to its end token, which is what a sampler writes; the template's line break after it
-    # is never sampled. TRL takes the completion from the template, so the template of this test ends there.
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "'<|im_end|>' + '\n'}}", "'<|im_end|>'}}{% if message['role'] != 'assistant' %}{{'\n'}}{% endif %}"
-    )
+    tokenizer = trl_tokenizer(base)
     arguments = DPOConfig(
         output_dir=folder, per_device_train_batch_size=len(rows), beta=0.1, max_length=None, use_cpu=True, bf16=False,
         report_to=[], gradient_checkpointing=False, disable_tqdm=True,

@@ -30,9 +30,8 @@ class Segments:
     lengths: list[int]  # (S,) tokens of each segment; they sum to T
     prefix: list[int | None]  # (S,) an earlier segment, itself without a prefix, or None
     masks: list[Tensor | None] = field(default_factory=list)  # (S,) bool (length, prefix + length), SDPA only
-    keys: Gather | None = (
-        None  # rows of k and v, as many as the k lengths sum to; varlen backends only, as are the next
-    )
+    # Of the varlen backends only:
+    keys: Gather | None = None  # rows of k and v, as many as the k lengths sum to
     cu_seqlens_q: Tensor | None = None  # (S + 1,) int32
     cu_seqlens_k: Tensor | None = None  # (S + 1,) int32
     max_seqlen_q: int = 0

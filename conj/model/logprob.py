@@ -69,7 +69,7 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, weight, targets, lse = ctx.saved_tensors
         upstream = upstream.contiguous()
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        grad_weight = torch.zeros_like(weight)
+        grad_weight = torch.empty_like(weight) if len(hidden) else torch.zeros_like(weight)
         num_rows, num_columns = BLOCK[hidden.device.type]
         one_block = len(hidden) <= num_rows  # the matmul itself then sums over all tokens
         for columns in _slices(len(weight), num_columns):

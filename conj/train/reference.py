@@ -28,7 +28,7 @@ from conj.data.packs import TokenizedPairs, count_pairs, deal, plan_packs, token
 from conj.data.prompts import JudgeTokenizer
 from conj.model import backends, qwen2
 from conj.model.weights import check_model_folder, weight_files
-from conj.train import batch
+from conj.train import batch as batch_module
 from conj.train.batch import collate
 from conj.train.sharding import ComputeOptions, World, build_sharded_model, distributed
 
@@ -63,7 +63,7 @@ def reference_key(
     """Everything the reference logprobs depend on, field by field."""
     code = hashlib.sha256()
     sources = [Path(qwen2.__file__).with_name(f"{n}.py") for n in ("qwen2", "attention", "logprob", "ops", "kernels")]
-    for path in (*sources, Path(batch.__file__)):
+    for path in (*sources, Path(batch_module.__file__)):
         code.update(path.read_bytes())
     return {
         "weights": json.dumps({path.name: sha256_file(path) for path in weight_files(model)}),
@@ -113,8 +113,8 @@ def compute_reference(
             now = packs[start : start + per_save]
             found = torch.zeros_like(logps)
             for pack in deal(now, world.rank, world.size):
-                inputs = collate(pairs, pack, world.device)
-                found[inputs.pair_numbers] = inputs.pair_logps(model(*inputs.inputs)).cpu()
+                batch = collate(pairs, pack, world.device)
+                found[batch.pair_numbers] = batch.pair_logps(model(*batch.inputs)).cpu()
             done = [pair for pack in now for group in pack for pair in group.pairs]
             logps[done] = world.sum(found)[done]  # one rank has each value, the others add zero
             if world.is_main:
