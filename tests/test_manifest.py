@@ -1,6 +1,5 @@
 """Manifests: a stage is done, goes on, or is refused; and what it is made from must fit together."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 
 from conj import InputError
 from conj.data.files import write_jsonl
-from conj.data.manifest import begin, describe_inputs, finish, manifest_path, read_manifest
+from conj.data.manifest import begin, describe_inputs, finish, manifest_path, read_manifest, write_sealed
 from conj.data.options import option
 
 
@@ -77,7 +76,7 @@ def test_a_stage_killed_before_or_after_it_wrote_ends_with_the_same_file(run, wr
     if not written:
         (run / "b").unlink()
     manifest = {k: v for k, v in read_manifest(run / "b").items() if k in ("artefact", "inputs", "options")}
-    manifest_path(run / "b").write_text(json.dumps(manifest | {"complete": False}))
+    write_sealed(manifest_path(run / "b"), manifest | {"complete": False})
     assert stage(run, "b", [run / "raw", run / "a"])
     assert (run / "b").read_bytes() == expected and read_manifest(run / "b")["complete"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from conj import InputError
+from conj.data.manifest import manifest_path, write_sealed
 from conj.data.options import run_command
 from conj.data.pairs import PairsOptions, build_pairs, make_pairs, make_rows
 from conj.data.prompts import judge_messages, judgment_text
@@ -210,7 +211,7 @@ def test_judgment_that_does_not_fit_is_named(change, message, run, capsys):
 
 def test_unfinished_sampling_is_refused(run, capsys):
     """Pairs from half of the judgments would look like a complete stage."""
-    (run / "repeated.jsonl.manifest.json").write_text(json.dumps({"inputs": [], "options": {}, "complete": False}))
+    write_sealed(manifest_path(run / "repeated.jsonl"), {"inputs": [], "options": {}, "complete": False})
     assert "repeated.jsonl: was cut short; run its stage again" in fails(capsys, "--run", run)
 
 

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from conj.data.files import write_jsonl
+from conj.data.manifest import write_sealed
 from conj.data.prompts import judgment_text
 from conj.sample.evaluate import score_judges
 from conj.sample.report import write_report
@@ -44,7 +45,7 @@ def run(tmp_path):
         "options": {},
     }
     manifest |= {"counts": {"left_out_identical": 17, "overlong_ids": ["not a count"]}}
-    (tmp_path / "prompts.jsonl.manifest.json").write_text(json.dumps(manifest))
+    write_sealed(tmp_path / "prompts.jsonl.manifest.json", manifest)
     write_report(tmp_path, score_judges(prompts, judgments, 100, 0), prompts, judgments, max_shown=20)
     return tmp_path
 

