@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from conj import InputError
 from conj.data.files import read_jsonl, write_jsonl
-from conj.data.manifest import hash_input, manifest_path
+from conj.data.manifest import hash_input, manifest_path, write_sealed
 from conj.data.options import build_parser
 from conj.data.packs import plan_packs
 from conj.train import dpo, reference
-from conj.train.checkpoint import find_checkpoint, list_checkpoints
+from conj.train.checkpoint import list_checkpoints
 from conj.train.dpo import DPOOptions, learning_rate_at, run_packs, train_step
 from conj.train.reference import ReferenceOptions, load_pairs
 from conj.train.sharding import build_sharded_model, distributed
 
-TIMES = {"step_seconds", "pairs_per_second", "tokens_per_second"}
+TIMES = {"step_seconds", "pairs_per_second", "tokens_per_second", "num_ranks"}  # and where: what two runs may differ in
 
 
 def dpo_options(run, model, **changes) -> DPOOptions:
@@ -197,21 +197,6 @@ def test_a_killed_reference_run_ends_with_the_same_file(run_folder, tied_model, 
     assert path.read_bytes() == (run_folder / "reference.safetensors").read_bytes()
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_last_good_one(ready, tied_model, capsys):
-    dpo.main(dpo_options(ready, tied_model, max_steps=4, save_every=1, keep_checkpoints=3))
-    newest, second, _ = list_checkpoints(ready / "checkpoints")
-    identity = json.loads((newest / "manifest.json").read_text())["identity"]
-    path = newest / "rank-00000.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    for name, content in (("step-00000009", "[]"), ("step-00000010", '{"files": []}'), ("step-junk", "{}")):
-        (ready / "checkpoints" / name).mkdir()
-        (ready / "checkpoints" / name / "manifest.json").write_text(content)
-    assert find_checkpoint(ready / "checkpoints", identity) == second
-    assert "sha256 differs" in capsys.readouterr().out
-
-
 def test_a_checkpoint_of_other_options_is_refused(ready, tied_model):
     """Deleting model/, as the message on changed options says, must not bring the old weights back under new options."""
     dpo.main(dpo_options(ready, tied_model, max_steps=2))
@@ -243,18 +228,20 @@ def test_a_run_goes_on_with_another_number_of_ranks_after_an_evaluation(dtype, r
     assert [row["step"] for row in metrics_of(other)] == list(range(1, 7))
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_reported(ready, tied_model):
+def test_a_step_that_is_not_finite_changes_nothing_and_names_its_pairs(ready, tied_model):
     options = dpo_options(ready, tied_model)
     pairs, logps = load(ready, tied_model)
-    logps[1] = torch.inf
+    first_of_next = pairs.prompt_of.index(1)
+    logps[first_of_next] = torch.inf
     with distributed() as world:
         model = build_sharded_model(tied_model, world, "fp32")
         optimizer = dpo.build_optimizer(model, options)
         before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
-        metrics = train_step(model, optimizer, pairs, logps, packs_of(pairs, [0, 1, 2], options), 1e-3, options, world)
+        packs = packs_of(pairs, [0, first_of_next], options)
+        metrics = train_step(model, optimizer, pairs, logps, packs, 1e-3, options, world)
         assert all(torch.equal(p.full_tensor(), before[name]) for name, p in model.named_parameters())
-        assert metrics["skipped_ids"] == sorted({pairs.ids[i] for i in (0, 1, 2)})
-        train_step(model, optimizer, pairs, logps, packs_of(pairs, [0, 2], options), 1e-3, options, world)
+        assert metrics["skipped"] and metrics["not_finite_ids"] == [pairs.ids[first_of_next]]
+        train_step(model, optimizer, pairs, logps, packs_of(pairs, [0], options), 1e-3, options, world)
         assert not any(torch.equal(p.full_tensor(), before[name]) for name, p in model.named_parameters())
 
 
@@ -292,37 +279,10 @@ def test_clipping_scales_the_gradient_to_the_norm_it_says(ready, tied_model):
             torch.testing.assert_close(p.grad.full_tensor(), gradients[name] * (1e-3 / expected))
 
 
-STALE = {
-    "weights": lambda run, model: one_ulp(model / "model.safetensors"),
-    "config": lambda run, model: replace(model / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
-    "tokenizer": lambda run, model: replace(model / "tokenizer_config.json", "assistant", "helper"),
-    "tokens": lambda run, model: write_jsonl(run / "pairs.jsonl", read_jsonl(run / "pairs.jsonl")[::-1]),
-}
-
-
 def one_ulp(path) -> None:
     tensors = load_file(path)
     tensors["model.norm.weight"][0] = torch.nextafter(tensors["model.norm.weight"][0], torch.tensor(9.0))
     save_file(tensors, path, metadata={"format": "pt"})
-
-
-def replace(path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-
-
-@pytest.mark.parametrize("field", STALE)
-def test_a_stale_reference_is_refused_and_the_message_names_the_field(field, run_folder, model_copy):
-    make_reference(run_folder, model_copy)
-    STALE[field](run_folder, model_copy)
-    with pytest.raises(InputError, match=f"stale reference, made with another .*{field}"):
-        dpo.main(dpo_options(run_folder, model_copy))
-
-
-def test_a_reference_of_another_dtype_is_refused(ready, tied_model):
-    with pytest.raises(InputError, match="stale reference, made with another dtype"):
-        dpo.main(dpo_options(ready, tied_model, dtype="bf16"))
 
 
 def test_long_pairs_are_counted_and_left_out(run_folder, tied_model):
@@ -411,7 +371,7 @@ def test_pairs_changed_by_hand_are_refused(ready, tied_model):
 
 def write_manifest(artefact) -> None:
     content = {"inputs": [], "options": {}, "complete": True, "sha256": hash_input(artefact)}
-    manifest_path(artefact).write_text(json.dumps(content))
+    write_sealed(manifest_path(artefact), content)
 
 
 def test_more_ranks_than_pairs_are_refused_in_one_line(run_folder, tied_model):

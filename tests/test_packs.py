@@ -12,7 +12,7 @@ import pytest
 from conftest import random_pairs
 
 from conj import InputError
-from conj.data.packs import TokenizedPairs, count_pairs, deal, group_tokens, plan_packs, plan_steps, tokenize_pairs
+from conj.data.packs import TokenizedPairs, deal, group_tokens, pairs_of, plan_packs, plan_steps, tokenize_pairs
 from conj.data.prompts import JudgeTokenizer
 
 # Every 10th percentile of tokens, 0 to 100, under Qwen2's tokenizer: UltraFeedback rows in the judge's prompt, and the
@@ -222,7 +222,7 @@ def test_a_prompt_too_large_for_a_pack_is_cut_whatever_the_multiple():
     pairs = drawn_pairs(1, fewest=200, most=200)
     for multiple in (1, 2, 8):
         packs = plan_packs(pairs, range(200), max_tokens=4000, share="prompt", multiple=multiple)
-        assert count_pairs(packs) == 200 and max(tokens_of(pairs, packs)) <= 4000
+        assert len(pairs_of(packs)) == 200 and max(tokens_of(pairs, packs)) <= 4000
         assert len(packs) % multiple == 0
 
 

@@ -1,6 +1,7 @@
 """The hand-written Qwen2 against `transformers`, and packs with shared prefixes against separate sequences."""
 
 import json
+import random
 from itertools import accumulate
 from pathlib import Path
 
@@ -116,14 +117,47 @@ def test_packed_equals_separate_fails_on_a_leaking_mask(leak, untied_model, pair
     assert gradient_error > 10 * 1e-4
 
 
-def test_a_pairs_logprob_is_bitwise_independent_of_its_pack(untied_model, pairs):
-    """The reference is computed in other packs than the policy: step 0 is exact only if this holds."""
-    model = load_model(untied_model)
+def random_packs(pairs, seed: int) -> list[list[Group]]:
+    """Packs as no planner makes them: any split of prompts into groups, any order of groups and of pairs in them, pairs
+    left out, and others there twice, as filling."""
+    rng = random.Random(seed)
+    members = [*range(len(pairs)), *rng.choices(range(len(pairs)), k=rng.randint(0, 5))]
+    rng.shuffle(members)
+    groups: list[Group] = []
+    for pair in members:
+        prompt = pairs.prompt_of[pair]
+        open_groups = [g for g in groups if g.prompt == prompt and pair not in g.pairs]
+        if open_groups and rng.random() < 0.7:
+            rng.choice(open_groups).pairs.append(pair)
+        else:
+            groups.append(Group(prompt=prompt, pairs=[pair], split=rng.random() < 0.3))
+    rng.shuffle(groups)
+    cuts = sorted(rng.sample(range(1, len(groups)), min(3, len(groups) - 1)))
+    return [groups[start:end] for start, end in zip([0, *cuts], [*cuts, len(groups)])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pairs_logprob_is_bitwise_independent_of_its_pack(dtype, untied_model, pairs):
+    """The reference is computed in other packs than the policy: step 0 is exact only if this holds. Alone, in packs of
+    the planner, and in random ones."""
+    model = load_model(untied_model, dtype)
+    alone = [[Group(prompt=pairs.prompt_of[pair], pairs=[pair])] for pair in range(len(pairs))]
+    planned = [
+        plan_packs(pairs, range(len(pairs)), max_tokens=n, share=share)
+        for share in ("none", "pair", "prompt")
+        for n in (700, 1500, 9000)
+    ]
     with torch.no_grad():
-        found = [
-            packed_logps(model, pairs, share, n) for share in ("none", "pair", "prompt") for n in (700, 1500, 9000)
-        ]
-    assert all(torch.equal(other, found[0]) for other in found[1:])
+        expected = torch.cat([logps_of(model, pairs, [pack])[0][1] for pack in alone])
+        for packs in [*planned, *(random_packs(pairs, seed) for seed in range(10))]:
+            for numbers, logps in logps_of(model, pairs, packs):
+                assert torch.equal(logps, expected[numbers])
+
+
+def logps_of(model, pairs, packs) -> list[tuple[list[int], torch.Tensor]]:
+    """Of each pack: its pair numbers and their logprobs, (P, 2)."""
+    batches = [collate(pairs, pack, CPU) for pack in packs]
+    return [(batch.pair_numbers, batch.pair_logps(model(*batch.inputs))) for batch in batches]
 
 
 def test_recomputed_activations_give_the_same_gradients(untied_model, pairs):

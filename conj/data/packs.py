@@ -266,8 +266,9 @@ def _occupy(packs: list[list[Piece]], num_packs: int, judgment_tokens: list[int]
                 place.append((copies + sum(judgment_tokens[pair] for pair in half), copies, half))
 
 
-def count_pairs(packs: list[list[Group]]) -> int:
-    return sum(len(group.pairs) for pack in packs for group in pack)
+def pairs_of(packs: list[list[Group]]) -> list[int]:
+    """Pair numbers in the order of the packs."""
+    return [pair for pack in packs for group in pack for pair in group.pairs]
 
 
 def deal(packs: list, rank: int, world_size: int) -> Iterator:

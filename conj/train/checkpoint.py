@@ -1,7 +1,8 @@
 """Checkpoints without pickle: each rank writes its rows as safetensors, and a manifest with every file's sha256 comes last.
 
 A checkpoint is a folder `step-00000120`, written beside its place, synced and renamed: it is there whole or not at
-all. Nothing that the manifest does not name is read, and a file whose hash differs is refused. torch's distributed
+all. A file that the manifest does not name, or whose hash differs, makes it unfit, and the one before it is taken.
+Writing happens in a thread: no collective is called there, the ranks meet through their files. torch's distributed
 checkpoint is not used: it keeps its metadata in a pickle and loads a flipped bit without a word (seen, torch 2.13).
 Tensors are stored as rows of dim 0 with their offset, so any number of ranks can read what another number wrote.
 """
@@ -10,8 +11,12 @@ import json
 import os
 import re
 import shutil
+import time
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -22,8 +27,9 @@ from torch.distributed.tensor import DTensor
 
 from conj import InputError
 from conj.data.files import sha256_file, write_atomic
+from conj.data.manifest import read_sealed, write_sealed
 from conj.model.weights import local_rows, local_tensor
-from conj.train.sharding import World
+from conj.train.sharding import PeerFailed, World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, beside each parameter's fp32 master weight
 MANIFEST = "manifest.json"
@@ -46,43 +52,80 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     return state
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    world: World,
-    *,
-    identity: str,
-    keep: int,
-) -> None:
-    """Writes `folder/step-…`, then deletes older ones but for the `keep` newest. Collective.
+@dataclass(kw_only=True)
+class Saver:
+    """Writes checkpoints in a thread of each rank while training goes on, one at a time.
 
-    `step` is the number of steps done, `identity` says whose checkpoint this is: a hash of inputs and options."""
-    final = folder / f"step-{step:08d}"
-    beside = folder / f"{final.name}.part"
-    if world.is_main:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    dist.barrier()
-    name = f"rank-{world.rank:05d}.safetensors"
-    state = {key: t.cpu().contiguous() for key, t in training_state(model, optimizer).items()}
-    save_file(state, beside / name)  # straight to disk: a serialized copy would double the memory
-    _sync(beside / name)
-    offsets = {p_name: local_rows(p).start for p_name, p in model.named_parameters()}
-    entry = {"name": name, "sha256": sha256_file(beside / name), "first_row": offsets}
-    entries = [None] * world.size
-    dist.all_gather_object(entries, entry)
-    if world.is_main:
+    A step waits only for the copy of the state to host memory: 12 bytes a parameter, over all ranks."""
+
+    folder: Path
+    world: World
+    identity: str  # whose checkpoints these are: a hash of inputs and options
+    keep: int  # newest checkpoints to keep
+    error: Exception | None = None  # of this rank's last write
+    _thread: Thread | None = None
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Starts `folder/step-…`, after which older ones but for the `keep` newest are deleted. Collective.
+
+        `step` is the number of steps done."""
+        self.wait()
+        beside = self.folder / f"step-{step:08d}.part"
+        if self.world.is_main:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        dist.barrier()
+        state = {key: t.to("cpu", copy=True).contiguous() for key, t in training_state(model, optimizer).items()}
+        offsets = {name: local_rows(p).start for name, p in model.named_parameters()}
         num_updates = int(next(iter(optimizer.state.values()))["step"])  # fewer than steps if one was not finite
-        manifest = {"identity": identity, "step": step, "num_updates": num_updates, "files": entries}
-        write_atomic(beside / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(beside, final)
-        _sync(folder)
-        for old in [path for path in list_checkpoints(folder) if path.name <= final.name][keep:]:
-            shutil.rmtree(old)
-    dist.barrier()
+        self._thread = Thread(target=self._write, args=(beside, step, num_updates, state, offsets), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits until the checkpoint is there, on every rank. Collective. Raises the OSError of a rank that could not
+        write, on that rank, and PeerFailed on the others: none waits for an entry that will not come."""
+        while self.world.any(self.is_writing) and not self.world.any(self.error is not None):
+            time.sleep(0.02)
+        self.raise_error()
+
+    def raise_error(self) -> None:
+        """Collective: on every rank, if a rank could not write."""
+        if self.world.any(self.error is not None):
+            raise self.error or PeerFailed("another rank could not write its part of a checkpoint")
+
+    @property
+    def is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _write(self, beside: Path, step: int, num_updates: int, state: dict[str, Tensor], offsets: dict) -> None:
+        try:
+            name = f"rank-{self.world.rank:05d}.safetensors"
+            save_file(state, beside / name)  # straight to disk: a serialized copy would double the memory
+            _sync(beside / name)
+            entry = {"name": name, "sha256": sha256_file(beside / name), "first_row": offsets}
+            write_atomic(beside / f"{name}.json", json.dumps(entry).encode())
+            if self.world.is_main:
+                _complete(beside, step, num_updates, self.identity, self.world.size)
+                for old in [path for path in list_checkpoints(self.folder) if path.name < beside.name][self.keep :]:
+                    shutil.rmtree(old)
+        except Exception as e:
+            self.error = e
+
+
+def _complete(beside: Path, step: int, num_updates: int, identity: str, num_ranks: int) -> None:
+    """Once every rank's file is there, the manifest, and the folder's own name."""
+    paths = [beside / f"rank-{rank:05d}.safetensors.json" for rank in range(num_ranks)]
+    while not all(path.exists() for path in paths):
+        time.sleep(0.02)
+    entries = [json.loads(path.read_text()) for path in paths]
+    for path in paths:
+        path.unlink()
+    manifest = {"identity": identity, "step": step, "num_updates": num_updates, "files": entries}
+    write_sealed(beside / MANIFEST, manifest)
+    final = beside.with_suffix("")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(beside, final)
+    _sync(final.parent)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -93,17 +136,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: Path, identity: str) -> Path | None:
-    """The newest checkpoint whose files are all there with their hashes; says which ones it passes over.
+    """The newest checkpoint that is whole; says which ones it passes over.
 
     Raises InputError when it belongs to a run of other inputs or options."""
     for path in list_checkpoints(folder):
         try:
-            manifest = _read_manifest(path)
-            for entry in manifest["files"]:
-                if sha256_file(path / entry["name"]) != entry["sha256"]:
-                    raise InputError(f"{path / entry['name']}: sha256 differs from the manifest's")
-        except (InputError, OSError, KeyError, TypeError) as e:
-            print(f"checkpoint passed over: {path}: {e}")
+            manifest = check_checkpoint(path)
+        except (InputError, OSError) as e:
+            print(f"checkpoint passed over: {e}")
             continue
         if manifest["identity"] != identity:
             raise InputError(
@@ -111,6 +151,20 @@ def find_checkpoint(folder: Path, identity: str) -> Path | None:
             )
         return path
     return None
+
+
+def check_checkpoint(path: Path) -> dict:
+    """The manifest of a checkpoint folder. Raises InputError unless its files are those that the manifest names, no
+    more and no fewer, each with its hash."""
+    manifest = _read_manifest(path)
+    hashes = {entry["name"]: entry["sha256"] for entry in manifest["files"]}
+    found = {p.name for p in path.iterdir()} - {MANIFEST}
+    if found != hashes.keys():
+        raise InputError(f"{path}: expected the files {', '.join(sorted(hashes))}, found {', '.join(sorted(found))}")
+    for name, sha256 in hashes.items():
+        if sha256_file(path / name) != sha256:
+            raise InputError(f"{path / name}: sha256 differs from the manifest's")
+    return manifest
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -129,6 +183,20 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     return manifest["step"]
 
 
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """(kind.name, whole tensor) of a checkpoint, one at a time, put together from all ranks' rows. The caller has
+    checked it (`check_checkpoint`)."""
+    with ExitStack() as stack:
+        files = [
+            (entry["first_row"], stack.enter_context(safe_open(path / entry["name"], framework="pt")))
+            for entry in _read_manifest(path)["files"]
+        ]
+        for key in sorted(files[0][1].keys()):
+            name = key.partition(".")[2]
+            parts = [file.get_tensor(key) for _, file in sorted(files, key=lambda entry: entry[0][name])]
+            yield key, torch.cat(parts)
+
+
 def _copy_rows(target: Tensor, rows: slice, sources: list) -> None:
     """Fills `target`, which holds `rows` of a tensor, from the files' rows of it."""
     filled = 0
@@ -143,12 +211,12 @@ def _copy_rows(target: Tensor, rows: slice, sources: list) -> None:
 
 
 def _read_manifest(path: Path) -> dict:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-    except ValueError as e:
-        raise InputError(f"{MANIFEST} cannot be read: {e}") from None
-    if not isinstance(manifest, dict) or not manifest.keys() >= {"identity", "step", "num_updates", "files"}:
-        raise InputError(f"{MANIFEST}: expected identity, step, num_updates and files")
+    manifest = read_sealed(path / MANIFEST, {"identity": str, "step": int, "num_updates": int, "files": list})
+    for entry in manifest["files"]:
+        if not isinstance(entry, dict) or not entry.keys() >= {"name", "sha256", "first_row"}:
+            raise InputError(f"{path / MANIFEST}: expected name, sha256 and first_row of each file")
+        if not re.fullmatch(r"rank-\d{5}\.safetensors", str(entry["name"])):
+            raise InputError(f"{path / MANIFEST}: expected rank-00000.safetensors and on, found {entry['name']!r}")
     return manifest
 
 

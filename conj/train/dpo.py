@@ -9,7 +9,11 @@ exactly `--pairs-per-step` pairs, and its loss is the mean over them, whatever t
 A killed run, started again, goes on from its last checkpoint and ends as if nothing had happened.
 """
 
+import hashlib
 import math
+import random
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,14 +30,17 @@ from tqdm import tqdm
 from conj.data.files import dump_line, recover_jsonl, write_jsonl
 from conj.data.manifest import begin, finish, identity
 from conj.data.options import option, require, require_each, run_command
-from conj.data.packs import TokenizedPairs, count_pairs, deal, plan_packs, plan_steps
+from conj.data.packs import Group, TokenizedPairs, deal, group_tokens, pairs_of, plan_packs, plan_steps
 from conj.model import backends
 from conj.model.qwen2 import DTYPES
-from conj.model.weights import export_model, local_tensor
+from conj.model.weights import export_model, local_rows, local_tensor
 from conj.train.batch import Batch, collate
-from conj.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from conj.train.reference import load_pairs, load_reference, reference_key
-from conj.train.sharding import ComputeOptions, World, build_sharded_model, distributed
+from conj.train.checkpoint import Saver, find_checkpoint, load_checkpoint
+from conj.train.reference import check_reference, load_pairs, load_reference, reference_key
+from conj.train.sharding import ComputeOptions, World, build_sharded_model, distributed, leave_on_sigterm
+
+NUM_SPOT_CHECKS = 8  # pairs whose stored reference is computed again before training starts
+ROWS_AT_ONCE = 1024  # of a gradient, copied to float64 for the norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +79,11 @@ class DPOOptions(ComputeOptions):
     )
     cpu_offload: bool = option(False, help="keep master weights, gradients and optimizer state in host memory")
     deterministic: bool = option(False, help="a backward of attention that sums in a fixed order; slower on a GPU")
+    audit_mode: bool = option(
+        False,
+        help="the same bits on any number of ranks: gradients of a step summed in float64 (8 bytes a parameter on each "
+        "rank), deterministic, one thread on a CPU",
+    )
     eval_every: int = option(50, help="optimizer steps between evaluations on the held-out pairs")
     save_every: int = option(200, help="optimizer steps between checkpoints", affects_result=False)
     keep_checkpoints: int = option(2, help="newest checkpoints to keep", affects_result=False)
@@ -118,21 +130,31 @@ def build_optimizer(model: nn.Module, options: DPOOptions) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # Fused: one pass over memory, and no temporary copies of all gradients.
+    # Fused: one pass over memory, and no temporary copies of all gradients. On a CPU it rounds the last elements of a
+    # shard otherwise than the others (seen, torch 2.13): where shards end must not matter in audit mode.
+    kind = {"foreach": True} if options.audit_mode else {"fused": True}
     betas = (options.adam_beta1, options.adam_beta2)
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=betas, **kind)
 
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float, world: World) -> float:
-    """Scales all gradients so that their norm over all ranks is at most `max_norm`; returns the norm before, summed in
-    float64. Gradients that are not finite are left as they are."""
-    gradients = [local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
-    pieces = [
-        piece for g in gradients for piece in g.flatten().split(1 << 22)
-    ]  # each is copied to float64 for its norm
-    norms = torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces])
-    norm = world.sum(norms.square().sum()).sqrt().item()
+    """Scales all gradients so that their norm over all ranks is at most `max_norm`; returns the norm before.
+
+    Summed in float64, row by row and then over all rows in one order: its bits do not depend on which rank holds which
+    rows. Gradients that are not finite are left as they are."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    gradients = [local_tensor(p.grad) for p in parameters]
+    squares = torch.zeros(sum(len(p) for p in parameters), dtype=torch.float64, device=gradients[0].device)
+    first = 0
+    for parameter, gradient in zip(parameters, gradients):
+        start = first + local_rows(parameter).start
+        for rows in gradient.flatten(1).split(ROWS_AT_ONCE) if gradient.ndim > 1 else [gradient[:, None]]:
+            # float64 before the square: each square is exact, and few rows are copied at a time.
+            squares[start : start + len(rows)] = rows.double().square().sum(dim=1)
+            start += len(rows)
+        first += len(parameter)
+    norm = world.sum(squares).sum().sqrt().item()
     if math.isfinite(norm) and norm > max_norm:
         torch._foreach_mul_(gradients, max_norm / norm)
     return norm
@@ -140,14 +162,17 @@ def clip_gradients(model: nn.Module, max_norm: float, world: World) -> float:
 
 def run_packs(
     model: nn.Module, pairs: TokenizedPairs, reference: Tensor, packs: list, options: DPOOptions, world: World
-) -> dict[str, float]:
+) -> dict:
     """Forward, and backward unless gradients are off, of the packs, spread over the ranks.
 
-    Returns means over the pairs, summed in float64: loss, chosen_reward, rejected_reward, margin, accuracy; and
-    num_pairs, num_tokens."""
-    num_pairs = count_pairs(packs)
-    totals = torch.zeros(6, dtype=torch.float64, device=world.device)
-    for pack in deal(packs, world.rank, world.size):
+    Returns means over the pairs: loss, chosen_reward, rejected_reward, margin, accuracy; num_pairs and num_tokens; and
+    not_finite_ids, if a pair's loss is not finite. Each pair has its own place in what the ranks add up, so the means
+    do not depend on who computed which."""
+    members = pairs_of(packs)
+    place = {pair: i for i, pair in enumerate(members)}
+    values = torch.zeros(len(members), 5, device=world.device)
+    turns = list(deal(packs, world.rank, world.size))
+    for turn, pack in enumerate(turns, 1):
         batch = collate(pairs, pack, world.device)
         reference_logps = reference[batch.pair_numbers].to(world.device)
         logps = batch.pair_logps(model(*batch.inputs))  # (P, 2)
@@ -155,15 +180,19 @@ def run_packs(
         if options.nll_alpha:
             losses = losses + options.nll_alpha * mean_chosen_nll(batch, logps)
         if torch.is_grad_enabled():
-            (losses.sum() / num_pairs).backward()
+            if options.audit_mode:  # gradients of a step meet once, in float64, and are rounded once
+                model.set_requires_gradient_sync(turn == len(turns))
+            (losses.sum() / len(members)).backward()
         margins = rewards[:, 0] - rewards[:, 1]
-        columns = torch.stack([losses.detach(), rewards[:, 0], rewards[:, 1], margins, (margins > 0).float()])
-        totals[:5] += columns.double().sum(dim=1)  # stays on the device: reading it would wait for the backward
-        totals[5] += len(batch.input_ids) if pack else 0
-    totals = world.sum(totals).tolist()
+        columns = torch.stack([losses.detach(), *rewards.unbind(1), margins, (margins > 0).float()], dim=1)
+        rows = torch.tensor([place[pair] for pair in batch.pair_numbers], dtype=torch.int64)
+        values[rows.to(world.device)] = columns  # stays on the device: reading it would wait for the backward
+    values = world.sum(values).cpu()
     names = ("loss", "chosen_reward", "rejected_reward", "margin", "accuracy")
-    means = {name: total / num_pairs for name, total in zip(names, totals)}
-    return means | {"num_pairs": num_pairs, "num_tokens": int(totals[5])}
+    metrics = dict(zip(names, values.double().mean(dim=0).tolist()))
+    metrics |= {"num_pairs": len(members), "num_tokens": sum(group_tokens(pairs, g) for pack in packs for g in pack)}
+    not_finite = (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    return metrics | ({"not_finite_ids": sorted({pairs.ids[members[i]] for i in not_finite})} if not_finite else {})
 
 
 def train_step(
@@ -175,21 +204,29 @@ def train_step(
     lr: float,
     options: DPOOptions,
     world: World,
-) -> dict[str, float]:
-    """One optimizer step on the pairs of `packs`. A step whose gradient is not finite changes nothing and is reported."""
+) -> dict:
+    """One optimizer step on the pairs of `packs`. A step whose loss or gradient is not finite changes nothing and is
+    reported: `skipped` is true, and `not_finite_ids` names the pairs, all of the step if no loss tells which."""
     started = time.perf_counter()
     metrics = run_packs(model, pairs, reference, packs, options, world)
     grad_norm = clip_gradients(model, options.max_grad_norm, world)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if math.isfinite(grad_norm):
+    if math.isfinite(grad_norm) and "not_finite_ids" not in metrics:
         optimizer.step()
     else:
-        metrics["skipped_ids"] = sorted({pairs.ids[i] for pack in packs for group in pack for i in group.pairs})
+        ids = sorted({pairs.ids[i] for i in pairs_of(packs)})
+        metrics = {"skipped": True, "not_finite_ids": ids} | metrics
     optimizer.zero_grad()
     seconds = time.perf_counter() - started
     speed = {f"{unit}_per_second": metrics[f"num_{unit}"] / seconds for unit in ("pairs", "tokens")}
-    return metrics | {"grad_norm": grad_norm, "lr": lr, "step_seconds": seconds} | speed
+    metrics |= {"grad_norm": grad_norm, "lr": lr, "order": step_order(packs), "num_ranks": world.size}
+    return metrics | {"step_seconds": seconds} | speed
+
+
+def step_order(packs: list[list[Group]]) -> str:
+    """A short hash of which pairs a step takes, pack by pack: what the log keeps of the order of the data."""
+    return hashlib.sha256(repr([pairs_of([pack]) for pack in packs]).encode()).hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -227,89 +264,139 @@ def metrics_log(run: Path, num_steps_done: int, world: World) -> Iterator[Callab
         yield write
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run trains on, in which order: data, seed and options decide it, the number of ranks does not."""
+
+    pairs: TokenizedPairs
+    reference: Tensor  # (N, 2) fp32
+    train: list[int]  # pair numbers
+    held_out: list[int]
+    steps: list[list[list[Group]]]  # packs of each optimizer step
+    eval_packs: list[list[Group]]
+    stale: list[str]  # fields of the reference's key that are others here; see `make_plan`
+
+
+def make_plan(options: DPOOptions, world: World, *, elsewhere: bool = False) -> Plan:
+    """Raises InputError unless pairs, reference logprobs and base model are all there and fit together. `elsewhere`:
+    the reference may have been made on another machine or with other versions."""
+    pairs, tokenizer, usable = load_pairs(options.run, options.model, options.max_length)
+    path = options.run / "reference.safetensors"
+    key = world.on_main(
+        lambda: reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
+    )
+    reference, stale = load_reference(path, key, len(pairs), elsewhere=elsewhere)
+    train, held_out = ([i for i in usable if pairs.is_eval[i] is flag] for flag in (False, True))
+    require(world.size <= len(train), f"{options.run}: {len(train)} training pairs cannot feed {world.size} ranks")
+    missing = int(reference[usable].isnan().any(dim=1).sum())
+    require(missing == 0, f"{path}: {missing} pairs have no reference logprob")
+
+    def pack(members: list[int]) -> list:
+        return plan_packs(
+            pairs, members, max_tokens=options.max_tokens_per_pack, multiple=options.pack_multiple, share=options.share
+        )
+
+    steps = [
+        pack(members)
+        for epoch in range(options.num_train_epochs)
+        for members in plan_steps(
+            pairs, train, pairs_per_step=options.pairs_per_step, share=options.share, seed=f"{options.seed}:{epoch}"
+        )
+    ][: options.max_steps]
+    return Plan(
+        pairs=pairs, reference=reference, train=train, held_out=held_out, steps=steps, eval_packs=pack(held_out),
+        stale=stale,
+    )  # fmt: skip
+
+
+def select_arithmetic(options: DPOOptions, device: torch.device) -> None:
+    """Which kernels run, and in audit mode those whose sums have one order."""
+    backends.select(
+        device, attention=options.attention, kernels=options.kernels,
+        deterministic=options.deterministic or options.audit_mode,
+    )  # fmt: skip
+    if options.audit_mode and device.type == "cpu":
+        torch.set_num_threads(1)  # long sums are split among threads, and torchrun gives ranks another number of them
+
+
+def build_policy(options: DPOOptions, world: World) -> tuple[nn.Module, torch.optim.AdamW]:
+    """The model to be trained, at the base's weights, and its optimizer."""
+    model = build_sharded_model(
+        options.model, world, options.dtype, recompute=options.activation_checkpointing,
+        cpu_offload=options.cpu_offload, reduce_dtype=torch.float64 if options.audit_mode else torch.float32,
+    )  # fmt: skip
+    return model, build_optimizer(model, options)
+
+
 def main(options: DPOOptions) -> None:
     """From pairs and reference logprobs to `model/`, top to bottom."""
     started = time.perf_counter()
     artefact, checkpoints = options.run / "model", options.run / "checkpoints"
-    pairs, tokenizer, usable = load_pairs(options.run, options.model, options.max_length)
     with distributed() as world:
-        backends.select(
-            world.device, attention=options.attention, kernels=options.kernels, deterministic=options.deterministic
-        )
-        # Is all there that it needs?
-        path = options.run / "reference.safetensors"
-        key = world.on_main(
-            lambda: reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
-        )
-        reference = load_reference(path, key, len(pairs))
-        train, held_out = ([i for i in usable if pairs.is_eval[i] is flag] for flag in (False, True))
-        require(world.size <= len(train), f"{options.run}: {len(train)} training pairs cannot feed {world.size} ranks")
-        missing = int(reference[usable].isnan().any(dim=1).sum())
-        require(missing == 0, f"{path}: {missing} pairs have no reference logprob")
-
-        # The plan: data, seed and epoch decide it, the number of ranks does not.
-        def pack(members: list[int]) -> list:
-            return plan_packs(
-                pairs, members, max_tokens=options.max_tokens_per_pack, multiple=options.pack_multiple,
-                share=options.share,
-            )  # fmt: skip
-
-        steps = [
-            pack(members)
-            for epoch in range(options.num_train_epochs)
-            for members in plan_steps(
-                pairs, train, pairs_per_step=options.pairs_per_step, share=options.share, seed=f"{options.seed}:{epoch}"
-            )
-        ][: options.max_steps]
-        eval_packs = pack(held_out)
+        select_arithmetic(options, world.device)
+        plan = make_plan(options, world)
+        pairs, reference, steps = plan.pairs, plan.reference, plan.steps
         places = sum(-(-len(packs) // world.size) * world.size for packs in steps)
         idle = 1 - sum(map(len, steps)) / places
         if world.is_main and idle > 0.1:
             print(f"{idle:.0%} of the ranks' turns have no pack; --pack-multiple {world.size} gives each of them one")
 
         # Is it done already? If not: model, optimizer, and where an earlier run of the same inputs and options stopped.
-        inputs = [options.run / "pairs.jsonl", path, options.model]
+        inputs = [options.run / "pairs.jsonl", options.run / "reference.safetensors", options.model]
         if not world.on_main(lambda: begin(artefact, inputs=inputs, options=options)):
             return
         run_identity = world.on_main(lambda: identity(artefact))
         checkpoint = world.on_main(lambda: find_checkpoint(checkpoints, run_identity))
-        model = build_sharded_model(
-            options.model, world, options.dtype, recompute=options.activation_checkpointing,
-            cpu_offload=options.cpu_offload,
-        )  # fmt: skip
-        optimizer = build_optimizer(model, options)
-        num_done = load_checkpoint(checkpoint, model, optimizer) if checkpoint else 0
+        model, optimizer = build_policy(options, world)
+        if checkpoint:
+            num_done = load_checkpoint(checkpoint, model, optimizer)
+        else:
+            num_done, usable = 0, plan.train + plan.held_out
+            spot = random.Random(options.seed).sample(usable, min(NUM_SPOT_CHECKS, len(usable)))
+            alone = [[Group(prompt=pairs.prompt_of[pair], pairs=[pair])] for pair in spot]
+            # A GPU's kernels round by the shapes of a pack; on a CPU a pair's bits do not depend on it.
+            check_reference(model, pairs, reference, alone, world, exact=world.device.type == "cpu")
 
+        saver = Saver(folder=checkpoints, world=world, identity=run_identity, keep=options.keep_checkpoints)
         with (
             metrics_log(options.run, num_done, world) as log,
+            leave_on_sigterm() as asked_to_leave,
             tqdm(total=len(steps), desc="dpo", unit="step", initial=num_done, disable=not world.is_main) as bar,
         ):
+            leaving = False
             for step in range(num_done + 1, len(steps) + 1):
                 lr = learning_rate_at(step - 1, len(steps), options)
                 metrics = train_step(model, optimizer, pairs, reference, steps[step - 1], lr, options, world)
-                if eval_packs and (step % options.eval_every == 0 or step == len(steps)):
-                    metrics |= evaluate_pairs(model, pairs, reference, eval_packs, options, world)
+                if plan.eval_packs and (step % options.eval_every == 0 or step == len(steps)):
+                    metrics |= evaluate_pairs(model, pairs, reference, plan.eval_packs, options, world)
                 log(step, metrics)
                 bar.set_postfix(
                     {name: f"{metrics[name]:.3f}" for name in ("loss", "margin", "accuracy")}, refresh=False
                 )
                 bar.update()
-                if step % options.save_every == 0 or step == len(steps):
-                    save_checkpoint(
-                        checkpoints, step, model, optimizer, world,
-                        identity=run_identity, keep=options.keep_checkpoints,
-                    )  # fmt: skip
+                leaving = world.any(asked_to_leave.is_set())
+                if step % options.save_every == 0 or step == len(steps) or leaving:
+                    saver.save(step, model, optimizer)
+                saver.raise_error()
+                if leaving:
+                    break
+            saver.wait()
+        if leaving and step < len(steps):
+            print(f"rank {world.rank}: left on SIGTERM after step {step}, saved; the same command goes on from there")
+            sys.exit(128 + signal.SIGTERM)
 
         # A folder that transformers and vLLM open as it is, in the base model's dtype.
         dtype = DTYPES[model.config.dtype]
         export_model(model, artefact, options.model, dtype=dtype, is_writer=world.is_main)
         if world.is_main:
             counts = {
-                "train_pairs": len(train),
-                "eval_pairs": len(held_out),
-                "over_max_length": len(pairs) - len(usable),
+                "train_pairs": len(plan.train),
+                "eval_pairs": len(plan.held_out),
+                "over_max_length": len(pairs) - len(plan.train) - len(plan.held_out),
             }
-            finish(artefact, num_rows=len(steps), counts=counts, seconds=time.perf_counter() - started)
+            also = [options.run / "metrics.jsonl", options.run / "tensorboard", *checkpoints.glob("*/manifest.json")]
+            seconds = time.perf_counter() - started
+            finish(artefact, num_rows=len(steps), counts=counts, seconds=seconds, also=also, machine=world.describe())
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from conj import InputError
 from conj.data.files import read_jsonl, sha256_file, write_atomic
 from conj.data.manifest import begin, finish
 from conj.data.options import option, require_each, run_command
-from conj.data.packs import TokenizedPairs, count_pairs, deal, plan_packs, tokenize_pairs
+from conj.data.packs import Group, TokenizedPairs, deal, pairs_of, plan_packs, tokenize_pairs
 from conj.data.prompts import JudgeTokenizer
 from conj.model import backends, qwen2
 from conj.model.weights import check_model_folder, weight_files
@@ -32,6 +32,9 @@ from conj.train import batch as batch_module
 from conj.train.batch import collate
 from conj.train.sharding import ComputeOptions, World, build_sharded_model, distributed
 
+WHERE = {"code", "backends", "torch", "device"}  # fields of the key that say where it was made, not from what
+# Nats; tells another model's logprobs from those of other kernels in bf16, which round by the shapes of a pack.
+TOLERANCE_PER_TOKEN = 0.05
 PAIR_COLUMNS = {"id": str, "prompt": list, "chosen": list, "rejected": list, "label": int, "pair_type": str}
 
 
@@ -78,17 +81,27 @@ def reference_key(
     }
 
 
-def load_reference(path: Path, key: dict[str, str], num_pairs: int) -> Tensor:  # (N, 2) fp32
-    """Stored logprobs, chosen and rejected. Raises InputError unless the file is whole and its key is `key`."""
+def read_reference(path: Path) -> tuple[dict[str, str], Tensor]:
+    """A stored file's key, and its logprobs (N, 2) fp32. Raises InputError unless the file is whole."""
     if not path.exists():
         raise InputError(f"{path}: no such file; make it with python -m conj.train.reference")
     try:
         with safe_open(path, framework="pt") as file:
-            found, logps = dict(json.loads(file.metadata()["key"])), file.get_tensor("logps")
+            return dict(json.loads(file.metadata()["key"])), file.get_tensor("logps")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path}: not a whole reference file: {e}") from None
+
+
+def load_reference(
+    path: Path, key: dict[str, str], num_pairs: int, *, elsewhere: bool = False
+) -> tuple[Tensor, list[str]]:
+    """Stored logprobs, (N, 2) fp32, chosen and rejected, and the fields of its key that differ from `key`.
+
+    Raises InputError unless the file is whole and its key is `key`; `elsewhere` lets those fields differ that say where
+    it was made."""
+    found, logps = read_reference(path)
     stale = [name for name in key if found.get(name) != key[name]]
-    if stale:
+    if stale and not (elsewhere and WHERE.issuperset(stale)):
         what = "; ".join(f"{n}: expected {key[n][:80]}, found {str(found.get(n))[:80]}" for n in stale[:3])
         raise InputError(
             f"{path}: stale reference, made with another {', '.join(stale)} ({what}); delete it and its manifest, and "
@@ -98,28 +111,50 @@ def load_reference(path: Path, key: dict[str, str], num_pairs: int) -> Tensor:  
         raise InputError(
             f"{path}: expected float32 logprobs ({num_pairs}, 2), found {logps.dtype} {tuple(logps.shape)}"
         )
-    return logps
+    return logps, stale
 
 
 @torch.no_grad()
+def compute_logps(model: nn.Module, pairs: TokenizedPairs, packs: list, world: World) -> Tensor:  # (N, 2) fp32
+    """Logprobs of the pairs of `packs`, chosen and rejected, from all ranks; 0 for other pairs."""
+    found = torch.zeros(len(pairs), 2)
+    for pack in deal(packs, world.rank, world.size):
+        batch = collate(pairs, pack, world.device)
+        found[batch.pair_numbers] = batch.pair_logps(model(*batch.inputs)).cpu()
+    model.reshard()  # FSDP2 leaves the root gathered until a backward that does not come
+    return world.sum(found)  # one rank has each value, the others add zero
+
+
 def compute_reference(
     options: ReferenceOptions, pairs: TokenizedPairs, logps: Tensor, packs: list, key: dict, world: World
 ) -> None:
     """Fills in `logps` (N, 2) for the pairs of `packs`, saving as it goes."""
     model = build_sharded_model(options.model, world, options.dtype)
     per_save = world.size * options.save_every
-    with tqdm(total=count_pairs(packs), desc="reference", unit="pair", disable=not world.is_main) as bar:
+    with tqdm(total=len(pairs_of(packs)), desc="reference", unit="pair", disable=not world.is_main) as bar:
         for start in range(0, len(packs), per_save):
             now = packs[start : start + per_save]
-            found = torch.zeros_like(logps)
-            for pack in deal(now, world.rank, world.size):
-                batch = collate(pairs, pack, world.device)
-                found[batch.pair_numbers] = batch.pair_logps(model(*batch.inputs)).cpu()
-            done = [pair for pack in now for group in pack for pair in group.pairs]
-            logps[done] = world.sum(found)[done]  # one rank has each value, the others add zero
+            done = pairs_of(now)
+            logps[done] = compute_logps(model, pairs, now, world)[done]
             if world.is_main:
                 save_reference(options.run, logps, key)
             bar.update(len(done))
+
+
+def check_reference(
+    model: nn.Module, pairs: TokenizedPairs, reference: Tensor, packs: list[list[Group]], world: World, *, exact: bool
+) -> None:
+    """Computes the pairs of `packs` again, with the base model. Raises InputError where a stored value is another: in
+    any bit if `exact`, else by more than TOLERANCE_PER_TOKEN."""
+    found = compute_logps(model, pairs, packs, world)
+    for pair in pairs_of(packs):
+        lengths = torch.tensor([len(ids) for ids in pairs.judgments[pair]])
+        if not ((found[pair] - reference[pair]).abs() <= (0 if exact else TOLERANCE_PER_TOKEN * lengths)).all():
+            raise InputError(
+                f"reference.safetensors: pair {pair + 1} (prompt {pairs.ids[pair]}): expected the logprobs "
+                f"{found[pair].tolist()} that the model gives, found {reference[pair].tolist()}; delete it and its "
+                "manifest, and make it again"
+            )
 
 
 def save_reference(run: Path, logps: Tensor, key: dict[str, str]) -> None:
@@ -137,7 +172,7 @@ def main(options: ReferenceOptions) -> None:
         )
         logps = torch.full((len(pairs), 2), torch.nan)
         if artefact.exists():
-            logps = load_reference(artefact, key, len(pairs))
+            logps, _ = load_reference(artefact, key, len(pairs))
         todo = [i for i in usable if logps[i].isnan().any()]
         packs = plan_packs(pairs, todo, max_tokens=options.max_tokens_per_pack, share="prompt")
         inputs = [options.run / "pairs.jsonl", options.model]
@@ -148,7 +183,8 @@ def main(options: ReferenceOptions) -> None:
             if not artefact.exists():  # no pair was within the length
                 save_reference(options.run, logps, key)
             counts = {"over_max_length": len(pairs) - len(usable)}
-            finish(artefact, num_rows=len(pairs), counts=counts, seconds=time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            finish(artefact, num_rows=len(pairs), counts=counts, seconds=seconds, machine=world.describe())
 
 
 if __name__ == "__main__":

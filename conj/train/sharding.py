@@ -1,11 +1,14 @@
 """Processes, and a model spread over them: FSDP2 with the same code on one CPU process, one GPU, or many of either."""
 
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from threading import Event, Thread
 from typing import Literal
 
 import torch
@@ -15,12 +18,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from conj import InputError
+from conj.data.files import first_line
 from conj.data.options import option
 from conj.model import backends
 from conj.model.qwen2 import Qwen2, read_config
 from conj.model.weights import load_weights
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SECONDS_TO_LEAVE = 25  # torchrun kills 30 seconds after it asked to leave
+
+
+class PeerFailed(Exception):
+    """Another rank failed, and says why itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +61,16 @@ class World:
         dist.all_reduce(total)
         return total.to(values.device)
 
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on any rank."""
+        return bool(self.sum(torch.tensor(int(flag))))
+
+    def describe(self) -> dict:
+        """What a run's bits depend on beside versions of packages."""
+        on_gpu = self.device.type == "cuda"
+        device = torch.cuda.get_device_name(self.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+        return {"device": device, "ranks": self.size, "threads": torch.get_num_threads()}
+
     def on_main(self, function: Callable[[], object]):
         """What `function` gives on the main rank, on every rank. An InputError there is raised on all of them: none
         waits for a rank that is gone."""
@@ -75,19 +94,69 @@ def distributed() -> Iterator[World]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
-    store = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    store = dist.HashStore()
+    if "RANK" in os.environ:
+        # torchrun keeps its store when it restarts workers, and with it the addresses of those that are gone: without a
+        # prefix for each attempt, gloo connects to them (seen 3 times in 6, torch 2.13).
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     # gloo beside NCCL: with --cpu-offload parameters lie on the host.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=timedelta(minutes=30), **store)
+    backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30), store=store, rank=rank, world_size=size)
     try:
         yield World(rank=rank, size=size, device=device)
+    except (RuntimeError, PeerFailed) as e:
+        # gloo and NCCL raise when a peer is gone: that is no cause, and one is enough.
+        if isinstance(e, PeerFailed) or (size > 1 and any(word in str(e).lower() for word in ("gloo", "nccl"))):
+            print(f"rank {rank}: left, since another rank is gone: {first_line(e)}", file=sys.stderr, flush=True)
+            os._exit(1)  # not by way of destroy_process_group, which may wait for the others
+        raise
     finally:
-        dist.destroy_process_group()
+        if size == 1 or sys.exc_info()[0] is None:  # a rank that fails does not wait here for the others
+            dist.destroy_process_group()
+
+
+@contextmanager
+def leave_on_sigterm() -> Iterator[Event]:
+    """An event that SIGTERM sets, for the next step to see; a process that does not get there in time is ended.
+
+    A rank may be waiting inside a collective for one that is gone, where no Python runs: a thread reads of the signal
+    from the pipe that the interpreter's C handler writes to."""
+    asked, left = Event(), Event()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        while received := os.read(reader, 1):
+            if received[0] == signal.SIGTERM and not left.wait(SECONDS_TO_LEAVE):
+                print(f"left without saving: no step ended in {SECONDS_TO_LEAVE} s", file=sys.stderr, flush=True)
+                os._exit(128 + signal.SIGTERM)
+
+    handler_before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    pipe_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watcher = Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield asked
+    finally:
+        left.set()
+        signal.set_wakeup_fd(pipe_before)
+        signal.signal(signal.SIGTERM, handler_before)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)
 
 
 def build_sharded_model(
-    folder: Path, world: World, dtype: str, *, recompute: bool = False, cpu_offload: bool = False
+    folder: Path,
+    world: World,
+    dtype: str,
+    *,
+    recompute: bool = False,
+    cpu_offload: bool = False,
+    reduce_dtype: torch.dtype = torch.float32,
 ) -> Qwen2:
-    """Qwen2 with fp32 master weights sharded over all ranks, computing in `dtype`, gradients summed in fp32.
+    """Qwen2 with fp32 master weights sharded over all ranks, computing in `dtype`, gradients summed in `reduce_dtype`.
 
     Reference and policy are both built here, so their arithmetic is the same and step 0 is exact. With `cpu_offload`
     master weights, gradients and optimizer state stay in the host's memory."""
@@ -102,7 +171,7 @@ def build_sharded_model(
     mesh = init_device_mesh(world.device.type, (world.size,))
     settings = {
         "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[dtype], reduce_dtype=torch.float32),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[dtype], reduce_dtype=reduce_dtype),
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     }
     for layer in model.model.layers:

@@ -1,0 +1,77 @@
+"""Audit mode: the same bits on 1, 2 and 4 ranks, also where a run changes their number halfway."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import command, random_pairs, write_model
+from test_dpo import ARGUMENTS, make_reference, metrics_of
+
+from conj.data.files import write_jsonl
+from conj.train.checkpoint import list_checkpoints, read_tensors
+
+STEPS = 9  # 3 before each change of ranks
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """Rows that no number of ranks divides, and none a multiple of a vector register: where shards end would show."""
+    sizes = dict(hidden_size=36, intermediate_size=77, num_attention_heads=3, num_key_value_heads=1, vocab_size=607)
+    return write_model(tmp_path_factory.mktemp("base") / "odd", **sizes)
+
+
+def train(run: Path, base: Path, dtype: str, ranks: int, *more) -> None:
+    arguments = [*ARGUMENTS, "--dtype", dtype, "--num-train-epochs", "2", "--max-steps", STEPS, "--save-every", "3"]
+    done = command("conj.train.dpo", *arguments, *more, "--model", base, "--run", run, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+
+
+def state_of(run: Path) -> dict:
+    """Master weights and moments of the last checkpoint."""
+    return dict(read_tensors(list_checkpoints(run / "checkpoints")[0]))
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+def go_back(run: Path, step: int) -> None:
+    """As if the run had been killed after this step's checkpoint."""
+    shutil.rmtree(run / "model")
+    (run / "model.manifest.json").unlink()
+    for path in list_checkpoints(run / "checkpoints"):
+        if path.name > f"step-{step:08d}":
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_any_number_of_ranks_gives_the_same_bits_in_audit_mode(dtype, tmp_path, base):
+    """Steps of 6 pairs take several packs each. 2 ranks, then 1, then 4, on one run folder, end as 1 rank does."""
+    write_jsonl(tmp_path / "1" / "pairs.jsonl", random_pairs(30))
+    make_reference(tmp_path / "1", base, dtype=dtype)
+    for name in ("2", "4", "2-1-4"):
+        shutil.copytree(tmp_path / "1", tmp_path / name)
+    for name in ("1", "2", "4"):
+        train(tmp_path / name, base, dtype, int(name), "--audit-mode", "--max-tokens-per-pack", "600")
+    mixed = tmp_path / "2-1-4"
+    for ranks, step in ((2, 3), (1, 6), (4, STEPS)):
+        train(mixed, base, dtype, ranks, "--audit-mode", "--max-tokens-per-pack", "600", "--keep-checkpoints", "9")
+        if step < STEPS:
+            go_back(mixed, step)
+    expected, log = state_of(tmp_path / "1"), metrics_of(tmp_path / "1")
+    assert max(len(str(row["grad_norm"])) for row in log) > 8  # a real number, to all its digits
+    for name in ("2", "4", "2-1-4"):
+        assert equal(state_of(tmp_path / name), expected), name
+        assert metrics_of(tmp_path / name) == log, name
+        weights = [(run / "model" / "model.safetensors").read_bytes() for run in (tmp_path / name, tmp_path / "1")]
+        assert weights[0] == weights[1]
+
+
+def test_without_audit_mode_two_ranks_round_otherwise(tmp_path, base):
+    """Negative control: the equality above is not that of a training whose sums round to the same anyway."""
+    write_jsonl(tmp_path / "1" / "pairs.jsonl", random_pairs(30))
+    make_reference(tmp_path / "1", base)
+    shutil.copytree(tmp_path / "1", tmp_path / "2")
+    for ranks in (1, 2):
+        train(tmp_path / str(ranks), base, "fp32", ranks, "--max-tokens-per-pack", "600")
+    assert not equal(state_of(tmp_path / "1"), state_of(tmp_path / "2"))
