@@ -27,9 +27,11 @@ OPTIONS = {
     "conj.train.dpo": (
         "dtype attention kernels run model beta nll_alpha learning_rate adam_beta1 adam_beta2 weight_decay warmup_ratio max_grad_norm "
         "num_train_epochs max_steps pairs_per_step max_length max_tokens_per_pack pack_multiple share "
-        "activation_checkpointing cpu_offload deterministic eval_every save_every keep_checkpoints seed"
+        "activation_checkpointing cpu_offload deterministic audit_mode eval_every save_every keep_checkpoints seed"
     ),
     "conj.sample.evaluate": ENGINE + "run data subsets limit parser seed num_resamples max_shown",
+    "conj.train.audit": "run model num_pairs replay reference against seed",
+    "conj.sample.attacks": ENGINE + "run data subsets limit parser seed num_resamples",
     "conj.sample.judge": ENGINE + "question answer_1 answer_2",
 }
 RECIPE = {  # the published recipe, and where ours differs on purpose (DESIGN, README)

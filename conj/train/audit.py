@@ -1,0 +1,392 @@
+"""Can this run be trusted, and can it be repeated? Checks a run folder from the raw data to the exported weights.
+
+    python -m conj.train.audit --run runs/demo
+    python -m conj.train.audit --run runs/demo --replay 20 --reference
+    python -m conj.train.audit --run runs/demo --against runs/other
+
+Always: every file is what its manifest says and was made from what stands before it; then the reference's key, the
+exactness of step 0, the order of the data, and that the exported weights are the last checkpoint's. `--replay` takes
+steps again and compares, `--reference` has `transformers` compute a sample, `--against` finds where two runs part.
+Prints a line a check, writes them to `audit.json` in the run folder, and exits with 1 if one does not hold. What cannot
+be checked here (files that are elsewhere, another device) is listed as such and is no failure.
+"""
+
+import functools
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from conj import InputError
+from conj.data.files import read_jsonl, write_atomic
+from conj.data.manifest import hash_input, list_artefacts, manifest_path, read_manifest
+from conj.data.options import option, require, require_each, run_command
+from conj.data.packs import plan_packs
+from conj.model.weights import local_rows, weight_files
+from conj.train.checkpoint import check_checkpoint, list_checkpoints, load_checkpoint, read_tensors, training_state
+from conj.train.compare import STEP_FIELDS, compare_runs, first_difference
+from conj.train.dpo import (
+    DPOOptions,
+    Plan,
+    build_policy,
+    dpo_loss,
+    learning_rate_at,
+    make_plan,
+    select_arithmetic,
+    step_order,
+    train_step,
+)
+from conj.train.reference import PAIR_COLUMNS, check_reference, compute_logps
+from conj.train.sharding import World, build_sharded_model, distributed
+
+# Elsewhere than where a run was made, numbers round otherwise: relative to themselves for losses and norms, and for
+# weights to the distance that the replayed steps moved them.
+TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+MOVED_TOLERANCE = 0.1
+TRANSFORMERS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # nats a token: another implementation, and fp32 beside bf16
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions:
+    run: Path = option(help="run folder; audit.json is written there")
+    model: Path | None = option(None, help="base model; by default the folder that the run's manifest names")
+    num_pairs: int = option(64, help="pairs whose logprobs are computed again for step 0 and --reference")
+    replay: int | None = option(None, help="optimizer steps to take again and compare")
+    reference: bool = option(False, help="have transformers compute logprobs and losses of the pairs in fp32")
+    against: Path | None = option(None, help="another run folder; find where the two part")
+    seed: int = option(0, help="seed of the choice of pairs")
+
+    def __post_init__(self):
+        require_each(self, ("num_pairs", "replay"), lambda value: value >= 1, "1 or more")
+
+
+class Check(NamedTuple):
+    name: str
+    outcome: Literal["holds", "BROKEN", "unchecked"]
+    found: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """A trained run as its manifest and its log tell it, and what it was trained on."""
+
+    options: DPOOptions
+    num_steps: int
+    plan: Plan
+    log: list[dict]  # rows of metrics.jsonl
+    is_here: bool  # made by these versions on such a machine: its bits can be had again
+
+
+def check_chain(run: Path, base: Path | None) -> list[Check]:
+    """Every artefact against its manifest, and every manifest against those of its inputs, in the order of the stages."""
+    artefacts = list_artefacts(run)
+    require(bool(artefacts), f"{run}: expected a run folder with manifests, found none")
+    # The run and its base may have been moved since.
+    here = {artefact.name: artefact for artefact in artefacts}
+    recorded_base = _recorded_base(run)
+    sha256 = functools.cache(hash_input)
+
+    def find(path: Path) -> Path:
+        if path.name in here and path.parent.name == run.resolve().name:
+            return here[path.name]
+        return base if base is not None and str(path) == recorded_base else path
+
+    def check(artefact: Path) -> str:
+        made = read_manifest(artefact)
+        require(made["complete"], "was cut short; run its stage again to finish it")
+        for name, expected in ({artefact.name: made["sha256"]} | made.get("also", {})).items():
+            require((run / name).exists(), f"{name} is missing")
+            require(sha256(run / name) == expected, f"{name} was changed: its sha256 is not the manifest's")
+        away = []
+        for entry in made["inputs"]:
+            path = find(Path(entry["path"]))
+            if entry["sha256"] is None or not path.exists():
+                away.append(entry["path"])
+            elif sha256(path) != entry["sha256"]:
+                raise InputError(f"was made from another {path} than the one that stands there now")
+        num_rows = len(read_jsonl(artefact)) if artefact.suffix == ".jsonl" else made["num_rows"]
+        require(num_rows == made["num_rows"], f"expected {made['num_rows']} rows, found {num_rows}")
+        not_here = f"; not here, so not compared: {', '.join(away)}" if away else ""
+        return f"{num_rows} rows, sha256 {made['sha256'][:12]}{not_here}"
+
+    checks = [_check(artefact.name, lambda artefact=artefact: check(artefact)) for artefact in artefacts]
+    for path in reversed(list_checkpoints(run / "checkpoints")):
+        checks.append(_check(f"checkpoints/{path.name}", lambda path=path: f"step {check_checkpoint(path)['step']}"))
+    return checks
+
+
+def _check(name: str, check: Callable[[], str]) -> Check:
+    """What `check` returns is what it found; an InputError is a break."""
+    try:
+        return Check(name, "holds", check())
+    except (InputError, OSError) as e:
+        return Check(name, "BROKEN", str(e))
+
+
+def _recorded_base(run: Path) -> str | None:
+    """The base model's folder as the run's manifests name it: the last input of the training stages."""
+    for name in ("model", "reference.safetensors"):
+        with suppress(InputError):  # found by the check of that artefact
+            if made := read_manifest(run / name):
+                return made["inputs"][-1]["path"]
+    return None
+
+
+def read_run(options: AuditOptions, world: World) -> TrainedRun:
+    """Options, plan and log of a finished run. Raises InputError when pairs, reference and base do not fit together."""
+    made = read_manifest(options.run / "model")
+    base = options.model or Path(_recorded_base(options.run))
+    require(base.is_dir(), f"{base}: the base model is not there; name it with --model")
+    try:
+        trained = DPOOptions(run=options.run, model=base, **made["options"])
+    except TypeError as e:
+        raise InputError(f"{manifest_path(options.run / 'model')}: options of another version of conj: {e}") from None
+    select_arithmetic(trained, world.device)
+    plan = make_plan(trained, world, elsewhere=True)
+    log = read_jsonl(options.run / "metrics.jsonl", {"step": int, "order": str, "num_ranks": int})
+    here, there = world.describe(), made["machine"]
+    if trained.audit_mode:
+        is_here = here["device"] == there["device"]
+    else:
+        is_here = here == there and {row["num_ranks"] for row in log} == {world.size}
+    return TrainedRun(
+        options=trained, num_steps=made["num_rows"], plan=plan, log=log, is_here=is_here and not plan.stale
+    )
+
+
+def check_run(run: TrainedRun, options: AuditOptions, world: World) -> Iterator[Check]:
+    """The reference's key, step 0, the order of the data, and the exported weights."""
+    stale = run.plan.stale
+    fields = f"; made elsewhere: another {', '.join(stale)}" if stale else ""
+    yield Check("reference key", "holds", f"weights, config, tokenizer, tokens and dtype are those of the base{fields}")
+
+    yield _check("step 0", lambda: check_step_0(run, options, world))
+    yield _check("data order", lambda: check_order(run))
+    yield _check("exported weights", lambda: check_export(options.run, run.num_steps))
+
+
+def check_step_0(run: TrainedRun, options: AuditOptions, world: World) -> str:
+    """The base model, in packs of the training, gives the stored logprobs: every margin starts at 0."""
+    exact, sample = run.is_here and world.device.type == "cpu", draw_pairs(run, options)
+    packs = plan_packs(run.plan.pairs, sample, max_tokens=run.options.max_tokens_per_pack, share=run.options.share)
+    model = build_sharded_model(run.options.model, world, run.options.dtype)
+    check_reference(model, run.plan.pairs, run.plan.reference, packs, world, exact=exact)
+    margin = run.log[0]["margin"]
+    require(margin == 0 or not exact, f"metrics.jsonl: step 1: expected a margin of 0, found {margin}")
+    return f"{len(sample)} pairs have the stored logprobs {'bit for bit' if exact else 'within rounding'}"
+
+
+def draw_pairs(run: TrainedRun, options: AuditOptions) -> list[int]:
+    usable = run.plan.train + run.plan.held_out
+    return sorted(random.Random(options.seed).sample(usable, min(options.num_pairs, len(usable))))
+
+
+def check_order(run: TrainedRun) -> str:
+    """Each step of the log took the pairs that the seed gives it, at the learning rate of the schedule."""
+    steps = run.plan.steps
+    require(
+        len(steps) == run.num_steps == len(run.log), f"expected {len(steps)} steps, found {len(run.log)} in the log"
+    )
+    for number, (packs, row) in enumerate(zip(steps, run.log), 1):
+        expected = {"step": number, "order": step_order(packs)}
+        expected["lr"] = learning_rate_at(number - 1, len(steps), run.options)
+        if name := first_difference(expected, row, tuple(expected)):
+            raise InputError(
+                f"metrics.jsonl:{number}: step {number}: {name}: expected {expected[name]} by seed and options, "
+                f"found {row.get(name)}"
+            )
+    return f"{len(steps)} steps follow from seed {run.options.seed}"
+
+
+def check_export(folder: Path, num_steps: int) -> str:
+    """The weights in model/ are the last checkpoint's, in the model's dtype, bit for bit."""
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    if not checkpoints:
+        return "no checkpoint is left to compare them with"
+    step = check_checkpoint(checkpoints[0])["step"]
+    require(step == num_steps, f"{checkpoints[0]}: expected the checkpoint of step {num_steps}, found step {step}")
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(folder / "model")]
+        exported = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (an open file, not a dict)
+        for key, tensor in read_tensors(checkpoints[0]):
+            kind, _, name = key.partition(".")
+            if kind == "weight":
+                require(name in exported, f"model/: {name} is missing")
+                found = exported[name].get_tensor(name)
+                require(torch.equal(tensor.to(found.dtype), found), f"model/: {name} is not {checkpoints[0].name}'s")
+    return f"model/ is {checkpoints[0].name} in {str(found.dtype).removeprefix('torch.')}, bit for bit"
+
+
+def replay(run: TrainedRun, folder: Path, num_steps: int, world: World) -> Iterator[Check]:
+    """Takes steps again from the latest start that reaches a checkpoint (a start is step 0 or a checkpoint), and
+    compares each row of the log and the state at checkpoints: bit for bit here, within TOLERANCE elsewhere."""
+    require(num_steps <= run.num_steps, f"--replay: expected at most {run.num_steps} steps, found {num_steps}")
+    saved = {check_checkpoint(path)["step"]: path for path in list_checkpoints(folder / "checkpoints")}
+    starts = [start for start in (0, *saved) if start + num_steps <= run.num_steps]
+    reaching = [start for start in starts if any(start < step <= start + num_steps for step in saved)]
+    start = max(reaching or starts)
+    model, optimizer = build_policy(run.options, world)
+    if start:
+        load_checkpoint(saved[start], model, optimizer)
+    before = {} if run.is_here else {name: t.clone() for name, t in training_state(model, optimizer).items()}
+    differing, compared = [], 0
+    for step in tqdm(range(start + 1, start + num_steps + 1), desc="replay", unit="step", disable=not world.is_main):
+        row, packs = run.log[step - 1], run.plan.steps[step - 1]
+        lr = learning_rate_at(step - 1, run.num_steps, run.options)
+        metrics = train_step(model, optimizer, run.plan.pairs, run.plan.reference, packs, lr, run.options, world)
+        metrics["step"] = step
+        tolerance = 0.0 if run.is_here else TOLERANCE[run.options.dtype]
+        if name := first_difference(row, metrics, STEP_FIELDS, tolerance):
+            differing.append(f"step {step}: {name}: expected {row.get(name)}, found {metrics[name]}")
+        if step in saved:
+            compared += 1
+            if name := _first_moved(saved[step], model, optimizer, before, world):
+                differing.append(f"step {step}: {name} differs from {saved[step].name}'s")
+    how = (
+        "bit for bit"
+        if run.is_here
+        else f"within {TOLERANCE[run.options.dtype]:g}, since this is another machine or version"
+    )
+    name = f"replay of steps {start + 1} to {start + num_steps}"
+    found = (
+        differing[0] + f" ({len(differing)} differences)" if differing else (f"log and {compared} checkpoints {how}")
+    )
+    yield Check(name, "BROKEN" if differing else "holds", found)
+
+
+def _first_moved(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, before: dict, world: World
+) -> str | None:
+    """The first tensor of the state that is not the checkpoint's: in any bit, or, if the state `before` the replay is
+    given, by more than MOVED_TOLERANCE of the way that the checkpoint's went from there. Collective."""
+    state = training_state(model, optimizer)
+    rows = {name: local_rows(parameter) for name, parameter in model.named_parameters()}
+    for key, whole in read_tensors(path):
+        found, expected = state[key].cpu(), whole[rows[key.partition(".")[2]]]
+        if before:
+            way, off = (expected - before[key].cpu()).double().norm(), (found - expected).double().norm()
+            same = bool(off <= MOVED_TOLERANCE * way)
+        else:
+            same = torch.equal(found, expected)
+        if world.any(not same):
+            return key
+    return None
+
+
+def check_with_transformers(run: TrainedRun, options: AuditOptions, world: World) -> Iterator[Check]:
+    """A sample's logprobs and losses by another implementation: ids by the official chat template, whole sequences one
+    by one, fp32."""
+    from transformers import AutoTokenizer  # seconds to import
+
+    plan, sample = run.plan, draw_pairs(run, options)
+    rows = read_jsonl(options.run / "pairs.jsonl", PAIR_COLUMNS)
+    tokenizer = AutoTokenizer.from_pretrained(run.options.model)
+    expected_ids = {
+        pair: [_official_ids(tokenizer, rows[pair], side) for side in ("chosen", "rejected")] for pair in sample
+    }
+    others = [
+        pair
+        for pair in sample
+        for prompt in [plan.pairs.prompts[plan.pairs.prompt_of[pair]]]
+        if [([*prompt], [*ids]) for ids in plan.pairs.judgments[pair]] != expected_ids[pair]
+    ]
+    # Text that holds control tokens is text to conj and control to the official template: no fault of the run.
+    sample = [pair for pair in sample if pair not in others]
+    yield Check(
+        "ids by transformers", "holds" if sample else "BROKEN", f"{len(sample)} pairs the same, {len(others)} others"
+    )
+
+    base = _transformers_logps(run.options.model, expected_ids, sample)
+    stored, lengths = plan.reference[sample], torch.tensor([[len(j) for j in plan.pairs.judgments[p]] for p in sample])
+    yield _compare("reference by transformers", (stored - base).abs() / lengths, run.options.dtype, "nats a token")
+
+    trained = options.run / "model"
+    policy = _transformers_logps(trained, expected_ids, sample)
+    packs = plan_packs(plan.pairs, sample, max_tokens=run.options.max_tokens_per_pack, share=run.options.share)
+    ours = compute_logps(build_sharded_model(trained, world, run.options.dtype), plan.pairs, packs, world)[sample]
+    losses = [dpo_loss(logps, reference, run.options.beta)[0] for logps, reference in ((ours, stored), (policy, base))]
+    difference = (losses[0] - losses[1]).abs() / (run.options.beta * lengths.sum(dim=1))
+    yield _compare("loss by transformers", difference, run.options.dtype, "of beta a token")
+
+
+def _compare(name: str, differences: Tensor, dtype: str, unit: str) -> Check:
+    largest = differences.max().item()
+    found = (
+        f"differs by up to {largest:.2g} {unit}, allowed {TRANSFORMERS_TOLERANCE[dtype]:g} ({len(differences)} pairs)"
+    )
+    return Check(name, "holds" if largest <= TRANSFORMERS_TOLERANCE[dtype] else "BROKEN", found)
+
+
+def _official_ids(tokenizer, row: dict, side: str) -> tuple[list[int], list[int]]:
+    """Prompt and judgment of a row of pairs.jsonl as the official chat template gives them."""
+    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+    judgment = tokenizer(row[side][0]["content"], add_special_tokens=False)["input_ids"]
+    return tokenizer(prompt, add_special_tokens=False)["input_ids"], [*judgment, tokenizer.eos_token_id]
+
+
+@torch.no_grad()
+def _transformers_logps(folder: Path, ids: dict, sample: list[int]) -> Tensor:  # (N, 2) fp32
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    logps = []
+    for prompt, judgment in (
+        sides for pair in tqdm(sample, desc=f"transformers {folder.name}", unit="pair") for sides in ids[pair]
+    ):
+        logits = model(torch.tensor([prompt + judgment]), logits_to_keep=len(judgment) + 1).logits[0, :-1]
+        logps.append(-F.cross_entropy(logits, torch.tensor(judgment), reduction="sum"))
+    return torch.stack(logps).view(-1, 2)
+
+
+def report(checks: list[Check], run: Path) -> bool:
+    """Prints a line a check and writes `audit.json`. Returns whether nothing is broken."""
+    broken = [check for check in checks if check.outcome == "BROKEN"]
+    for check in checks:
+        print(f"{check.outcome:9}  {check.name}: {check.found}")
+    content = {"holds": not broken, "first_broken": broken[0].name if broken else None}
+    content["checks"] = [check._asdict() for check in checks]
+    write_atomic(run / "audit.json", (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode())
+    if broken:
+        print(f"first broken link: {broken[0].name}: {broken[0].found}")
+    return not broken
+
+
+def main(options: AuditOptions) -> None:
+    """The checks in the order of the chain; those that run the model come last, and only on a chain that holds."""
+    with distributed() as world:
+        checks = world.on_main(lambda: check_chain(options.run, options.model))
+        holds = all(check.outcome == "holds" for check in checks)
+        if holds and (options.run / "model").exists():
+            try:
+                run = read_run(options, world)
+            except InputError as e:
+                checks.append(Check("reference key", "BROKEN", str(e)))
+            else:
+                checks += check_run(run, options, world)
+                if options.replay:
+                    checks += replay(run, options.run, options.replay, world)
+                if options.reference:
+                    checks += check_with_transformers(run, options, world)
+        else:
+            why = "the chain is broken" if not holds else "there is no trained model yet"
+            checks.append(Check("training", "unchecked", why))
+        if options.against:
+            for name, same, found in world.on_main(lambda: list(compare_runs(options.run, options.against))):
+                checks.append(Check(f"against {options.against}: {name}", "holds" if same else "BROKEN", found))
+        sound = world.on_main(lambda: report(checks, options.run))
+    if not sound:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main, AuditOptions, __doc__)

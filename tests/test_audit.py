@@ -1,0 +1,314 @@
+"""The audit finds what was changed, by name, and holds where nothing was."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import command, random_pairs, write_model
+from safetensors.torch import load_file, save_file
+from test_dpo import dpo_options, make_reference, one_ulp
+
+from conj.data.files import read_jsonl, write_jsonl
+from conj.data.manifest import (
+    finish,
+    hash_input,
+    list_artefacts,
+    manifest_path,
+    read_manifest,
+    read_sealed,
+    write_sealed,
+)
+from conj.data.packs import pairs_of
+from conj.train import audit, dpo
+from conj.train.audit import AuditOptions, Check
+from conj.train.checkpoint import list_checkpoints
+from conj.train.sharding import distributed
+
+STEPS = 8
+
+
+def train(run: Path, base: Path, **changes) -> None:
+    """Reference and training, on a pairs.jsonl with a manifest, as stage 4 leaves it."""
+    rows = read_jsonl(run / "pairs.jsonl")
+    content = {"inputs": [], "options": {}, "complete": False}
+    write_sealed(manifest_path(run / "pairs.jsonl"), content)
+    finish(run / "pairs.jsonl", num_rows=len(rows), counts={}, seconds=0.0)
+    make_reference(run, base)
+    settings = dict(max_steps=STEPS, save_every=3, keep_checkpoints=9, num_train_epochs=2)
+    dpo.main(dpo_options(run, base, **settings | changes))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """A run of 8 steps with checkpoints at 3, 6 and 8, and its base."""
+    base = write_model(tmp_path_factory.mktemp("base") / "base")
+    run = tmp_path_factory.mktemp("runs") / "run"
+    write_jsonl(run / "pairs.jsonl", random_pairs(30))
+    train(run, base)
+    return run, base
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy that a test may damage; its base stays where it is."""
+    return Path(shutil.copytree(trained[0], tmp_path / "run"))
+
+
+def audited(run: Path, **options) -> tuple[bool, dict[str, Check]]:
+    """Whether the audit ends well, and its checks by name."""
+    try:
+        audit.main(AuditOptions(run=run, **options))
+        ended_well = True
+    except SystemExit as e:
+        assert e.code == 1
+        ended_well = False
+    content = json.loads((run / "audit.json").read_text())
+    assert content["holds"] is ended_well
+    return ended_well, {c["name"]: Check(**c) for c in content["checks"]}
+
+
+def broken(checks: dict[str, Check]) -> list[str]:
+    return [name for name, check in checks.items() if check.outcome == "BROKEN"]
+
+
+def reseal(run: Path) -> None:
+    """Manifests that fit a changed run: what someone would do who hides a change. Only the numbers still tell."""
+    for artefact in list_artefacts(run):
+        made = read_manifest(artefact)
+        made["sha256"] = hash_input(artefact)
+        made["also"] = {name: hash_input(run / name) for name in made.get("also", {})}
+        for entry in made["inputs"]:
+            path = run / Path(entry["path"]).name
+            entry["sha256"] = hash_input(path if path.exists() and path.name != "base" else entry["path"])
+        write_sealed(manifest_path(artefact), made)
+
+
+def test_an_undisturbed_run_holds_in_every_check(run, capsys):
+    holds, checks = audited(run, replay=5, reference=True)
+    assert holds and {check.outcome for check in checks.values()} == {"holds"}
+    names = ["pairs.jsonl", "reference.safetensors", "model", "checkpoints/step-00000003", "checkpoints/step-00000006"]
+    names += ["checkpoints/step-00000008", "reference key", "step 0", "data order", "exported weights"]
+    names += ["replay of steps 4 to 8", "ids by transformers", "reference by transformers", "loss by transformers"]
+    assert list(checks) == names
+    assert checks["replay of steps 4 to 8"].found == "log and 2 checkpoints bit for bit"
+    assert "holds      step 0: 64 pairs have the stored logprobs bit for bit" in capsys.readouterr().out
+
+
+def test_a_run_by_two_ranks_is_replayed_by_two_ranks_bit_for_bit(trained, tmp_path):
+    """One rank replays it within the stated tolerance: sums of other shards round otherwise."""
+    run, base = tmp_path / "run", trained[1]
+    write_jsonl(run / "pairs.jsonl", random_pairs(30))
+    make_reference(run, base)
+    arguments = ["--dtype", "fp32", "--learning-rate", "1e-3", "--pairs-per-step", "6", "--max-steps", "4"]
+    done = command("conj.train.dpo", *arguments, "--run", run, "--model", base, ranks=2)
+    assert done.returncode == 0, done.stderr
+    for ranks, how in ((2, "bit for bit"), (None, "within 0.001, since this is another machine or version")):
+        done = command("conj.train.audit", "--run", run, "--replay", "4", ranks=ranks)
+        assert done.returncode == 0 and f"log and 1 checkpoints {how}" in done.stdout, done.stdout + done.stderr
+
+
+def flip(path: Path, place: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+TAMPERED = {  # file: the first broken link
+    "pairs.jsonl": "pairs.jsonl",
+    "pairs.jsonl.manifest.json": "pairs.jsonl",
+    "reference.safetensors": "reference.safetensors",
+    "reference.safetensors.manifest.json": "reference.safetensors",
+    "metrics.jsonl": "model",
+    "model/model.safetensors": "model",
+    "model/config.json": "model",
+    "model/tokenizer.json": "model",
+    "model.manifest.json": "model",
+    "checkpoints/step-00000003/rank-00000.safetensors": "checkpoints/step-00000003",
+    "checkpoints/step-00000006/manifest.json": "model",
+    "checkpoints/step-00000008/rank-00000.safetensors": "checkpoints/step-00000008",
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_flipped_bit_in_any_artefact_is_found_and_the_first_broken_link_named(name, run, capsys):
+    """In the middle of the file, at its end and at its start."""
+    size = (run / name).stat().st_size
+    for place in (size // 2, -1, 0):
+        flip(run / name, place)
+        holds, checks = audited(run)
+        assert not holds and broken(checks)[0] == TAMPERED[name], (name, place)
+        assert f"first broken link: {TAMPERED[name]}: " in capsys.readouterr().out
+        flip(run / name, place)
+    assert audited(run)[0]
+
+
+def test_a_change_in_the_base_is_found_where_it_was_first_read(run, trained, tmp_path):
+    base = shutil.copytree(trained[1], tmp_path / "other")
+    one_ulp(base / "model.safetensors")
+    holds, checks = audited(run, model=base)
+    assert (
+        not holds and broken(checks)[0] == "reference.safetensors" and "was made from another" in checks["model"].found
+    )
+
+
+def test_a_moved_run_and_base_hold(run, trained, tmp_path):
+    moved = shutil.move(run, tmp_path / "elsewhere")
+    assert audited(moved, model=shutil.copytree(trained[1], tmp_path / "base moved"))[0]
+
+
+# ---- Changes whose manifests fit: only the numbers tell ----
+
+
+def edit_manifest(run: Path, **options) -> None:
+    made = read_manifest(run / "model")
+    made["options"] |= options
+    write_sealed(manifest_path(run / "model"), made)
+
+
+def test_a_learning_rate_other_than_the_one_stated_is_found_at_the_first_step(run):
+    edit_manifest(run, learning_rate=2e-3)
+    _, checks = audited(run, replay=8)
+    assert "step 1: lr: expected 0.002 by seed and options, found 0.001" in checks["data order"].found
+    assert checks["replay of steps 1 to 8"].found.startswith("step 1: lr")
+
+
+def test_a_beta_other_than_the_one_stated_is_found_at_the_step_where_it_shows(run):
+    """At step 1 every margin is 0 and the loss does not know beta; the gradient does."""
+    edit_manifest(run, beta=0.2)
+    assert audited(run)[0]  # what is checked without training again cannot tell
+    _, checks = audited(run, replay=8)
+    assert checks["replay of steps 1 to 8"].found.startswith("step 1: grad_norm")
+
+
+def test_another_seed_is_found_in_the_order_of_the_data(run):
+    edit_manifest(run, seed=1)
+    assert "step 1: order: expected" in audited(run)[1]["data order"].found
+
+
+def test_a_pair_with_its_judgments_swapped_is_found_at_its_step(run, trained):
+    """pairs.jsonl, reference and all manifests changed to fit: the log is of the training that took place."""
+    rows = read_jsonl(run / "pairs.jsonl")
+    swapped = next(i for i, row in enumerate(rows) if row["split"] == "train")
+    rows[swapped] |= {"chosen": rows[swapped]["rejected"], "rejected": rows[swapped]["chosen"]}
+    write_jsonl(run / "pairs.jsonl", rows)
+    (run / "reference.safetensors").unlink()
+    manifest_path(run / "reference.safetensors").unlink()
+    made = read_manifest(run / "pairs.jsonl")
+    write_sealed(manifest_path(run / "pairs.jsonl"), made | {"sha256": hash_input(run / "pairs.jsonl")})
+    make_reference(run, trained[1])
+    reseal(run)
+    _, checks = audited(run, replay=8)
+    assert broken(checks) == ["replay of steps 1 to 8"]
+    options = dpo_options(run, trained[1], num_train_epochs=2, max_steps=STEPS)
+    with distributed() as world:
+        plan = dpo.make_plan(options, world)
+    first = next(i for i, packs in enumerate(plan.steps, 1) if swapped in pairs_of(packs))
+    assert checks["replay of steps 1 to 8"].found.startswith(f"step {first}: ")
+
+
+def test_a_changed_weight_in_a_checkpoint_is_named(run):
+    """The last checkpoint and the exported weights, changed alike and resealed: the replay ends elsewhere."""
+    path = list_checkpoints(run / "checkpoints")[0]
+    state = load_file(path / "rank-00000.safetensors")
+    state["weight.model.norm.weight"][3] += 0.5
+    save_file(state, path / "rank-00000.safetensors")
+    weights = load_file(run / "model" / "model.safetensors")
+    weights["model.norm.weight"][3] += 0.5
+    save_file(weights, run / "model" / "model.safetensors", metadata={"format": "pt"})
+    manifest = read_sealed(path / "manifest.json", {})
+    manifest["files"][0]["sha256"] = hash_input(path / "rank-00000.safetensors")
+    write_sealed(path / "manifest.json", manifest)
+    reseal(run)
+    assert audited(run)[0]
+    _, checks = audited(run, replay=2)
+    assert "step 8: weight.model.norm.weight differs" in checks["replay of steps 7 to 8"].found
+
+
+def test_weights_that_are_not_the_last_checkpoints_are_named(run):
+    one_ulp(run / "model" / "model.safetensors")
+    reseal(run)
+    _, checks = audited(run)
+    assert "model.norm.weight is not step-00000008's" in checks["exported weights"].found
+
+
+# ---- Two runs ----
+
+
+@pytest.fixture
+def other(tmp_path, trained):
+    """Trains another run, on a base of its own, and says where the first one parts from it."""
+
+    def parting(run: Path, spoil=lambda run, base: None, **changes) -> list[Check]:
+        other, base = tmp_path / "other", Path(shutil.copytree(trained[1], tmp_path / "other base"))
+        write_jsonl(other / "pairs.jsonl", random_pairs(30))
+        spoil(other, base)
+        train(other, base, **changes)
+        _, checks = audited(run, against=other)
+        return [check for check in checks.values() if check.name.startswith("against")]
+
+    return parting
+
+
+def test_two_runs_of_the_same_options_are_the_same_in_every_stage(run, other):
+    assert {check.outcome for check in other(run)} == {"holds"}
+
+
+def test_a_changed_learning_rate_parts_at_the_first_step(run, other):
+    pairs, reference, model = other(run, learning_rate=5e-4)
+    assert pairs.outcome == reference.outcome == "holds"
+    assert "option learning_rate: 0.001 and 0.0005" in model.found
+    assert "metrics.jsonl:1: step 1: lr: 0.001 and 0.0005" in model.found and "weights: tensor" in model.found
+
+
+def test_a_swapped_pair_parts_at_its_record(run, other):
+    def swap(run, base):
+        rows = read_jsonl(run / "pairs.jsonl")
+        rows[4] |= {"chosen": rows[4]["rejected"], "rejected": rows[4]["chosen"]}
+        write_jsonl(run / "pairs.jsonl", rows)
+
+    pairs, reference, model = other(run, swap)
+    assert pairs.found.startswith("pairs.jsonl:5: id p") and ": chosen: " in pairs.found
+    assert "key: another tokens" in reference.found and model.outcome == "BROKEN"
+
+
+def test_a_changed_template_parts_at_the_base_and_names_the_file(run, other):
+    def change(run, base):
+        path = base / "tokenizer_config.json"
+        path.write_text(path.read_text().replace("assistant", "helper"))
+
+    pairs, reference, _ = other(run, change)
+    assert pairs.outcome == "holds"
+    assert ": tokenizer_config.json differs in chat_template" in reference.found
+    assert "key: another tokenizer, tokens" in reference.found
+
+
+def test_a_changed_weight_parts_at_the_base_and_names_the_tensor(run, other):
+    _, reference, _ = other(run, lambda run, base: one_ulp(base / "model.safetensors"))
+    assert ": tensor model.norm.weight differs by up to" in reference.found
+    assert "key: another weights" in reference.found
+
+
+# ---- The command ----
+
+
+def test_the_command_exits_with_0_1_and_2(run, tmp_path):
+    done = command("conj.train.audit", "--run", run)
+    assert done.returncode == 0 and "BROKEN" not in done.stdout, done.stderr
+    done = command("conj.train.audit", "--run", run, "--replay", "99")
+    assert done.returncode == 2 and "--replay: expected at most 8 steps, found 99" in done.stderr
+    flip(run / "metrics.jsonl", 10)
+    assert command("conj.train.audit", "--run", run).returncode == 1
+    done = command("conj.train.audit", "--run", tmp_path / "nowhere")
+    assert done.returncode == 2 and "expected a run folder with manifests" in done.stderr
+
+
+def test_a_reference_made_by_other_code_is_replayed_within_the_tolerance(run, monkeypatch):
+    """As on another machine: what differs is said, and a difference beyond rounding is still found."""
+    key = audit.make_plan.__globals__["reference_key"]
+    monkeypatch.setitem(audit.make_plan.__globals__, "reference_key", lambda *a, **k: key(*a, **k) | {"torch": "9.9"})
+    holds, checks = audited(run, replay=2)
+    assert holds and "made elsewhere: another torch" in checks["reference key"].found
+    assert "within 0.001" in checks["replay of steps 7 to 8"].found
+    edit_manifest(run, learning_rate=1.2e-3)
+    assert broken(audited(run, replay=2)[1]) == ["data order", "replay of steps 7 to 8"]
