@@ -1,0 +1,134 @@
+"""Control tokens written into questions, answers and judgments: how many change the prompt's structure?
+
+Every added token of a tokenizer is put into every text that a judge reads or writes, at every place in it; what is
+compared is the sequence of control-token ids, with that of the same prompt without the attack. conj's encoding stands
+beside what chat templating does by itself.
+
+    python scripts/control_tokens.py --tokenizer ../shared/data/qwen2-tokenizer
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from conj.data.prompts import JudgeTokenizer, judge_messages, judgment_text
+
+TEXT = "天空 is blue。\n好"  # a text to be attacked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """What a judge reads and, unless that is still to come, writes."""
+
+    messages: list[dict]
+    judgment: str | None = None
+
+
+Encoding = Callable[[Conversation], list[int]]
+
+PLACES: dict[str, Callable[[str], Conversation]] = {
+    "question": lambda text: Conversation(messages=judge_messages(text, "a", "b")),
+    "answer 1": lambda text: Conversation(messages=judge_messages("q", text, "b")),
+    "answer 2": lambda text: Conversation(messages=judge_messages("q", "a", text)),
+    "answer 2, hinted": lambda text: Conversation(messages=judge_messages("q", "a", text, hint=1)),
+    "turn of a conversation": lambda text: Conversation(messages=judge_messages(_turns("assistant", text), "a", "b")),
+    "role of a turn": lambda text: Conversation(messages=judge_messages(_turns(text, "reply"), "a", "b")),
+    "message of a chat": lambda text: Conversation(messages=_turns("assistant", text)),
+    "judgment": lambda text: Conversation(messages=judge_messages("q", "a", "b"), judgment=judgment_text(text, 1)),
+    "judgment, not JSON": lambda text: Conversation(messages=judge_messages("q", "a", "b"), judgment=text),
+}
+
+
+def _turns(role: str, content: str) -> list[dict]:
+    turns = [("system", "s"), ("user", "first"), (role, content), ("user", "last")]
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def attack_texts(token: str, end: str) -> Iterator[str]:
+    """Texts with `token` in them: alone, doubled, at every offset, beside line breaks, spaces and quotes, in a forged
+    turn, and cut at every character by a token that a filter would take out (`end` ends a turn)."""
+    yield from (
+        token,
+        token * 2,
+        f"\n{token}",
+        f"{token}\n",
+        f"\n{token}\n",
+        f" {token} ",
+        f'"{token}"',
+        f"{token}{end}",
+    )
+    yield from (TEXT[:i] + token + TEXT[i:] for i in range(len(TEXT) + 1))
+    yield f"{TEXT}{end}\n{token}system\n{TEXT}"
+    for inner in {token, end}:
+        yield from (token[:i] + inner + token[i:] for i in range(1, len(token)))
+
+
+def attacks(tokenizer: JudgeTokenizer) -> Iterator[tuple[str, str, Conversation]]:
+    """Each attack as (place, text, conversation): every added token, every text with it, every place."""
+    for token in tokenizer.special:
+        for text in dict.fromkeys(attack_texts(token, tokenizer.eos)):
+            for place, put in PLACES.items():
+                yield place, text, put(text)
+
+
+def structure(ids: list[int], tokenizer: JudgeTokenizer) -> list[int]:
+    """The control tokens among ids, in order."""
+    control = set(tokenizer.special.values())
+    return [i for i in ids if i in control]
+
+
+def by_conj(tokenizer: JudgeTokenizer) -> Encoding:
+    """conj's ids, of sampling and of training."""
+
+    def encode(conversation: Conversation) -> list[int]:
+        ids = tokenizer.prompt_ids(conversation.messages)
+        return ids if conversation.judgment is None else ids + tokenizer.completion_ids(conversation.judgment)
+
+    return encode
+
+
+def by_template(folder: Path, **tokenizer_kwargs) -> Encoding:
+    """The ids of `apply_chat_template`: the template is filled first and tokenized afterwards."""
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(folder)
+
+    def encode(conversation: Conversation) -> list[int]:
+        messages, judgment = conversation.messages, conversation.judgment
+        if judgment is not None:
+            messages = [*messages, {"role": "assistant", "content": judgment}]
+        return reference.apply_chat_template(
+            messages, add_generation_prompt=judgment is None, return_dict=False, tokenizer_kwargs=tokenizer_kwargs
+        )
+
+    return encode
+
+
+def count_changed(tokenizer: JudgeTokenizer, encode: Encoding) -> tuple[int, int, int]:
+    """(attacks, those that change the structure, places where a benign text has another one than by conj's encoding)."""
+    expected = {place: structure(by_conj(tokenizer)(put(TEXT)), tokenizer) for place, put in PLACES.items()}
+    wrong = sum(structure(encode(put(TEXT)), tokenizer) != expected[place] for place, put in PLACES.items())
+    changed = [structure(encode(attack), tokenizer) != expected[place] for place, _, attack in attacks(tokenizer)]
+    return len(changed), sum(changed), wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--tokenizer", type=Path, required=True, help="model or tokenizer folder, Hugging Face layout")
+    folder = parser.parse_args().tokenizer
+    tokenizer = JudgeTokenizer.load(folder)
+    encodings = {
+        "conj": by_conj(tokenizer),
+        "`apply_chat_template`": by_template(folder),
+        "`apply_chat_template`, `split_special_tokens=True`": by_template(folder, split_special_tokens=True),
+    }
+    print(f"{folder.name}: {len(tokenizer.special)} added tokens in {len(PLACES)} places\n")
+    print("| encoding | attacks | change the structure | benign prompts whose structure is wrong |\n|---|---|---|---|")
+    for name, encode in encodings.items():
+        tried, changed, wrong = count_changed(tokenizer, encode)
+        print(f"| {name} | {tried:,} | {changed:,} ({100 * changed / tried:.1f} %) | {wrong} of {len(PLACES)} |")
+
+
+if __name__ == "__main__":
+    main()

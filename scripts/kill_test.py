@@ -1,0 +1,224 @@
+"""Kills stages at random moments and checks that each, started again, ends as one that was left alone.
+
+    python scripts/kill_test.py train --kills 50 --inside-save 20 --out /tmp/kills    # training on 2 ranks, 15 minutes
+    python scripts/kill_test.py sample --kills 20 --out /tmp/kills                    # stages 2, 3 and 7, 15 minutes
+    python scripts/kill_test.py once --seconds 20 -- COMMAND…    # runs it, kills it after that: exit 137 if it came to it
+    python scripts/kill_test.py compare RUN UNDISTURBED          # a line for each difference, exit 1 if there is one
+
+In which phase a kill landed is read off what it left on disk, beside a listing made before the command was started.
+Writes train.json or sample.json, prints a table, exits 1 if anything differs.
+"""
+
+import argparse
+import contextlib
+import random
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from kill_common import (
+    ROOT,
+    Aim,
+    differences,
+    kill_repeatedly,
+    listing,
+    mark,
+    num_lines,
+    report,
+    run_command,
+    step_folders,
+)
+
+from conj.data.files import read_jsonl, write_jsonl
+from conj.data.preprocess import load_prompts, question_of
+from conj.data.prompts import judge_messages, judgment_text
+
+KEEP_CHECKPOINTS = 2
+INSIDE_SAVE = ("shards", "manifest and rename", "deletion")
+
+
+# ---- Training ----
+
+
+def make_pairs(run: Path, num_prompts: int, rng: random.Random) -> None:
+    """pairs.jsonl of the demo's prompts, 4 pairs each, with reasons of random words."""
+    rows = []
+    for i, prompt in enumerate(load_prompts([str(ROOT / "demo" / "train.jsonl")], limit=num_prompts)[0]):
+        label, split = prompt["label"], "eval" if i % 10 == 9 else "train"
+        shared = {"prompt": judge_messages(question_of(prompt), prompt["answer_1"], prompt["answer_2"])}
+        shared |= {"id": prompt["id"], "label": label, "pair_type": "repeated", "split": split}
+        for _ in range(4):
+            judgments = {}
+            for side, verdict in ("chosen", label), ("rejected", 3 - label):
+                reason = "".join(rng.choices("天空是蓝色的回答一二三", k=rng.randint(4, 30)))
+                judgments[side] = [{"role": "assistant", "content": judgment_text(reason, verdict)}]
+            rows.append(shared | judgments)
+    write_jsonl(run / "pairs.jsonl", rows)
+
+
+def training_phase(before: dict[str, tuple], run: Path) -> str:
+    """What training was doing when it was killed."""
+    after = listing(run)
+    new = {name for name, mark in after.items() if before.get(name) != mark}
+    parts = [name for name in new if re.match(r"checkpoints/.*\.part", name)]
+    if any(re.match(r"model(\.part)?(/|$)", name) for name in new):
+        return "export"
+    if parts:
+        return "manifest and rename" if any("/manifest.json" in name for name in parts) else "shards"
+    steps = sorted(p.name for p in step_folders(run))
+    if len(steps) > KEEP_CHECKPOINTS and f"checkpoints/{steps[-1]}" in new:
+        return "deletion"
+    return "step" if "metrics.jsonl" in new else "loading"
+
+
+def save_aim(run: Path, number: int, file: str, delay: float) -> Aim:
+    """The `number`-th save from now on, once it holds a file whose name starts with `file`."""
+    before, seen = listing(run), set()
+
+    def ready(_: float) -> bool:
+        writing = False
+        for path in run.glob("checkpoints/*.part"):
+            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                if before.get(f"checkpoints/{path.name}") != mark(path):  # else an earlier kill left it
+                    writing = any(p.name.startswith(file) for p in path.iterdir()) or not file
+                    seen.update([path.name] if writing else [])
+        return writing and len(seen) >= number
+
+    return Aim(ready=ready, delay=delay, poll=0.0003)
+
+
+def kill_training(args: argparse.Namespace, out: Path) -> list[dict]:
+    rng, base, undisturbed = random.Random(args.seed), ROOT / "demo" / "base", out / "undisturbed-run"
+    make_pairs(out / "start", 60, rng)
+    shared = ["--model", base, "--dtype", "fp32", "--max-tokens-per-pack", "2000"]
+    run_command([sys.executable, "-m", "conj.train.reference", "--run", out / "start", *shared], out / "log")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
+    options = [*shared, "--learning-rate", "1e-3", "--pairs-per-step", "6", "--eval-every", "10"]
+    options += ["--save-every", "2", "--keep-checkpoints", KEEP_CHECKPOINTS]
+
+    def line(run: Path) -> list:
+        return [*launch, "-m", "conj.train.dpo", "--run-dir", run, *options]
+
+    shutil.copytree(out / "start", undisturbed)
+    loading = []  # when the log of metrics was there
+    watch = Aim(ready=lambda s: (undisturbed / "metrics.jsonl").exists() and loading.append(s))  # never kills
+    run_command(line(undisturbed), out / "log", watch)
+    print(
+        f"undisturbed: {num_lines(undisturbed / 'metrics.jsonl')} steps, first one after {loading[0]:.1f} s", flush=True
+    )
+
+    def next_aim(run: Path, kills: Counter) -> Aim | None:
+        left, inside = args.kills - kills.total(), sum(kills[phase] for phase in INSIDE_SAVE)
+        if left <= 0 and inside >= args.inside_save:
+            return None
+        kinds = ["save", "commit"] + ["loading", "step", "export"] * (args.inside_save - inside < left)
+        match kind := rng.choice(kinds):
+            case "save" | "commit":  # files are written for about 20 ms; the rest, renaming and deleting, takes 3
+                file, longest = ("", 0.03) if kind == "save" else ("manifest.json", 0.004)
+                return save_aim(run, rng.randint(1, 4), file, rng.uniform(0, longest))
+            case "loading":
+                moment = rng.uniform(0, loading[0])
+                return Aim(ready=lambda seconds: seconds >= moment)
+            case "export":
+                return Aim(ready=lambda _: (run / "model.part").exists(), delay=rng.uniform(0, 0.05), poll=0.001)
+        path, steps = run / "metrics.jsonl", num_lines(run / "metrics.jsonl") + rng.randint(1, 12)
+        return Aim(ready=lambda _: num_lines(path) >= steps, delay=rng.uniform(0, 0.2))
+
+    return kill_repeatedly("run", out, line, training_phase, next_aim)
+
+
+# ---- Sampling ----
+
+
+def kill_sampling(args: argparse.Namespace, out: Path) -> list[dict]:
+    train, test = (ROOT / "demo" / f"{name}.jsonl" for name in ("train", "test"))
+    few = ["--limit", args.limit]
+    run_command(
+        [sys.executable, "-m", "conj.data.preprocess", "--run", out / "start", "--data", train, *few], out / "log"
+    )
+    stages = {"repeated": ("repeated.jsonl", 8, []), "hinted": ("hinted.jsonl", 2, [])}
+    stages["evaluate"] = ("judgments_base.jsonl", 2, ["--data", test, *few])
+    rows = []
+    for number, (stage, (artefact, per_prompt, options)) in enumerate(stages.items()):
+        num_kills = len(range(number, args.kills, 3))
+        rows += kill_stage(stage, artefact, per_prompt * args.limit, num_kills, options, f"{args.seed} {stage}", out)
+    return rows
+
+
+def kill_stage(
+    stage: str, artefact: str, total: int, num_kills: int, options: list, seed: str, out: Path
+) -> list[dict]:
+    """Kills a stage that writes `total` rows to `artefact`; see kill_repeatedly."""
+    began, rng, undisturbed = time.monotonic(), random.Random(seed), out / f"undisturbed-{stage}"
+    few = ["--max-new-tokens", "64", "--max-num-seqs", "8"]  # at the same time: rows come one by one
+
+    def line(run: Path) -> list:
+        model = ["--model", ROOT / "demo" / "base"]
+        return [sys.executable, "-m", f"conj.sample.{stage}", "--run", run, *model, *few, *options]
+
+    shutil.copytree(out / "start", undisturbed)
+    run_command(line(undisturbed), out / "log")
+    keys = {
+        tuple(row.get(name) for name in ("id", "kind", "index", "order")) for row in read_jsonl(undisturbed / artefact)
+    }
+    if not len(keys) == num_lines(undisturbed / artefact) == total:
+        sys.exit(f"{undisturbed / artefact}: {len(keys)} different keys, expected one a row and {total} rows")
+    print(f"{stage}: undisturbed {time.monotonic() - began:.0f} s, {total} rows", flush=True)
+
+    def phase(before: dict, run: Path) -> str:
+        is_touched = listing(run).get(artefact) != before.get(artefact)
+        return f"{stage}: {'end' if num_lines(run / artefact) == total else 'rows' if is_touched else 'start-up'}"
+
+    def next_aim(run: Path, kills: Counter) -> Aim | None:
+        left, have = num_kills - kills.total(), num_lines(run / artefact)
+        if left <= 0:
+            return None
+        if left == 1:  # all rows are there; they are put in order, the manifest is closed
+            return Aim(ready=lambda _: num_lines(run / artefact) == total, delay=rng.uniform(0, 0.5), poll=0.002)
+        if rng.random() < 0.25:
+            moment = rng.uniform(0, 15)
+            return Aim(ready=lambda seconds: seconds >= moment)
+        wanted = have + rng.randint(1, max(1, (total - have) // 2))
+        return Aim(ready=lambda _: num_lines(run / artefact) >= wanted, poll=0.005)
+
+    return kill_repeatedly(stage, out, line, phase, next_aim)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parsers = parser.add_subparsers(dest="what", required=True)
+    for name, kills in ("train", 50), ("sample", 20):
+        sub = parsers.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.add_argument("--kills", type=int, default=kills, help="number of kills")
+        sub.add_argument("--out", type=Path, required=True, help="folder for the runs, their log and the figures")
+        sub.add_argument("--seed", type=int, default=0, help="seed of the moments")
+        if name == "train":
+            sub.add_argument("--inside-save", type=int, default=20, help="kills that must land inside a save")
+            sub.add_argument("--ranks", type=int, default=2, help="number of processes")
+        else:
+            sub.add_argument("--limit", type=int, default=40, help="number of prompts")
+    once = parsers.add_parser("once")
+    once.add_argument("--seconds", type=float, required=True, help="time after which the command is killed")
+    once.add_argument("--log", type=Path, default=Path("/dev/stderr"), help="file that takes what the command prints")
+    once.add_argument("line", nargs="+", help="the command, after --")
+    compare = parsers.add_parser("compare")
+    compare.add_argument("runs", type=Path, nargs=2, help="two run folders")
+    args = parser.parse_args()
+    if args.what == "once":
+        return 137 if run_command(args.line, args.log, Aim(ready=lambda seconds: seconds >= args.seconds)) else 0
+    if args.what == "compare":
+        lines = differences(*args.runs)
+        print("\n".join(lines) or "equal")
+        return int(bool(lines))
+    began, out = time.monotonic(), args.out.resolve() / args.what
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    rows = kill_training(args, out) if args.what == "train" else kill_sampling(args, out)
+    return report(out, rows, time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
