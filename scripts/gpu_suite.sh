@@ -5,7 +5,7 @@
 #   scripts/gpu_suite.sh --out benchmarks/results/h200 tests train7b      # some of them
 #   scripts/gpu_suite.sh --device cpu --tiny --out /tmp/dry-run           # the same commands, small, where there is no GPU
 #
-# Phases, the most telling first: smoke (does everything start: training of the shipped judge, stopped and resumed),
+# Phases, the most telling first: smoke (does everything start: training of the shipped judge in audit mode, stopped and resumed, then audited),
 # tests (marked gpu; the kernel tests on the real compiler; offsets past 2^31), logprob7b (linear_logprob beside its
 # peers at 7B), train7b (steps of Qwen2-7B's geometry with activation checkpointing), train and train-pair (conj beside
 # TRL, Qwen2-1.5B's geometry), logprob (the other sizes), block (norm, RoPE, SwiGLU, gathers).
@@ -85,9 +85,10 @@ write_jsonl(Path(sys.argv[1]) / "pairs.jsonl", rows)
 PYTHON
     local common=(--run "$folder" --model demo/base --dtype "$dtype") steps=()
     if [ -n "$tiny" ]; then steps=(--max-steps 4); fi
-    local dpo=("$PYTHON" -m conj.train.dpo "${common[@]}" --learning-rate 5e-5 --num-train-epochs 2 --eval-every 10 --save-every 2 "${steps[@]}")
+    local dpo=("$PYTHON" -m conj.train.dpo "${common[@]}" --learning-rate 5e-5 --num-train-epochs 2 --eval-every 10 --save-every 2 --audit-mode "${steps[@]}")
     "$PYTHON" -m conj.train.reference "${common[@]}" && "${dpo[@]}" && rm -r "$folder"/model* &&
         rm -r "$(ls -d "$folder"/checkpoints/step-* | tail -1)" && "${dpo[@]}" &&
+        "$PYTHON" -m conj.train.audit --run "$folder" --replay 2 --reference &&
         cp "$folder/metrics.jsonl" "$out/smoke.jsonl" && head -1 "$out/smoke.jsonl" && tail -1 "$out/smoke.jsonl"
 }
 

@@ -1,11 +1,16 @@
 """Manifests: a stage is done, goes on, or is refused; and what it is made from must fit together."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from conj import InputError
+from conj.data import manifest
 from conj.data.files import write_jsonl
 from conj.data.manifest import begin, describe_inputs, finish, manifest_path, read_manifest, write_sealed
 from conj.data.options import option
@@ -106,3 +111,28 @@ def test_a_hub_name_stands_for_itself():
         {"path": "org/name", "sha256": None},
         {"path": "train", "sha256": None},
     ]
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_stage_that_another_process_is_making_is_refused(run, started):
+    """Two that append to one file, or write one checkpoint, would spoil it. The other one ends, and it goes on."""
+    if started:
+        begin(run / "c", inputs=[run / "a"], options=Options(run=run))
+        (run / "c").write_text("half")
+    code = f"""
+import time
+from test_manifest import *
+begin(Path({str(run / "c")!r}), inputs=[Path({str(run / "a")!r})], options=Options(run=Path({str(run)!r})))
+print("made", flush=True)
+time.sleep(60)
+"""
+    manifest._held.clear()
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    assert other.stdout.readline() == "made\n"
+    (run / "c").write_text("half")
+    with pytest.raises(InputError, match="c: another process is making it at this moment"):
+        begin(run / "c", inputs=[run / "a"], options=Options(run=run))
+    other.kill()
+    other.wait()
+    assert begin(run / "c", inputs=[run / "a"], options=Options(run=run))

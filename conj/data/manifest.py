@@ -8,6 +8,7 @@ careless edits; whoever can rewrite a whole run can also write manifests that fi
 """
 
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
 from conj import InputError
 from conj.data.files import sha256_file, write_atomic
@@ -160,12 +162,32 @@ def begin(artefact: Path, *, inputs: Sequence[str | Path], options) -> bool:
                 )
             print(f"{artefact}: already complete")
             return False
+        _hold(artefact)
         return True
     if artefact.exists():
         raise InputError(f"{artefact}: exists but has no manifest; delete it or use another --run")
     opened = {"artefact": artefact.name, "complete": False, **now, **describe_code()}
     write_sealed(manifest_path(artefact), opened)
+    _hold(artefact)
     return True
+
+
+_held: dict[Path, IO] = {}  # open manifests of the stages that this process is making
+
+
+def _hold(artefact: Path) -> None:
+    """Keeps other processes off an artefact as long as this one lives, or until it is finished: two that append to one
+    file, or write one checkpoint, spoil it. Raises InputError when another one holds it. File systems without locks
+    (ENOLCK) go unprotected."""
+    _held.pop(artefact, None)
+    file = open(manifest_path(artefact))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{artefact}: another process is making it at this moment") from None
+    except OSError:
+        return
+    _held[artefact] = file
 
 
 def _check_same(artefact: Path, before: dict, now: dict) -> None:
@@ -232,6 +254,7 @@ def finish(
     made |= {"also": {str(p.relative_to(artefact.parent)): hash_input(p) for p in sorted(also)}} if also else {}
     made |= {"machine": machine} if machine else {}
     write_sealed(manifest_path(artefact), {**manifest, "complete": True, **made})
+    _held.pop(artefact, None)
     print(
         f"{artefact}: {num_rows} rows; " + ", ".join(f"{k} {v}" for k, v in counts.items() if not isinstance(v, list))
     )

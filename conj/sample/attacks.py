@@ -116,7 +116,7 @@ def attack_judge(options: AttackOptions) -> None:
     model = check_model(options.model, options.max_model_len)
     prompts, data_counts = load_prompts(options.data, options.seed, options.subsets, options.limit)
     judging = JudgingOptions(**{f.name: getattr(options, f.name) for f in dataclasses.fields(JudgingOptions)})
-    artefact, card = options.run / "attacks.jsonl", options.run / "attacks.json"
+    artefact, card, page = (options.run / f"attacks.{kind}" for kind in ("jsonl", "json", "md"))
     judge_attacked(artefact, model, prompts, judging, data_counts)
     began = time.monotonic()
     for path in card, manifest.manifest_path(card):
@@ -125,9 +125,9 @@ def attack_judge(options: AttackOptions) -> None:
     figures = score_attacks(prompts, read_jsonl(artefact), options.num_resamples, options.seed)
     markdown = render_card(str(options.model), figures)
     write_atomic(card, (json.dumps(figures, ensure_ascii=False, indent=2) + "\n").encode())
-    write_atomic(card.with_suffix(".md"), markdown.encode())
+    write_atomic(page, markdown.encode())
     counts = {name: figure["flipped"] for name, figure in figures["attacks"].items()}
-    manifest.finish(card, num_rows=len(counts), counts=counts, seconds=time.monotonic() - began)
+    manifest.finish(card, num_rows=len(counts), counts=counts, seconds=time.monotonic() - began, also=[page])
     print(f"\n{markdown}", end="")
 
 

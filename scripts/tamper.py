@@ -1,0 +1,65 @@
+"""Flips one byte at a time in a copy of a finished run and asks the audit what is broken.
+
+    python scripts/tamper.py --run runs/demo --json out.json
+
+Every artefact, every manifest, what stages made beside them, checkpoints, and the base model: in each a byte at a place
+drawn by the seed. Prints a table, and exits with 1 if a change was not found or another link was named than the one
+that holds the byte.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from conj.data.manifest import list_artefacts, manifest_path, read_manifest
+from conj.train.audit import check_chain
+
+
+def places(run: Path, base: Path) -> list[tuple[Path, str]]:
+    """Files to change, each with the link that the audit must name."""
+    found = []
+    for artefact in list_artefacts(run):
+        found.append((manifest_path(artefact), artefact.name))
+        files = sorted(artefact.rglob("*")) if artefact.is_dir() else [artefact]
+        files += [run / name for name in read_manifest(artefact).get("also", {}) if (run / name).is_file()]
+        found += [(path, artefact.name) for path in files if path.stat().st_size]
+    found += [(path, "model") for path in sorted((run / "tensorboard").iterdir())]
+    found += [(path, f"checkpoints/{path.parent.name}") for path in sorted(run.glob("checkpoints/*/rank-*"))]
+    found += [(path, "repeated.jsonl") for path in sorted(base.iterdir())]  # the first stage that read it
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--run", type=Path, required=True, help="finished run folder; it is not changed")
+    parser.add_argument("--base", type=Path, default=Path("demo/base"), help="its base model (default demo/base)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the places (default 0)")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    args = parser.parse_args()
+    rng, rows = random.Random(args.seed), []
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(shutil.copytree(args.run, Path(folder) / args.run.name))
+        base = Path(shutil.copytree(args.base, Path(folder) / "base"))
+        assert all(check.outcome == "holds" for check in check_chain(run, base)), "the run as it stands does not hold"
+        print("| changed | byte | first broken link | what the audit says |\n|---|---|---|---|")
+        for path, link in places(run, base):
+            whole = path.read_bytes()
+            place = rng.randrange(len(whole))
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << rng.randrange(8))]) + whole[place + 1 :])
+            broken = [check for check in check_chain(run, base) if check.outcome == "BROKEN"]
+            path.write_bytes(whole)
+            name, said = (broken[0].name, broken[0].found.replace(folder, "…")) if broken else ("none", "")
+            rows.append({"changed": str(path.relative_to(folder)), "byte": place, "found": name, "named": name == link})
+            print(f"| {rows[-1]['changed']} | {place} | {name} | {said[:110]} |", flush=True)
+    print(f"\n{sum(row['named'] for row in rows)} of {len(rows)} found and named")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    sys.exit(not all(row["named"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
