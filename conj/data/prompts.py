@@ -9,6 +9,8 @@ is encoded around the user's text, never by formatting a filled template.
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +18,14 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from conj import InputError
-from conj.data.files import first_line, read_model_json, replace_surrogates
+from conj.data.files import (
+    MAX_TOKENIZER_BYTES,
+    brief,
+    first_line,
+    read_model_file,
+    read_model_json,
+    replace_surrogates,
+)
 
 REASON_KEY, VERDICT_KEY = "原因", "更好的回答"
 
@@ -31,6 +40,7 @@ HINT_INSTRUCTIONS = {
     1: "作为一个评价专家，已知下面问题的两个回答中，回答1更好。请直接写出回答1比回答2更好的原因，只写原因。以下是问题和候选回答的内容：\n    ",
     2: "作为一个评价专家，已知下面问题的两个回答中，回答2更好。请直接写出回答2比回答1更好的原因，只写原因。以下是问题和候选回答的内容：\n    ",
 }
+PLACEHOLDER = re.compile(r"conj(\d+)placeholder")
 ROLE_NAMES = {"system": "系统", "user": "用户", "assistant": "助手"}
 
 
@@ -60,6 +70,35 @@ def _placeholder(i: int) -> str:
     return f"conj{i}placeholder"
 
 
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Whatever a library raises on a malformed file becomes an InputError; a panic of its Rust code is no Exception."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as e:
+        if isinstance(e, Exception) or type(e).__name__ == "PanicException":
+            raise InputError(f"{what}: {first_line(e)}") from None
+        raise
+
+
+def _control_tokens(added: list[dict], plain: Tokenizer) -> dict[str, int]:
+    """{token: id} of a tokenizer's added tokens. Raises ValueError when they could not be told from text."""
+    special = {}
+    for token in added:
+        name, number = token["content"], token["id"]
+        if not isinstance(name, str) or not name or name in special:
+            raise ValueError(f"expected added tokens with a name each, found {brief(name)}")
+        if type(number) is not int or not 0 <= number < 2**31 or plain.id_to_token(number) not in (None, name):
+            raise ValueError(f"added token {brief(name)}: expected an id of its own, found {brief(number)}")
+        special[name] = number
+    for name in special:
+        if not set(special.values()).isdisjoint(plain.encode(replace_surrogates(name), add_special_tokens=False).ids):
+            raise ValueError(f"the text {brief(name)} would become a control token")
+    return special
+
+
 @dataclass(frozen=True, kw_only=True)
 class JudgeTokenizer:
     """A tokenizer in two halves: `plain` encodes text and knows no special token; `special` holds their ids."""
@@ -76,28 +115,29 @@ class JudgeTokenizer:
 
         Raises InputError when a file is missing or malformed, or when there is no chat template or end token."""
         folder = Path(folder)
-        spec, config = (read_model_json(folder / name) for name in ("tokenizer.json", "tokenizer_config.json"))
+        spec = read_model_json(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
+        config = read_model_json(folder / "tokenizer_config.json")
         template, eos = config.get("chat_template"), config.get("eos_token")
         eos = eos.get("content") if isinstance(eos, dict) else eos
-        try:
+        with _refusing(f"{folder}: tokenizer cannot be read"):
             if (folder / "chat_template.jinja").exists():
-                template = (folder / "chat_template.jinja").read_text("utf-8")
-            special = {str(token["content"]): int(token["id"]) for token in spec["added_tokens"]}
-            plain = Tokenizer.from_str(json.dumps({**spec, "added_tokens": [], "post_processor": None}))
-        except Exception as e:  # tokenizers raises bare Exception on a malformed file
-            raise InputError(f"{folder}: tokenizer cannot be read: {first_line(e)}") from None
+                template = read_model_file(folder / "chat_template.jinja").decode()
+                template = template.replace("\r\n", "\n").replace("\r", "\n")
+            # Truncation and padding would cut or fill every text without a word.
+            left_out = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+            plain = Tokenizer.from_str(json.dumps(spec | left_out))
+            special = _control_tokens(spec.get("added_tokens"), plain)
         if not isinstance(template, str):
             raise InputError(f"{folder}: no chat template in tokenizer_config.json or chat_template.jinja")
         if not isinstance(eos, str) or eos not in special:
-            raise InputError(f"{folder}: eos_token {eos!r} is not an added token of tokenizer.json")
+            raise InputError(f"{folder}: eos_token {brief(eos)} is not an added token of tokenizer.json")
         identity = json.dumps([spec, template, eos], sort_keys=True, ensure_ascii=False)
         fingerprint = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()
         tokenizer = cls(plain=plain, special=special, chat_template=template, eos=eos, fingerprint=fingerprint)
-        try:
+        with _refusing(f"{folder}: the chat template cannot be rendered"):
             shown = tokenizer._render([{"role": "system", "content": ""}, {"role": "user", "content": _placeholder(1)}])
-        except Exception as e:  # whatever a template raises
-            raise InputError(f"{folder}: the chat template cannot be rendered: {first_line(e)}") from None
-        if shown.count(_placeholder(1)) != 1:
+        stretches = [PLACEHOLDER.findall(stretch) for stretch in tokenizer._control.split(shown)]
+        if [number for numbers in stretches for number in numbers] != ["1"]:
             raise InputError(f"{folder}: the chat template does not show the user's message once")
         return tokenizer
 
@@ -133,7 +173,7 @@ class JudgeTokenizer:
             if stretch in self.special:
                 ids.append(self.special[stretch])
                 continue
-            pieces = re.split(r"conj(\d+)placeholder", stretch)
+            pieces = PLACEHOLDER.split(stretch)
             filled = "".join(p if k % 2 == 0 else messages[int(p)]["content"] for k, p in enumerate(pieces))
             if filled:
                 ids += self.encode_text(filled)

@@ -25,6 +25,7 @@ LAST_VALUE = re.compile(r'\s*[:：]\s*("?)((?:回答)?[12])\1\s*\}')
 RELEASED_VALUE = re.compile(VERDICT_KEY + r'["\']?\s*[:：]\s*["\']?([12])')
 
 
+QUOTED_KEY = f'"{VERDICT_KEY}"'
 MAX_MENDED = 20_000  # characters; json-repair takes a tenth of a second for as many, and more than in proportion
 
 
@@ -73,18 +74,21 @@ def _judge(text: str) -> Judgment:
 
 
 def _find_judgments(text: str) -> list[tuple[dict, int, int]] | None:
-    """The outermost JSON objects with the verdict key, each with start and end; None if any object is broken, since
-    what follows a break may be the inside of a reason."""
+    """The outermost JSON objects with the verdict key, each with start and end; None if what stands beside them may be
+    the inside of a reason: after a broken object, one with a reason and no verdict, or where the key is quoted."""
     decoder = json.JSONDecoder(object_pairs_hook=_without_contradiction)
-    judgments, end = [], 0
+    judgments, end, num_quoted = [], 0, text.count(QUOTED_KEY)
     while opening := OBJECT_START.search(text, end):
         try:
             content, end = decoder.raw_decode(text, opening.start())
         except (ValueError, RecursionError):
             return None
+        num_quoted -= text.count(QUOTED_KEY, opening.start(), end)
         if VERDICT_KEY in content:
             judgments.append((content, opening.start(), end))
-    return judgments
+        elif REASON_KEY in content:
+            return None
+    return None if num_quoted else judgments
 
 
 def _without_contradiction(pairs: list[tuple[str, object]]) -> dict:
@@ -104,7 +108,7 @@ def _mend(text: str) -> Judgment:
     own that library finds verdicts in prose, so the text must be one object from its first to its last character, with
     the reason first and the only mention of the verdict key last: no text that was cut off passes."""
     body = text.removeprefix("```json").removeprefix("```").removesuffix("```").strip()
-    head, *tail = body.split(f'"{VERDICT_KEY}"')
+    head, *tail = body.split(QUOTED_KEY)
     opening = REASON_START.match(head)
     closing = LAST_VALUE.fullmatch(tail[0]) if len(tail) == 1 else None
     if opening is None or closing is None or len(OBJECT_START.findall(body)) > 1 or len(body) > MAX_MENDED:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from conj import InputError
-from conj.data.files import read_model_json
+from conj.data.files import brief, read_model_json
 from conj.model import backends
 from conj.model.attention import Segments, attention
 from conj.model.logprob import linear_logprob
@@ -50,7 +50,7 @@ def read_config(folder: Path) -> Qwen2Config:
     raw = read_model_json(path)
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise InputError(f"{path}: expected rope parameters to be a JSON object, found {rope!r}")
+        raise InputError(f"{path}: expected rope parameters to be a JSON object, found {brief(rope)}")
     expected = {
         "model_type": (raw.get("model_type"), "qwen2"),
         "auto_map (remote code)": (raw.get("auto_map"), None),
@@ -60,34 +60,42 @@ def read_config(folder: Path) -> Qwen2Config:
     }
     for name, (found, supported) in expected.items():
         if found != supported:
-            raise InputError(f"{path}: {name}: expected {supported!r}, found {found!r}")
-    try:
-        heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
-        config = Qwen2Config(
-            vocab_size=int(raw["vocab_size"]),
-            hidden_size=hidden,
-            intermediate_size=int(raw["intermediate_size"]),
-            num_hidden_layers=int(raw["num_hidden_layers"]),
-            num_attention_heads=heads,
-            num_key_value_heads=int(raw.get("num_key_value_heads", heads)),
-            head_dim=int(raw.get("head_dim") or hidden // heads),
-            rms_norm_eps=float(raw["rms_norm_eps"]),
-            rope_theta=float(raw.get("rope_theta", rope.get("rope_theta", 10_000.0))),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            max_position_embeddings=int(raw["max_position_embeddings"]),
-            dtype=str(raw.get("dtype", raw.get("torch_dtype", "float32"))),
-        )
-    except KeyError as e:
-        raise InputError(f"{path}: missing {e.args[0]!r}") from None
-    except (TypeError, ValueError, OverflowError, ZeroDivisionError) as e:
-        raise InputError(f"{path}: {e}") from None
-    for name, value in vars(config).items():
-        if type(value) in (int, float) and not 0 < value < 1e9:
-            raise InputError(f"{path}: {name}: expected a number above 0, found {value}")
+            raise InputError(f"{path}: {name}: expected {supported!r}, found {brief(found)}")
+
+    def number(name: str, default: object = None, most: float = 10**9) -> int | float:
+        value = raw.get(name, default)
+        kinds = (int, float) if isinstance(most, float) else (int,)  # not isinstance: true is no number
+        if value is None:
+            raise InputError(f"{path}: missing {name!r}")
+        if type(value) not in kinds or not 0 < value < most:
+            kind = "a number" if float in kinds else "a whole number"
+            raise InputError(f"{path}: {name}: expected {kind} above 0 and below {most:g}, found {brief(value)}")
+        return value
+
+    heads, hidden = number("num_attention_heads"), number("hidden_size")
+    head_dim = hidden // heads if raw.get("head_dim") is None else number("head_dim")
+    config = Qwen2Config(
+        vocab_size=number("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=number("intermediate_size"),
+        num_hidden_layers=number("num_hidden_layers", most=1001),
+        num_attention_heads=heads,
+        num_key_value_heads=number("num_key_value_heads", heads),
+        head_dim=head_dim,
+        rms_norm_eps=float(number("rms_norm_eps", most=1e9)),
+        rope_theta=float(number("rope_theta", rope.get("rope_theta", 10_000.0), most=1e9)),
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        max_position_embeddings=number("max_position_embeddings"),
+        dtype=raw.get("dtype", raw.get("torch_dtype", "float32")),
+    )
+    if head_dim < 2 or head_dim % 2 or heads * head_dim >= 10**9:
+        raise InputError(f"{path}: expected heads of an even size, below 1e9 in all, found {heads} of {head_dim}")
+    if type(config.tie_word_embeddings) is not bool:
+        raise InputError(f"{path}: tie_word_embeddings: expected a bool, found {brief(config.tie_word_embeddings)}")
     if config.num_attention_heads % config.num_key_value_heads:
         raise InputError(f"{path}: num_attention_heads is not a multiple of num_key_value_heads")
-    if config.dtype not in DTYPES:
-        raise InputError(f"{path}: dtype: expected one of {', '.join(DTYPES)}, found {config.dtype!r}")
+    if config.dtype not in list(DTYPES):  # a list: what stands in the file may have no hash
+        raise InputError(f"{path}: dtype: expected one of {', '.join(DTYPES)}, found {brief(config.dtype)}")
     return config
 
 

@@ -1,7 +1,8 @@
 """Weights in and out of Hugging Face model folders: safetensors only, every key, shape and dtype accounted for.
 
-Refused with one line: pickles, remote code, index files that name a file outside the folder, keys that are missing
-or not the model's, shapes that do not fit the config, dtypes that are no floating point. Reading goes row by row
+Refused with one line, before much is read: pickles, remote code, index files that name a file outside the folder, headers
+that lie or are larger than any model's, keys that are missing, stand twice or are not the model's, shapes that do not
+fit the config, dtypes that are no floating point. Reading goes row by row
 into the shard that a rank holds, so no rank ever needs the whole model in memory.
 """
 
@@ -10,19 +11,18 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from conj import InputError
-from conj.data.files import indexed_files, read_model_json, write_atomic
+from conj.data.files import INDEX, brief, indexed_files, open_weights, read_model_json, write_atomic
 from conj.model.qwen2 import Qwen2, Qwen2Config, read_config
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOAT_TYPES = ("F32", "BF16", "F16")
 # What makes a model folder complete beside the weights; copied from the base to the trained model as they are.
@@ -49,42 +49,41 @@ def weight_files(folder: Path) -> list[Path]:
         pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
         found = f"; {pickles[0]} is a pickle, which is never loaded" if pickles else ""
         raise InputError(f"{folder}: not a model folder: expected {SINGLE} or {INDEX}{found}")
-    names = indexed_files(folder / INDEX)
-    for name in names:
-        if name != Path(name).name or not name.endswith(".safetensors"):
-            raise InputError(f"{folder / INDEX}: expected a .safetensors file of this folder, found {name!r}")
-        if not (folder / name).exists():
-            raise InputError(f"{folder / INDEX}: names {name}, which is missing")
-    return [folder / name for name in names]
+    return indexed_files(folder / INDEX)
 
 
-def _open(path: Path, stack: ExitStack):
-    try:
-        return stack.enter_context(safe_open(path, framework="pt"))
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{path}: not a whole safetensors file: {e}") from None
-
-
-def check_weights(folder: Path, model: nn.Module, stack: ExitStack) -> dict:
-    """{name: open file} for every parameter of `model`; raises InputError unless keys, shapes and dtypes all match."""
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    where = {}
+def check_weights(folder: Path, expected: dict[str, tuple[int, ...]], stack: ExitStack) -> dict:
+    """{name: open file} for every parameter; raises InputError unless keys, shapes and dtypes all match."""
+    where, max_header_bytes = {}, 100_000 + 500 * len(expected)
     for path in weight_files(folder):
-        file = _open(path, stack)
+        file = stack.enter_context(open_weights(path, "pt", max_header_bytes))
         for key in file.keys():  # noqa: SIM118 (an open file, not a dict)
             if key in where:
-                raise InputError(f"{path}: {key} stands in more than one file")
+                raise InputError(f"{path}: {brief(key)} stands in more than one file")
             if key not in expected:
-                raise InputError(f"{path}: unexpected tensor {key!r}; the config asks for no such parameter")
+                raise InputError(f"{path}: unexpected tensor {brief(key)}; the config asks for no such parameter")
             view = file.get_slice(key)
             if tuple(view.get_shape()) != expected[key]:
-                raise InputError(f"{path}: {key}: expected shape {expected[key]}, found {tuple(view.get_shape())}")
+                found = brief(tuple(view.get_shape()))
+                raise InputError(f"{path}: {key}: expected shape {expected[key]}, found {found}")
             if view.get_dtype() not in FLOAT_TYPES:
                 raise InputError(f"{path}: {key}: expected one of {', '.join(FLOAT_TYPES)}, found {view.get_dtype()}")
             where[key] = file
     if missing := sorted(expected.keys() - where.keys()):
         raise InputError(f"{folder}: missing {len(missing)} tensors, first {', '.join(missing[:10])}")
     return where
+
+
+def parameter_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the config's model. One layer is built, on no device, however many the config asks for."""
+    with torch.device("meta"):
+        model = Qwen2(replace(config, num_hidden_layers=1))
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        first, layer, rest = name.partition("layers.0.")
+        for i in range(config.num_hidden_layers if layer else 1):
+            shapes[f"{first}layers.{i}.{rest}" if layer else name] = tuple(parameter.shape)
+    return shapes
 
 
 def local_rows(parameter: Tensor) -> slice:
@@ -108,8 +107,9 @@ def local_tensor(parameter: Tensor) -> Tensor:
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Fills a (sharded) model from a folder's safetensors, casting to each parameter's dtype."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     with ExitStack() as stack:
-        for name, file in check_weights(folder, model, stack).items():
+        for name, file in check_weights(folder, shapes, stack).items():
             parameter = model.get_parameter(name)
             rows = local_rows(parameter)
             if rows.start < rows.stop:
@@ -119,15 +119,16 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 def check_model_folder(folder: Path) -> Qwen2Config:
     """The config, once config and weights' headers are seen to fit together. Reads no weights."""
     config = read_config(folder)
-    with torch.device("meta"), ExitStack() as stack:
-        check_weights(folder, Qwen2(config), stack)
+    with ExitStack() as stack:
+        check_weights(folder, parameter_shapes(config), stack)
     return config
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Qwen2:
     """A whole Qwen2 on one device, for inspection and tests; training shards it first (`conj.train.sharding`)."""
+    config = check_model_folder(folder)
     with torch.device("meta"):
-        model = Qwen2(read_config(folder))
+        model = Qwen2(config)
     model = model.to(dtype).to_empty(device=device)
     load_weights(model, folder)
     return model

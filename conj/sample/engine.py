@@ -22,11 +22,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from conj import InputError
-from conj.data.files import dump_line, first_line, indexed_files, read_model_json, recover_jsonl, write_jsonl
+from conj.data.files import (
+    INDEX,
+    brief,
+    dump_line,
+    first_line,
+    indexed_files,
+    open_weights,
+    read_model_json,
+    recover_jsonl,
+    write_jsonl,
+)
 from conj.data.options import option, require, require_each
 from conj.data.prompts import JudgeTokenizer
 
@@ -133,7 +142,7 @@ def _read_config(path: Path) -> dict:
     config = read_model_json(path)
     for name in ("vocab_size", "max_position_embeddings"):
         if type(config.get(name)) is not int or config[name] < 1:
-            raise InputError(f"{path}: expected {name} to be a number from 1 up, found {config.get(name)!r}")
+            raise InputError(f"{path}: expected {name} to be a number from 1 up, found {brief(config.get(name))}")
     return config
 
 
@@ -145,22 +154,20 @@ def _end_ids(folder: Path, config: dict, tokenizer: JudgeTokenizer) -> list[int]
     found = {tokenizer.special[tokenizer.eos]}
     for eos in (config.get("eos_token_id"), generation.get("eos_token_id")):
         found |= {i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int}
+    if outside := [i for i in sorted(found) if not 0 <= i < config["vocab_size"]]:
+        raise InputError(f"{folder}: eos_token_id: expected ids of the vocabulary, found {brief(outside)}")
     return sorted(found)
 
 
 def _check_weights(folder: Path) -> None:
+    """vLLM reads every file that ends in .safetensors, or those that the index names."""
     files = sorted(folder.glob("*.safetensors"))
     require(bool(files), f"{folder}: not a model folder: no *.safetensors")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        missing = sorted(set(indexed_files(index)) - {f.name for f in files})
-        require(not missing, f"{folder}: missing {', '.join(missing[:10])}, which {index.name} names")
+    if (folder / INDEX).exists():
+        indexed_files(folder / INDEX)
     for file in files:
-        try:
-            with safe_open(file, framework="numpy"):
-                pass  # the header, and that the file is as long as the header says
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{file}: not whole: {e}") from None
+        with open_weights(file, "numpy"):
+            pass  # the header, and that the file is as long as the header says
 
 
 def split_overlong(requests: list[Request], model: JudgeModel, max_new_tokens: int) -> tuple[list[Request], list[str]]:
@@ -186,18 +193,16 @@ def append_samples(
     options: EngineOptions,
     decoding: Decoding,
     judge: Callable[[Request, Completion], dict],
+    outcome: str,
 ) -> list[dict]:
     """Makes the rows of `artefact` that are not there yet, and returns all of them.
 
-    A row is the request's key, what `judge` makes of the completion, and what the model wrote. Rows are
+    A row is the request's key, what `judge` makes of the completion (`outcome` among it), and what the model wrote. Rows are
     appended in the order in which they finish; the whole file is put into the order of the requests at the end, so
-    that a run that was killed and one that was not leave the same bytes. Raises InputError for a malformed file."""
-    names = list(requests[0].key)
-    done = {
-        tuple(row[name] for name in names): row
-        for row in recover_jsonl(artefact, dict.fromkeys(names, object) | {"text": str, "token_ids": list})
-    }
-    left = [r for r in requests if tuple(r.key.values()) not in done]
+    that a run that was killed and one that was not leave the same bytes. Raises InputError for a malformed file, a row
+    of no request, and one that stands there twice."""
+    done = _rows_made(artefact, requests, outcome)
+    left = [r for r in requests if _name(r.key) not in done]
     if left:
         with running_engine(model, options) as engine, open(artefact, "a", encoding="utf-8") as file:
             completions = generate(engine, left, model, decoding)
@@ -212,10 +217,28 @@ def append_samples(
                 }
                 file.write(dump_line(row))
                 file.flush()
-                done[tuple(request.key.values())] = row
-    rows = [done[tuple(r.key.values())] for r in requests]
+                done[_name(request.key)] = row
+    rows = [done[_name(r.key)] for r in requests]
     write_jsonl(artefact, rows)
     return rows
+
+
+def _name(key: dict) -> str:
+    return json.dumps(list(key.values()))  # not a tuple: there true and 1 are one name, and a list is none
+
+
+def _rows_made(artefact: Path, requests: list[Request], outcome: str) -> dict[str, dict]:
+    """The rows that an earlier, killed run made, by request."""
+    written = {"text": str, "verdict": object, outcome: object, "rung": str, "finish_reason": str, "token_ids": list}
+    asked, done = {_name(r.key) for r in requests}, {}
+    for number, row in enumerate(recover_jsonl(artefact, dict.fromkeys(requests[0].key, object) | written), 1):
+        name = _name(key := {column: row[column] for column in requests[0].key})
+        if name not in asked or name in done:
+            found = ", ".join(f"{column} {brief(value)}" for column, value in key.items())
+            wrong = "stands here for the second time" if name in asked else "is no judgment that was asked for"
+            raise InputError(f"{artefact}:{number}: {found} {wrong}; delete the line")
+        done[name] = row
+    return done
 
 
 @contextlib.contextmanager

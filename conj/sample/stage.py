@@ -86,7 +86,7 @@ def write_judgments(
         return
     requests = [request for row in prompts for request in make_requests(row)]
     requests, overlong_ids = split_overlong(requests, model, decoding.max_new_tokens)
-    rows = append_samples(artefact, requests, model, options, decoding, judge)
+    rows = append_samples(artefact, requests, model, options, decoding, judge, outcome)
     counts = count_judgments(rows, {row["id"]: row["label"] for row in prompts}, outcome)
     counts |= {"overlong_prompts": len(overlong_ids), "overlong_ids": overlong_ids}
     seconds = time.monotonic() - began

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from conj import InputError
 from conj.data.files import read_jsonl, write_atomic
-from conj.data.manifest import hash_input, list_artefacts, manifest_path, read_manifest
+from conj.data.manifest import ARTEFACTS, hash_input, list_artefacts, manifest_path, read_manifest
 from conj.data.options import option, require, require_each, run_command
 from conj.data.packs import plan_packs
 from conj.model.weights import local_rows, weight_files
@@ -91,6 +91,9 @@ def check_chain(run: Path, base: Path | None) -> list[Check]:
     """Every artefact against its manifest, and every manifest against those of its inputs, in the order of the stages."""
     artefacts = list_artefacts(run)
     require(bool(artefacts), f"{run}: expected a run folder with manifests, found none")
+    # Prompts and pairs may be one's own; nothing else comes without a manifest.
+    made_here = [run / name for name in ARTEFACTS if name not in ("prompts.jsonl", "pairs.jsonl")]
+    artefacts += [artefact for artefact in made_here if artefact.exists() and artefact not in artefacts]
     # The run and its base may have been moved since.
     here = {artefact.name: artefact for artefact in artefacts}
     recorded_base = _recorded_base(run)
@@ -103,11 +106,15 @@ def check_chain(run: Path, base: Path | None) -> list[Check]:
 
     def check(artefact: Path) -> str:
         made = read_manifest(artefact)
+        require(made is not None, "has no manifest")
         require(made["complete"], "was cut short; run its stage again to finish it")
+        away = []
         for name, expected in ({artefact.name: made["sha256"]} | made.get("also", {})).items():
+            if Path(name).parts[0] == "checkpoints" and not (run / name).parent.exists():
+                away.append(name)  # deleted, as a whole: it takes three times the model's room
+                continue
             require((run / name).exists(), f"{name} is missing")
             require(sha256(run / name) == expected, f"{name} was changed: its sha256 is not the manifest's")
-        away = []
         for entry in made["inputs"]:
             path = find(Path(entry["path"]))
             if entry["sha256"] is None or not path.exists():
@@ -142,13 +149,15 @@ def _recorded_base(run: Path) -> str | None:
     return None
 
 
+def _base(options: AuditOptions) -> Path:
+    return options.model or Path(_recorded_base(options.run))
+
+
 def read_run(options: AuditOptions, world: World) -> TrainedRun:
     """Options, plan and log of a finished run. Raises InputError when pairs, reference and base do not fit together."""
     made = read_manifest(options.run / "model")
-    base = options.model or Path(_recorded_base(options.run))
-    require(base.is_dir(), f"{base}: the base model is not there; name it with --model")
     try:
-        trained = DPOOptions(run=options.run, model=base, **made["options"])
+        trained = DPOOptions(run=options.run, model=_base(options), **made["options"])
     except TypeError as e:
         raise InputError(f"{manifest_path(options.run / 'model')}: options of another version of conj: {e}") from None
     select_arithmetic(trained, world.device)
@@ -172,7 +181,11 @@ def check_run(run: TrainedRun, options: AuditOptions, world: World) -> Iterator[
 
     yield _check("step 0", lambda: check_step_0(run, options, world))
     yield _check("data order", lambda: check_order(run))
-    yield _check("exported weights", lambda: check_export(options.run, run.num_steps))
+    newest = next(iter(list_checkpoints(options.run / "checkpoints")), None)
+    if newest is None or check_checkpoint(newest)["step"] != run.num_steps:
+        yield Check("exported weights", "unchecked", f"the checkpoint of step {run.num_steps} is not there any more")
+    else:
+        yield _check("exported weights", lambda: check_export(options.run / "model", newest))
 
 
 def check_step_0(run: TrainedRun, options: AuditOptions, world: World) -> str:
@@ -208,23 +221,18 @@ def check_order(run: TrainedRun) -> str:
     return f"{len(steps)} steps follow from seed {run.options.seed}"
 
 
-def check_export(folder: Path, num_steps: int) -> str:
+def check_export(model: Path, checkpoint: Path) -> str:
     """The weights in model/ are the last checkpoint's, in the model's dtype, bit for bit."""
-    checkpoints = list_checkpoints(folder / "checkpoints")
-    if not checkpoints:
-        return "no checkpoint is left to compare them with"
-    step = check_checkpoint(checkpoints[0])["step"]
-    require(step == num_steps, f"{checkpoints[0]}: expected the checkpoint of step {num_steps}, found step {step}")
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(folder / "model")]
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(model)]
         exported = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (an open file, not a dict)
-        for key, tensor in read_tensors(checkpoints[0]):
+        for key, tensor in read_tensors(checkpoint):
             kind, _, name = key.partition(".")
             if kind == "weight":
                 require(name in exported, f"model/: {name} is missing")
                 found = exported[name].get_tensor(name)
-                require(torch.equal(tensor.to(found.dtype), found), f"model/: {name} is not {checkpoints[0].name}'s")
-    return f"model/ is {checkpoints[0].name} in {str(found.dtype).removeprefix('torch.')}, bit for bit"
+                require(torch.equal(tensor.to(found.dtype), found), f"model/: {name} is not {checkpoint.name}'s")
+    return f"model/ is {checkpoint.name} in {str(found.dtype).removeprefix('torch.')}, bit for bit"
 
 
 def replay(run: TrainedRun, folder: Path, num_steps: int, world: World) -> Iterator[Check]:
@@ -366,6 +374,9 @@ def main(options: AuditOptions) -> None:
     with distributed() as world:
         checks = world.on_main(lambda: check_chain(options.run, options.model))
         holds = all(check.outcome == "holds" for check in checks)
+        why = "the chain is broken" if not holds else "there is no trained model yet"
+        if holds and (options.run / "model").exists() and not _base(options).is_dir():
+            holds, why = False, f"the base model {_base(options)} is not there; name its folder with --model"
         if holds and (options.run / "model").exists():
             try:
                 run = read_run(options, world)
@@ -378,7 +389,6 @@ def main(options: AuditOptions) -> None:
                 if options.reference:
                     checks += check_with_transformers(run, options, world)
         else:
-            why = "the chain is broken" if not holds else "there is no trained model yet"
             checks.append(Check("training", "unchecked", why))
         if options.against:
             for name, same, found in world.on_main(lambda: list(compare_runs(options.run, options.against))):

@@ -38,10 +38,12 @@ def first_difference(a: dict, b: dict, names: tuple[str, ...], tolerance: float 
     tolerance accuracy is left out: a margin that rounds to the other side of 0 moves it by a whole pair."""
     for name in names:
         x, y = a.get(name), b.get(name)
+        if x != x and y != y:  # NaN equals NaN
+            continue
         if tolerance and isinstance(x, float) and isinstance(y, float):
             if name != "accuracy" and not abs(x - y) <= tolerance * max(1.0, abs(x)):
                 return name
-        elif x != y and not (x != x and y != y):  # NaN equals NaN
+        elif x != y:
             return name
     return None
 

@@ -1,0 +1,48 @@
+"""The fuzzer finds what it looks for, and does not find it in conj. Long runs: scripts/fuzz.py."""
+
+import importlib.util
+import json
+
+import pytest
+from conftest import ROOT
+
+from conj.data import files
+from conj.data.verdicts import Verdict, parse_released
+
+spec = importlib.util.spec_from_file_location("fuzz", ROOT / "scripts" / "fuzz.py")
+fuzz = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fuzz)
+
+
+def run(target, num_inputs: int) -> "fuzz.Tally":
+    tally = fuzz.Tally()
+    for number in range(num_inputs):
+        fuzz.run_one(target, fuzz.input_bytes(7, number), number, tally)
+    return tally
+
+
+def test_judgments_have_the_verdict_they_state_or_none():
+    tally = run(fuzz.fuzz_verdict, 5000)
+    assert not tally.findings and min(tally.counts["accepted"], tally.counts["refused"]) > 1000
+
+
+def first_digit(text: str) -> Verdict:
+    digits = [c for c in text if c in "12"]
+    return Verdict(int(digits[0]), "json") if digits else Verdict(None, "none")
+
+
+@pytest.mark.parametrize("parse", [parse_released, first_digit])
+def test_a_parser_that_reads_verdicts_out_of_reasons_is_found_out(parse):
+    tally = run(lambda data: fuzz.fuzz_verdict(data, parse), 500)
+    assert tally.counts["invented"] > 20
+
+
+def test_damaged_model_folders_are_read_or_refused_in_a_line(tmp_path):
+    tally = run(fuzz.prepare("model-folder", tmp_path), 400)
+    assert not tally.findings and min(tally.counts["accepted"], tally.counts["refused"]) > 40
+
+
+def test_a_reader_that_takes_keys_twice_is_found_out(tmp_path, monkeypatch):
+    target = fuzz.prepare("model-folder", tmp_path)
+    monkeypatch.setattr(files, "_parse_object", lambda data, path: json.loads(data))
+    assert run(target, 400).counts["invented"] > 3
