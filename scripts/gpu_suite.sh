@@ -6,9 +6,9 @@
 #   scripts/gpu_suite.sh --device cpu --tiny --out /tmp/dry-run           # the same commands, small, where there is no GPU
 #
 # Phases, the most telling first: smoke (does everything start: training of the shipped judge in audit mode, stopped and
-# resumed, then audited), tests (marked gpu; the kernel tests on the real compiler; offsets past 2^31), logprob7b (linear_logprob beside its
-# peers at 7B), train7b (steps of Qwen2-7B's geometry with activation checkpointing), train and train-pair (conj beside
-# TRL, Qwen2-1.5B's geometry), logprob (the other sizes), block (norm, RoPE, SwiGLU, gathers).
+# resumed, then audited), tests (marked gpu; the kernel tests on the real compiler; offsets past 2^31), logprob7b
+# (linear_logprob beside its peers at 7B), train7b (steps of Qwen2-7B's geometry with activation checkpointing), train and
+# train-pair (conj beside TRL, Qwen2-1.5B's geometry), logprob (the other sizes), block (norm, RoPE, SwiGLU, gathers).
 # Each writes NAME.txt (and NAME.json, NAME.png) to --out as it goes; the last line says which failed.
 #
 # On a lent machine without a network, what it lacks travels as wheels in .wheels (git ignores it), made elsewhere:
