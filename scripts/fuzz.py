@@ -15,6 +15,7 @@ import contextlib
 import faulthandler
 import functools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -25,10 +26,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 MAX_SECONDS, MAX_GROWTH_MB = 1.0, 500.0
+RUNS_PER_PROCESS = 20_000
 KEY, REASON = "更好的回答", "原因"
 Choose = Callable[[int], int]  # choose(n): a number from 0 to n - 1
 
@@ -57,39 +60,13 @@ def pick(choose: Choose, items):
 # ---- Judgments ----
 
 WORDS = [
-    "回答1更好。",
-    "回答2",
-    "x",
-    " ",
-    "\n",
-    "1",
-    "2",
-    "\t",
-    "第1个",
-    "更好的是2",
-    ",",
-    "，",
-    ":",
-    "：",
-    "。",
-    "null",
-    "\u2028",
-]
+    "回答1更好。", "回答2", "x", " ", "\n", "1", "2", "\t", "第1个", "更好的是2", ",", "，", ":", "：", "。",
+    "null", "\u2028",
+]  # fmt: skip
 ODD = [
-    "\\",
-    "'",
-    "<|im_end|>",
-    "<|im_start|>assistant\n",
-    "\ud83d",
-    "\x00",
-    "\ufeff",
-    "e\u0301",
-    "//",
-    "/*",
-    "#",
-    "\\n",
-    "`",
-]
+    "\\", "'", "<|im_end|>", "<|im_start|>assistant\n", "\ud83d", "\x00", "\ufeff", "e\u0301", "//", "/*", "#",
+    "\\n", "`",
+]  # fmt: skip
 MARKS = ['"', "“", "{", "}", "[", "]", "{name}", '{"a": 1}', "```", "```json\n", "'}", "()", '\\"']
 KEYS = [KEY, REASON, f'"{KEY}"', f"“{KEY}”：1", f'"{KEY}": 2', f'", "{KEY}": 1}}', f'{{"{KEY}": 2}}']
 # A reason that quotes the format without escaping it. A plain word stands before the key, or the text would be one that
@@ -102,24 +79,9 @@ MENTIONS = [
     f"没有{KEY}: 2}}",
 ]
 WRONG = [
-    "3",
-    "0",
-    "true",
-    "1.0",
-    "null",
-    "[1]",
-    "[]",
-    "{}",
-    '"回答1和回答2"',
-    '"1或2"',
-    '" 1"',
-    "-1",
-    '"１"',
-    "12",
-    "1e0",
-    '""',
-    "NaN",
-]
+    "3", "0", "true", "1.0", "null", "[1]", "[]", "{}", '"回答1和回答2"', '"1或2"', '" 1"', "-1", '"１"', "12",
+    "1e0", '""', "NaN",
+]  # fmt: skip
 WRONG += ["1" * 5000, "[" * 2000 + "]" * 2000]
 TRAPS = [  # of the published parser
     f'{{"{REASON}": "回答1不好，回答2明显更好","更好的',
@@ -251,33 +213,13 @@ def unescaped(text: str) -> str:
 
 # JSON texts put where a value was.
 HOSTILE = [
-    "null",
-    "true",
-    "-1",
-    "0",
-    "1",
-    "2.5",
-    "1e999",
-    "-1e999",
-    "NaN",
-    "100000000",
-    "1000000000",
-    "9" * 19,
+    "null", "true", "-1", "0", "1", "2.5", "1e999", "-1e999", "NaN", "100000000", "1000000000", "9" * 19,
     "9" * 400,
-]
+]  # fmt: skip
 HOSTILE += [
-    "9" * 5000,
-    '""',
-    '"x"',
-    '"' + "x" * 5000 + '"',
-    "[]",
-    "{}",
-    "[null]",
-    '{"a": 1}',
-    '"\\ud800"',
-    '"\\u0000"',
+    "9" * 5000, '""', '"x"', '"' + "x" * 5000 + '"', "[]", "{}", "[null]", '{"a": 1}', '"\\ud800"', '"\\u0000"',
     '"a\\nb"',
-]
+]  # fmt: skip
 HOSTILE += [
     "[" * 3000 + "]" * 3000,
     '{"a":' * 3000 + "1" + "}" * 3000,
@@ -286,32 +228,17 @@ HOSTILE += [
     '"/etc/passwd"',
 ]
 HOSTILE += [
-    '"{{ 1 / 0 }}"',
-    '"{% for i in range(9) %}conj1placeholder{% endfor %}"',
-    '"{{ messages }}"',
-    '"conj"',
-    '"1"',
-    '"\\u202e"',
-]
+    '"{{ 1 / 0 }}"', '"{% for i in range(9) %}conj1placeholder{% endfor %}"', '"{{ messages }}"', '"conj"',
+    '"1"', '"\\u202e"',
+]  # fmt: skip
 NAMES = [
-    "../x.safetensors",
-    "/etc/passwd",
-    "/dev/zero",
-    "x.bin",
-    "sub/x.safetensors",
-    "..",
-    "",
-    "\u202e.safetensors",
-    "\x00.safetensors",
-]
+    "../x.safetensors", "/etc/passwd", "/dev/zero", "x.bin", "sub/x.safetensors", "..", "",
+    "\u202e.safetensors", "\x00.safetensors",
+]  # fmt: skip
 NAMES += [
-    "a\nb.safetensors",
-    "\ud800.safetensors",
-    "x" * 300 + ".safetensors",
-    ".safetensors",
-    "link.safetensors",
+    "a\nb.safetensors", "\ud800.safetensors", "x" * 300 + ".safetensors", ".safetensors", "link.safetensors",
     "pipe.safetensors",
-]
+]  # fmt: skip
 JSON_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 INDEX = "model.safetensors.index.json"
 SLOT, TWIN = "@slot@", "@twin@"
@@ -588,7 +515,7 @@ def fuzz_model_folder(data: bytes, folders: Folders) -> str:
 class Tally:
     counts: Counter = field(default_factory=Counter)  # accepted, refused, exceptions, invented, slow, other
     slowest: tuple[float, int] = (0.0, -1)  # seconds of a core, number of the input
-    base_mb: float = 0.0
+    growth_mb: float = 0.0  # of the peak, the largest of all processes
     findings: list[str] = field(default_factory=list)
 
 
@@ -621,23 +548,15 @@ def input_bytes(seed: int, number: int) -> bytes:
     return rng.randbytes(rng.choice((16, 64, 200)))
 
 
-def table(tally: Tally, wall: float) -> dict:
-    counts = tally.counts
-    row = {"runs": sum(counts[k] for k in ("accepted", "refused", "exceptions", "invented", "other"))}
-    row |= {kind: counts[kind] for kind in ("accepted", "refused", "exceptions", "invented", "other")}
-    row |= {
-        "over_1_s": counts["slow"],
-        "slowest_ms": round(tally.slowest[0] * 1000, 1),
-        "slowest_input": tally.slowest[1],
-    }
-    return row | {"peak_mb": round(peak_mb()), "growth_mb": round(peak_mb() - tally.base_mb), "wall_s": round(wall, 1)}
-
-
 def report(tally: Tally, began: float, out: Path | None) -> int:
     """Prints the table and the findings. Returns the exit code."""
-    row = table(tally, time.monotonic() - began)
-    if row["growth_mb"] > MAX_GROWTH_MB:
-        tally.findings.append(f"memory grew by {row['growth_mb']} MB")
+    if tally.growth_mb > MAX_GROWTH_MB:
+        tally.findings.append(f"memory grew by {tally.growth_mb:.0f} MB")
+    kinds = ("accepted", "refused", "exceptions", "invented", "other")
+    row = {"runs": sum(tally.counts[kind] for kind in kinds)} | {kind: tally.counts[kind] for kind in kinds}
+    row |= {"over_1_s": tally.counts["slow"], "slowest_ms": round(tally.slowest[0] * 1000, 1)}
+    row |= {"slowest_input": tally.slowest[1], "growth_mb": round(tally.growth_mb)}
+    row["wall_s"] = round(time.monotonic() - began, 1)
     print(" | ".join(row), " | ".join(map(str, row.values())), sep="\n", flush=True)
     for finding in tally.findings[:20]:
         print("FINDING", finding.encode("utf-8", "backslashreplace").decode(), flush=True)
@@ -653,7 +572,7 @@ def prepare(kind: str, root: Path) -> Callable[[bytes], str]:
     from conj.model import weights
 
     # Building even one layer takes longer than all else; which shapes a config asks for does not depend on the folder.
-    weights.parameter_shapes = functools.lru_cache(1000)(weights.parameter_shapes)
+    weights.parameter_shapes = functools.lru_cache(20)(weights.parameter_shapes)
     folders = Folders.write(root)
     weights.load_model(root / "single")  # imports what torch imports late
     for count in (60_000, 500_000):
@@ -672,49 +591,71 @@ def main() -> int:
     parser.add_argument("--coverage", action="store_true", help="let atheris choose inputs by the code they reach")
     parser.add_argument("--json", type=Path, default=None, help="file for the table's row")
     args = parser.parse_args()
-    faulthandler.enable()
-    root = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-    tally, began = Tally(), time.monotonic()
-    try:
-        if args.coverage:
-            return run_coverage(args, root, tally, began)
-        target = prepare(args.target, root)
+    began = time.monotonic()
+    if args.coverage:
+        return run_coverage(args, began)
+    numbers = range(args.runs) if args.only is None else range(args.only, args.only + 1)
+    # A process that reads folders for ever grows: native code keeps some kB of every tokenizer. A stage reads one.
+    chunks = [numbers[i : i + RUNS_PER_PROCESS] for i in range(0, len(numbers), RUNS_PER_PROCESS)]
+    total, spawn = Tally(), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        for tally in pool.map(functools.partial(run_chunk, args.target, args.seed), chunks):
+            total.counts += tally.counts
+            total.slowest = max(total.slowest, tally.slowest)
+            total.growth_mb = max(total.growth_mb, tally.growth_mb)
+            total.findings += tally.findings
+            print(dict(total.counts), file=sys.stderr, flush=True)
+    return report(total, began, args.json)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if Path("/dev/shm").is_dir() else None, ignore_cleanup_errors=True
+    ) as root:
+        yield Path(root)
+
+
+def run_chunk(kind: str, seed: int, numbers: range) -> Tally:
+    tally = Tally()
+    with scratch_folder() as root:
+        target = prepare(kind, root)
         run_one(target, b"", -1, Tally())
-        tally.base_mb = peak_mb()
-        for number in range(args.runs) if args.only is None else [args.only]:
+        base_mb = peak_mb()
+        for number in numbers:
             if number % 1000 == 0:
                 faulthandler.dump_traceback_later(300, exit=True)  # a hang in Rust code heeds no signal of Python's
-                if number % 50_000 == 0 and number:
-                    print(f"{number}: {dict(tally.counts)}", file=sys.stderr, flush=True)
-            run_one(target, input_bytes(args.seed, number), number, tally)
-        return report(tally, began, args.json)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+            run_one(target, input_bytes(seed, number), number, tally)
+        faulthandler.cancel_dump_traceback_later()
+        tally.growth_mb = peak_mb() - base_mb
+    return tally
 
 
-def run_coverage(args, root: Path, tally: Tally, began: float) -> int:
+def run_coverage(args, began: float) -> int:
     import atheris
 
     read = ["conj.data", "json_repair"] if args.target == "verdicts" else ["conj.data", "conj.model", "conj.sample"]
-    with atheris.instrument_imports(include=read):
-        target = prepare(args.target, root)
-        target(b"")
-    tally.base_mb = peak_mb()
+    tally = Tally()
+    with scratch_folder() as root:
+        with atheris.instrument_imports(include=read):
+            target = prepare(args.target, root)
+            target(b"")
+        base_mb = peak_mb()
 
-    def one(data: bytes) -> None:
-        number = sum(tally.counts.values()) - tally.counts["slow"]
-        before = len(tally.findings)
-        run_one(target, data, number, tally)
-        tally.findings[before:] = [f"{finding} (bytes {data.hex()})" for finding in tally.findings[before:]]
-        if number + 1 == args.runs:
-            code = report(tally, began, args.json)
-            shutil.rmtree(root, ignore_errors=True)
-            os._exit(code)
+        def one(data: bytes) -> None:
+            number = sum(tally.counts.values()) - tally.counts["slow"]
+            before = len(tally.findings)
+            run_one(target, data, number, tally)
+            tally.findings[before:] = [f"{finding} (bytes {data.hex()})" for finding in tally.findings[before:]]
+            if number + 1 == args.runs:
+                tally.growth_mb = peak_mb() - base_mb
+                code = report(tally, began, args.json)
+                shutil.rmtree(root, ignore_errors=True)
+                os._exit(code)  # libFuzzer does not come back
 
-    atheris.Setup(
-        [sys.argv[0], f"-seed={args.seed + 1}", "-max_len=400", "-rss_limit_mb=0", f"-runs={2 * args.runs}"], one
-    )
-    atheris.Fuzz()
+        flags = [f"-seed={args.seed + 1}", "-max_len=400", "-rss_limit_mb=0", f"-runs={2 * args.runs}"]
+        atheris.Setup([sys.argv[0], *flags], one)
+        atheris.Fuzz()
     return 0
 
 
