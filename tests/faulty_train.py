@@ -14,6 +14,7 @@ from pathlib import Path
 
 from conj.data.options import run_command
 from conj.train import checkpoint, dpo
+from conj.train.sharding import ending_process
 
 # What runs in each phase, and at which call the fault strikes: the first save is over when the second one fails.
 PHASES = {
@@ -48,4 +49,5 @@ def set_up(fault: str, phase: str, rank: str, mark: Path) -> None:
 
 if __name__ == "__main__":
     set_up(*sys.argv[1:4], Path(sys.argv[4]))
-    run_command(dpo.main, dpo.DPOOptions, "", sys.argv[5:])
+    with ending_process():
+        run_command(dpo.main, dpo.DPOOptions, "", sys.argv[5:])

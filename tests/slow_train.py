@@ -4,6 +4,7 @@ import time
 
 from conj.data.options import run_command
 from conj.train import dpo
+from conj.train.sharding import ending_process
 
 
 def slowly(function):
@@ -16,4 +17,5 @@ def slowly(function):
 
 if __name__ == "__main__":
     dpo.clip_gradients = slowly(dpo.clip_gradients)
-    run_command(dpo.main, dpo.DPOOptions, "")
+    with ending_process():
+        run_command(dpo.main, dpo.DPOOptions, "")

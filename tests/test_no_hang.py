@@ -98,3 +98,12 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on(start, tmp_path):
     expected, found = (load_file(folder / "model" / "model.safetensors") for folder in (undisturbed, run))
     assert all((found[name] == expected[name]).all() for name in expected)
     assert metrics_of(run) == metrics_of(undisturbed)
+
+
+@pytest.mark.parametrize("leave, code", [("pass", 0), ("sys.exit()", 0), ("sys.exit(2)", 2), ("sys.exit('why')", 1)])
+def test_a_rank_ends_with_its_exit_code_and_does_not_finalize(leave, code):
+    """gloo's threads outlive their group; one that wakes while the interpreter finalizes aborts a rank that is done."""
+    lines = ["import atexit, os, sys", "from conj.train.sharding import ending_process", "atexit.register(os.abort)"]
+    lines += ["print('done', end='')", "with ending_process():", f"    {leave}"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "done", "why\n" if code == 1 else "")

@@ -47,7 +47,7 @@ from conj.train.dpo import (
     train_step,
 )
 from conj.train.reference import PAIR_COLUMNS, check_reference, compute_logps
-from conj.train.sharding import World, build_sharded_model, distributed
+from conj.train.sharding import World, build_sharded_model, distributed, ending_process
 
 # Elsewhere than where a run was made, numbers round otherwise: relative to themselves for losses and norms, and for
 # weights to the distance that the replayed steps moved them.
@@ -399,4 +399,5 @@ def main(options: AuditOptions) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, AuditOptions, __doc__)
+    with ending_process():
+        run_command(main, AuditOptions, __doc__)

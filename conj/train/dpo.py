@@ -37,7 +37,14 @@ from conj.model.weights import export_model, local_rows, local_tensor
 from conj.train.batch import Batch, collate
 from conj.train.checkpoint import Saver, find_checkpoint, load_checkpoint
 from conj.train.reference import check_reference, load_pairs, load_reference, reference_key
-from conj.train.sharding import ComputeOptions, World, build_sharded_model, distributed, leave_on_sigterm
+from conj.train.sharding import (
+    ComputeOptions,
+    World,
+    build_sharded_model,
+    distributed,
+    ending_process,
+    leave_on_sigterm,
+)
 
 NUM_SPOT_CHECKS = 8  # pairs whose stored reference is computed again before training starts
 ROWS_AT_ONCE = 1024  # of a gradient, copied to float64 for the norm
@@ -400,4 +407,5 @@ def main(options: DPOOptions) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, DPOOptions, __doc__)
+    with ending_process():
+        run_command(main, DPOOptions, __doc__)

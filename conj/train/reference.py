@@ -30,7 +30,7 @@ from conj.model import backends, qwen2
 from conj.model.weights import check_model_folder, weight_files
 from conj.train import batch as batch_module
 from conj.train.batch import collate
-from conj.train.sharding import ComputeOptions, World, build_sharded_model, distributed
+from conj.train.sharding import ComputeOptions, World, build_sharded_model, distributed, ending_process
 
 WHERE = {"code", "backends", "torch", "device"}  # fields of the key that say where it was made, not from what
 # Nats; tells another model's logprobs from those of other kernels in bf16, which round by the shapes of a pack.
@@ -188,4 +188,5 @@ def main(options: ReferenceOptions) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, ReferenceOptions, __doc__)
+    with ending_process():
+        run_command(main, ReferenceOptions, __doc__)
