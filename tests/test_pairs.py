@@ -116,6 +116,23 @@ def test_without_rationale_one_pair_of_bare_verdicts_is_left():
     assert [parse_strict(text).value for text in pair[:2]] == [1, 2]
 
 
+def test_length_of_the_better_answer_chooses_prompts():
+    """The paper's bias experiments: what is left out is counted, and equal lengths are neither."""
+    answers = {"longer": ("long", "a"), "shorter": ("a", "long"), "turned": ("long", "a"), "equal": ("a", "b")}
+    prompts = [prompt(id) | {"answer_1": one, "answer_2": two} for id, (one, two) in answers.items()]
+    prompts[2]["label"] = 2
+    made = {id: judgments(right=1, wrong=1) for id in answers}
+
+    def kept(**options) -> tuple[list[str], dict[str, int]]:
+        rows, counts = make_rows(prompts, made, PairsOptions(run=RUN, **options))
+        return [row["id"] for row in rows], {k: v for k, v in counts.items() if k.startswith("left_out")}
+
+    assert kept() == (["longer", "shorter", "turned", "equal"], {})
+    left_out = {"left_out_better_is_equal": 1}
+    assert kept(chosen_length="longer") == (["longer"], left_out | {"left_out_better_is_shorter": 2})
+    assert kept(chosen_length="shorter") == (["shorter", "turned"], left_out | {"left_out_better_is_longer": 1})
+
+
 def test_question_is_never_on_both_sides():
     """Duplicated questions across train and eval would let the evaluation see the training data."""
     prompts = [prompt(f"p{i}", question=f"q{i // 4}") for i in range(400)]
@@ -215,7 +232,9 @@ def test_unfinished_sampling_is_refused(run, capsys):
     assert "repeated.jsonl: was cut short; run its stage again" in fails(capsys, "--run", run)
 
 
-@pytest.mark.parametrize("argv", [("--eval-fraction", "1"), ("--max-hinted", "-1"), ("--pair-types", "other")])
+@pytest.mark.parametrize(
+    "argv", [("--eval-fraction", "1"), ("--chosen-length", "long"), ("--max-hinted", "-1"), ("--pair-types", "other")]
+)
 def test_options_out_of_range_are_refused(argv, run, capsys):
     """Before anything is read."""
     fails(capsys, "--run", run, *argv)

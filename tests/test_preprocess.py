@@ -107,6 +107,66 @@ def test_subsets_are_chosen_by_name(tmp_path):
         load_prompts([data], subsets=["math"])
 
 
+def test_benchmark_keeps_repeated_rows_and_says_what_they_are(tmp_path):
+    """Official counts are over rows, so the second of two equal ones is a row of its own; without `benchmark` nothing
+    changes."""
+    data = write(
+        tmp_path / "rows.jsonl", [row("q1"), row("q2"), row("q1"), row("q1"), row("tie", label=0), row("i", "s", "s")]
+    )
+    plain, _ = load_prompts([data])
+    rows, counts = load_prompts([data], benchmark=True)
+    id = plain[0]["id"]
+    assert [r["id"] for r in rows] == [id, plain[1]["id"], f"{id}-2", f"{id}-3"]
+    assert rows[:2] == [r | {"benchmark": ""} for r in plain]
+    assert [(r["answer_1"], r["label"]) for r in rows[2:]] == [(plain[0]["answer_1"], plain[0]["label"])] * 2
+    assert (counts["left_out_tie"], counts["left_out_identical"]) == (1, 1) and "left_out_duplicate" not in counts
+
+
+def test_pandalm_keeps_ties_and_the_votes_in_the_order_of_the_row(tmp_path):
+    """A judge may say tie, and is right where the majority does; votes are turned with the answers."""
+    source = {"instruction": "q", "input": "", "response1": "a", "response2": "b"}
+
+    def votes(question: str, *values: int) -> dict:
+        return source | {"instruction": question} | {f"annotator{i}": value for i, value in enumerate(values, 1)}
+
+    rows = [votes(f"q{i}", 2, 2, 0) for i in range(20)] + [votes("tie", 0, 0, 1), votes("none", 0, 1, 2)]
+    data = write(tmp_path / "rows.jsonl", [*rows, votes("same", 0, 0, 0) | {"response2": "a"}])
+    made, counts = load_prompts([data], benchmark=True)
+    assert counts["left_out_no_majority"] == 1 and len(made) == 22
+    assert {r["benchmark"] for r in made} == {"pandalm"}
+    for r in made[:20]:
+        b = 1 if r["answer_1"] == "b" else 2
+        assert (r["label"], r["votes"]) == (b, [b, b, 0])
+    assert {r["label"] for r in made[:20]} == {1, 2}
+    tie = made[20]
+    assert (tie["label"], tie["votes"]) == (0, [0, 0, 1 if tie["answer_1"] == "a" else 2])
+    assert (made[21]["label"], made[21]["votes"]) == (0, [0, 0, 0])
+    assert load_prompts([data])[1]["left_out_tie"] == 3
+
+
+def test_benchmarks_subsets_are_the_official_ones(tmp_path):
+    """Sections are added up by these names, and `--subsets` takes them; ids are those of any other run."""
+    plain, _ = load_prompts([LLMBAR])
+    rows, _ = load_prompts([LLMBAR], benchmark=True, subsets=["adver_neighbor"])
+    assert rows == [r | {"benchmark": "llmbar", "subset": "adver_neighbor"} for r in plain]
+    cells, _ = load_prompts([str(DATA / "rm_bench")], benchmark=True)
+    assert len({r["subset"] for r in cells}) == 9 and {r["subset"].split("/")[0] for r in cells} == {"chat"}
+
+
+def test_benchmarks_conversations_are_kept(tmp_path):
+    """RewardBench's rows are texts, UltraFeedback's and Infinity's are conversations that may have several turns: all but
+    the last answer is the question, and the same in both."""
+    turns = [{"role": r, "content": c} for r, c in (("user", "q1"), ("assistant", "a1"), ("user", "q2"))]
+    chosen, rejected = ([*turns, {"role": "assistant", "content": text}] for text in ("good", "bad"))
+    infinity = {"id": 1, "task_category": "math", "prompt": "q1", "chosen": chosen, "rejected": rejected}
+    flat = {"prompt": "q2", "chosen": "good", "rejected": "bad", "subset": "mt-bench-hard", "id": 30}
+    flat |= {"chosen_model": "x", "rejected_model": "y"}
+    for name, source, question in (("infinity-preference", infinity, turns), ("reward-bench", flat, "q2")):
+        (made,), _ = load_prompts([write(tmp_path / f"{name}.jsonl", [source])], benchmark=True)
+        assert (question_of(made), made["benchmark"]) == (question, name)
+        assert made[f"answer_{made['label']}"] == "good" and made[f"answer_{3 - made['label']}"] == "bad"
+
+
 def test_nothing_left_is_an_input_error(tmp_path):
     """The counts say why."""
     data = write(tmp_path / "rows.jsonl", [row(label=0)])

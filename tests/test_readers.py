@@ -164,6 +164,15 @@ def test_annotators_of_pandalm_decide_by_majority(tmp_path):
     assert (record.question, record.better) == ("q\n\ncontext", "b")
 
 
+def test_record_says_where_it_stands_and_how_its_source_numbered_the_answers(tmp_path):
+    """Published judgments belong to the source's order, and votes to its numbers; `better` comes first here."""
+    row = LAYOUTS["pandalm"][0] | {"annotator1": 2, "annotator2": 0, "annotator3": 2}
+    first, second = records(row, row | {"annotator1": 1, "annotator3": 1}, path=tmp_path)
+    assert (first.better, first.place, first.votes) == ("a", 2, (1, 0, 1))
+    assert (second.better, second.place, second.votes) == ("b", 1, (1, 0, 1))
+    assert second.where == f"{tmp_path}/rows.jsonl:2"
+
+
 def test_booleans_among_answers_are_kept_as_booleans():
     """PandaLM holds JSON booleans for some answers; a reader with one type a column would drop them or fail."""
     found = list(read_preferences(str(DATA / "pandalm")))

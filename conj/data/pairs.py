@@ -41,6 +41,10 @@ class PairsOptions:
     max_right_vs_unparsed: int = option(1, help="most pairs of a right and an unparsed judgment a prompt")
     max_hinted: int = option(1, help="most pairs of hinted judgments a prompt")
     pair_types: tuple[PairType, ...] = option(get_args(PairType), help="types of pairs to make")
+    chosen_length: str | None = option(
+        None,
+        help="longer or shorter: keep only prompts whose better answer is that, in characters; all if not given",
+    )
     rationale: bool = option(True, help="keep the reasons; without them judgments are bare verdicts, none is unparsed")
     eval_fraction: float = option(0.02, help="share of the questions held out for evaluation, from 0 to 1")
     seed: int = option(2021, help="seed of the choice among judgments and of the held-out questions")
@@ -48,6 +52,7 @@ class PairsOptions:
     def __post_init__(self):
         counts = ("max_right_vs_wrong", "max_right_vs_unparsed", "max_hinted")
         require_each(self, counts, lambda value: value >= 0, "a number of pairs from 0 up")
+        require_each(self, ("chosen_length",), lambda value: value in ("longer", "shorter"), "longer or shorter")
         require_each(self, ("eval_fraction",), lambda value: 0 <= value < 1, "0 to below 1")
 
 
@@ -100,6 +105,9 @@ def make_rows(
     rows = []
     for prompt in tqdm(prompts, desc="pairing", unit=" prompts", disable=None):
         id, label, question = prompt["id"], prompt["label"], question_of(prompt)
+        if options.chosen_length and (length := _length_of_better(prompt)) != options.chosen_length:
+            counts[f"left_out_better_is_{length}"] += 1
+            continue
         split = "eval" if _fraction(options.seed, question_text(question)) < options.eval_fraction else "train"
         pairs = make_pairs(id, label, judgments.get(id, []), options)
         counts.update([pair.pair_type for pair in pairs] + [split] * len(pairs))
@@ -144,6 +152,12 @@ def make_pairs(id: str, label: int, judgments: list[dict], options: PairsOptions
         if pair.chosen != pair.rejected:
             unique.setdefault((pair.chosen, pair.rejected), pair)
     return list(unique.values())
+
+
+def _length_of_better(prompt: dict) -> str:
+    """How long the better answer is beside the other: `longer`, `shorter`, or `equal`."""
+    better, worse = (len(prompt[f"answer_{i}"]) for i in (prompt["label"], 3 - prompt["label"]))
+    return "longer" if better > worse else "shorter" if better < worse else "equal"
 
 
 def _hint_failed(label: int, judgments: list[dict]) -> bool:

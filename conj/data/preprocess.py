@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from conj import InputError
 from conj.data import manifest
+from conj.data.benchmarks import BENCHMARKS, official_subset, resolve_data
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.options import option, require_each, run_command
-from conj.data.readers import Preference, describe_data, read_preferences, split_name
+from conj.data.readers import Preference, describe_data, read_preferences, split_name, swapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +51,32 @@ def preprocess(options: PreprocessOptions) -> None:
 
 
 def load_prompts(
-    data: Sequence[str], seed: int = 2021, subsets: Sequence[str] = (), limit: int | None = None
+    data: Sequence[str],
+    seed: int = 2021,
+    subsets: Sequence[str] = (),
+    limit: int | None = None,
+    benchmark: bool = False,
 ) -> tuple[list[dict], dict[str, int]]:
     """Rows as in `prompts.jsonl`, and how many records met each fate (`empty_answers` and the like count answers).
 
+    With `benchmark`, for evaluation: `data` may name benchmarks (see `resolve_data`), rows say which they are of, and
+    official numbers of rows are kept to: a repeated row stays (the second with id `ID-2`), and so does a tie, with
+    label 0, where the benchmark has ties. Such rows also hold its annotators' `votes`.
+
     Raises InputError for unusable data, a subset that is not there, or when every record is left out."""
     rows, counts, found = {}, Counter(records=0), set()
-    for name in data:
+    for given in data:
+        name, known = resolve_data(given) if benchmark else (given, "")
         source = Path(name).name if Path(split_name(name)[0]).exists() else name
         for record in tqdm(read_preferences(name, limit), desc=f"reading {source}", unit=" records", disable=None):
             counts["records"] += 1
-            found.add(record.subset)
-            row = make_row(record, source, seed)
-            if reason := _why_left_out(record, row, subsets, rows):
+            row = make_row(record, source, seed, known if benchmark else None)
+            found.add(row["subset"])
+            if reason := _why_left_out(record, row, subsets, {} if benchmark else rows):
                 counts[f"left_out_{reason}"] += 1
                 continue
+            if row["id"] in rows:
+                row["id"] = next_copy(row["id"], rows)
             rows[row["id"]] = row
             counts["empty_answers"] += [row["answer_1"], row["answer_2"]].count("")
             counts["non_string_answers"] += sum(not isinstance(a, str) for a in (record.better, record.worse))
@@ -76,8 +88,10 @@ def load_prompts(
 
 
 def _why_left_out(record: Preference, row: dict, subsets: Sequence[str], rows: dict[str, dict]) -> str | None:
-    if subsets and record.subset not in subsets:
+    if subsets and row["subset"] not in subsets:
         return "subset"
+    if votes := row.get("votes"):  # a tie is an answer; three annotators of three minds have no majority
+        return "no_majority" if len(set(votes)) == len(votes) else None
     if record.unusable is not None:
         return record.unusable
     if row["answer_1"] == row["answer_2"]:
@@ -85,13 +99,25 @@ def _why_left_out(record: Preference, row: dict, subsets: Sequence[str], rows: d
     return "duplicate" if row["id"] in rows else None
 
 
-def make_row(record: Preference, source: str, seed: int) -> dict:
-    """A record as a row of `prompts.jsonl`; its label is where the coin puts the better answer."""
+def next_copy(id: str, rows: dict[str, dict]) -> str:
+    """The id of a row that repeats one: `ID-2`, then `ID-3`."""
+    k = 2
+    while f"{id}-{k}" in rows:
+        k += 1
+    return f"{id}-{k}"
+
+
+def make_row(record: Preference, source: str, seed: int | None, benchmark: str | None = None) -> dict:
+    """A record as a row of `prompts.jsonl`; its label is where the coin puts the better answer. Without a seed there is
+    no coin: the answers stand as in the source.
+
+    With `benchmark`, its name or "", a row for evaluation: see `load_prompts`."""
     better, worse = (a if isinstance(a, str) else json.dumps(a) for a in (record.better, record.worse))
     identity = json.dumps([record.question, better, worse, record.subset], sort_keys=True)
     id = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    swap = hashlib.sha256(f"{seed}:{id}".encode()).digest()[0] % 2 == 1
-    return {
+    coin = hashlib.sha256(f"{seed}:{id}".encode()).digest()[0] % 2 == 1
+    swap = record.place == 2 if seed is None else coin
+    row = {
         "id": id,
         "question" if isinstance(record.question, str) else "messages": record.question,
         "answer_1": worse if swap else better,
@@ -100,6 +126,12 @@ def make_row(record: Preference, source: str, seed: int) -> dict:
         "source": source,
         "subset": record.subset,
     }
+    if benchmark is not None:
+        row |= {"subset": official_subset(benchmark, record.subset, record.where), "benchmark": benchmark}
+    if benchmark and BENCHMARKS[benchmark].has_ties:
+        row["label"] = 0 if record.unusable == "tie" else row["label"]
+        row["votes"] = [swapped(vote) if swap else vote for vote in record.votes]
+    return row
 
 
 def read_prompts(path: Path) -> list[dict]:

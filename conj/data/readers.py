@@ -13,7 +13,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from conj import InputError
@@ -32,6 +32,9 @@ class Preference:
     worse: Answer
     subset: str = ""
     unusable: str | None = None  # "tie", "two_questions"
+    place: int = 1  # which of the source's two answers the better one is, where the source numbers them
+    votes: tuple[int, ...] = ()  # each annotator's: 1 for `better`, 2 for `worse`, 0 for a tie
+    where: str = field(default="", compare=False)  # file and row, for messages and for subsets that file names tell
 
 
 def read_preferences(data: str, limit: int | None = None) -> Iterator[Preference]:
@@ -46,10 +49,10 @@ def read_preferences(data: str, limit: int | None = None) -> Iterator[Preference
         try:
             if not isinstance(row, dict):
                 raise InputError(f"expected a JSON object, found {type(row).__name__}")
-            layout = layout or _recognise(row)
+            layout = layout or recognise(row)
             if missing := [column for column in layout.columns if row.get(column) is None]:
                 raise InputError(f"missing column {', '.join(missing)}; found {', '.join(sorted(row)) or 'none'}")
-            records = list(layout.records(row))
+            records = [replace(record, where=where) for record in layout.records(row)]
         except InputError as e:
             raise InputError(f"{where}: {e}") from None
         yield from records
@@ -227,9 +230,10 @@ def _judgebench(row: dict) -> Iterator[Preference]:
 def _pandalm(row: dict) -> Iterator[Preference]:
     """Three annotators; a tie (0) or no majority states no preference."""
     question = "\n\n".join(text for text in (_text(row["instruction"]), _text(row["input"])) if text)
-    votes = Counter(_member(row, f"annotator{i}", (0, 1, 2)) for i in (1, 2, 3))
-    label, count = votes.most_common(1)[0]
-    yield _labelled(question, row["response1"], row["response2"], label if count > 1 else 0, _subset(row))
+    votes = tuple(_member(row, f"annotator{i}", (0, 1, 2)) for i in (1, 2, 3))
+    label, count = Counter(votes).most_common(1)[0]
+    record = _labelled(question, row["response1"], row["response2"], label if count > 1 else 0, _subset(row))
+    yield replace(record, votes=tuple(swapped(vote) for vote in votes) if record.place == 2 else votes)
 
 
 def _conj(row: dict) -> Iterator[Preference]:
@@ -267,7 +271,8 @@ LAYOUTS = (
 )
 
 
-def _recognise(row: dict) -> Layout:
+def recognise(row: dict) -> Layout:
+    """The layout of a row. Raises InputError when it is none of LAYOUTS."""
     for layout in LAYOUTS:
         if row.keys() >= set(layout.columns):
             return layout
@@ -289,7 +294,13 @@ def _labelled(question, answer_1, answer_2, label: int, subset: str) -> Preferen
         worse=_answer(worse),
         subset=subset,
         unusable=None if label else "tie",
+        place=2 if label == 2 else 1,
     )
+
+
+def swapped(choice: int | None) -> int | None:
+    """A choice between two answers (1, 2, 0 for a tie, None for none) when they are shown the other way round."""
+    return 3 - choice if choice else choice
 
 
 def _turns(value, role: str) -> list[dict]:
