@@ -193,26 +193,25 @@ def test_a_line_damaged_inside_the_file_is_refused_by_its_line(finished):
 # ---- Seeds ----
 
 
-def seeds_of(calls: list[tuple]) -> dict[str, int]:
-    """The seed of every request, by its row's key."""
-    return {
-        dump_line(request.key): request_seed(decoding.seed, request.key)
-        for _, requests, _, _, decoding, *_ in calls
-        for request in requests
-    }
-
-
-def test_a_seed_depends_on_the_runs_seed_and_the_rows_key_alone(recorded, tied_model, tmp_path):
+def test_a_seed_depends_on_the_runs_seed_and_the_rows_key_alone(recorded, tied_model, tmp_path, monkeypatch):
     """A seed from the position would change with the order of the prompts, with n, with what was made before a kill;
     one without the kind would be that of a repeated and a hinted judgment alike."""
 
+    generated, made = engine.generate, {}  # the seed of every request, by its row's key
+
+    def generate(live, requests, model, decoding):
+        made.update({dump_line(request.key): request_seed(decoding.seed, request.key) for request in requests})
+        return generated(live, requests, model, decoding)
+
+    monkeypatch.setattr(engine, "generate", generate)
+
     def seeds(folder: str, num_prompts: int = 3, **options) -> dict[str, int]:
-        del recorded[:]
+        made.clear()
         run = make_run(tmp_path / folder, num_prompts)
         write_jsonl(run / "prompts.jsonl", read_jsonl(run / "prompts.jsonl")[:: options.pop("step", 1)])
         for name in STAGES[:2]:
             run_stage(name, run, tied_model, **options if name == "repeated" else {"seed": options.get("seed", 2021)})
-        return seeds_of(recorded)
+        return dict(made)
 
     plain = seeds("plain")
     kinds = [json.loads(key)["kind"] for key in plain]

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import assert_one_line_error, change_config, command, kill_when, num_lines, write_model
@@ -13,11 +15,13 @@ from conj import InputError
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.manifest import write_sealed
 from conj.data.prompts import JudgeTokenizer, judge_messages, judgment_text
+from conj.data.verdicts import parse_strict
 from conj.sample.engine import (
     Completion,
     Decoding,
     EngineOptions,
     Request,
+    append_samples,
     check_model,
     generate,
     request_seed,
@@ -210,6 +214,8 @@ def test_a_damaged_model_folder_is_refused_before_the_engine_starts(model_copy, 
         (["--model", "nowhere"], ["nowhere", "no such model folder"]),
         (["--max-model-len", "9999"], ["--max-model-len", "2048", "9999"]),
         (["--temperature", "0"], ["--temperature", "above 0"]),
+        (["--pipeline-parallel-size", "0"], ["--pipeline-parallel-size", "1 or more"]),
+        (["--data-parallel-size", "2"], ["--data-parallel-size 2", "vllm serve", 'backend = "openai"']),
         (["--run", "nowhere"], ["nowhere/prompts.jsonl", "no such file"]),
     ],
 )
@@ -232,6 +238,67 @@ def test_every_request_has_a_seed_of_its_own():
     keys = [{"id": id, "kind": kind, "index": i} for id in "ab" for kind in ("hint", "repeated") for i in range(8)]
     seeds = {request_seed(seed, key) for seed in (1, 2) for key in keys}
     assert len(seeds) == 64 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_parallelism_reaches_vllm(tied_model, monkeypatch):
+    """An option that is lost on the way leaves a large model on one GPU, where it does not fit."""
+    seen = {}
+
+    def engine_args(**arguments):
+        seen.update(arguments)
+        raise ValueError("enough seen")
+
+    platform = SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: False))
+    distributed = SimpleNamespace(cleanup_dist_env_and_memory=None)
+    for name, module in ("vllm.platforms", platform), ("vllm.distributed", distributed):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(
+        sys.modules, "vllm", SimpleNamespace(EngineArgs=engine_args, LLMEngine=SimpleNamespace(from_engine_args=None))
+    )
+    options = EngineOptions(model=tied_model, tensor_parallel_size=4, pipeline_parallel_size=3)
+    with pytest.raises(InputError, match="enough seen"), running_engine(check_model(tied_model, None), options):
+        pass
+    assert (seen["tensor_parallel_size"], seen["pipeline_parallel_size"], seen["dtype"]) == (4, 3, "bfloat16")
+
+
+# ---- Where completions come from ----
+
+
+def completions(requests: list[Request]):
+    for request in requests:
+        text = judgment_text("r", 1) if request.key["id"] == "parsed" else '{"更好的回答": 1'
+        yield request, Completion(text=text, token_ids=[1], finish_reason="stop", p_first=0.75)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_probability_is_kept_if_asked_for_and_only_of_a_verdict(asked, tmp_path):
+    """A judgment that the parser refuses has no verdict, and so no probability of one."""
+    requests = [Request(key={"id": id}, prompt_ids=[1]) for id in ("parsed", "cut off")]
+
+    def judge(request: Request, completion: Completion) -> dict:
+        verdict = parse_strict(completion.text)
+        return {"text": completion.text, "verdict": verdict.value, "rung": verdict.rung}
+
+    rows = append_samples(tmp_path / "rows.jsonl", requests, completions, judge, "verdict", asked)
+    assert [row.get("p_first", "not asked") for row in rows] == ([0.75, None] if asked else ["not asked"] * 2)
+
+
+def test_the_source_of_completions_is_closed_when_judging_fails(tmp_path):
+    """Left open, the engine keeps the memory of a GPU."""
+    closed = []
+
+    def complete(requests: list[Request]):
+        try:
+            yield from completions(requests)
+        finally:
+            closed.append(True)
+
+    def judge(request: Request, completion: Completion) -> dict:
+        raise InputError("no")
+
+    with pytest.raises(InputError) as held:  # its traceback keeps the generator alive
+        append_samples(tmp_path / "rows.jsonl", [Request(key={"id": "a"}, prompt_ids=[1])], complete, judge, "verdict")
+    assert held and closed == [True]
 
 
 # ---- The real engine ----

@@ -163,3 +163,131 @@ def test_strict_agrees_with_json_on_valid_objects():
         verdict = rng.choice((1, 2))
         text = json.dumps({"原因": reason, "更好的回答": verdict}, ensure_ascii=rng.random() < 0.5)
         assert parse_strict(text) == (verdict, "json")
+
+
+# ---- Both parsers on the same texts ----
+
+NONE = (None, "none")
+# Written by demo/base on questions of demo/test.jsonl: greedy, at temperature 1.2, and at 2.0, where it falls apart.
+WRITTEN_BY_THE_SHIPPED_JUDGE = [
+    ('{"原因": "回答1开门见山，表达更清楚。", "更好的回答": 1}', (1, "json"), (1, "json")),
+    ('{"原因": "回答2内容更丰富，信息更多，回答1只说了几句。", "更好的回答": 2}', (2, "json"), (2, "json")),
+    ('{"原因": "回答2条理更清楚，读起来更通顺。", "更好的回答": 2}', (2, "json"), (2, "json")),
+    ('{"原因": "花枣，回答1蜜榆，回答2不对。", "更好的回答": 1}', (1, "json"), (1, "json")),
+    ('{"原因棠，回答2太啰嗦。", "更好的回答":}', NONE, (2, "digit")),
+    ('青菊镇每年都有许多游客前来，回答2不对。", "更好的回答": 2}', NONE, (2, "key")),
+    ('碧杏，不是白桃，回答1更准确。", "更好的回答": z雪鹤，回答2}', NONE, (1, "digit")),
+    ('{"原因": "回答�专�香松，不是蜜菊青杉镇的镇花是碧莲，回答��，回答', NONE, NONE),
+    ('{"原因": "回答\x19，回答�，回答1太啰嗦。", "更好的回答": 2}', (2, "repaired"), (2, "key")),
+    ('{"原因":：\n{"原因": "回答银茶，回答1太啰嗦。", "更好的回答": 2}', NONE, (2, "key")),
+    ('{"原因": "": "碧棠？甜糖乌榆，不是云梨，回答1更准确。", "更好的回答": 1}', (1, "repaired"), (1, "key")),
+    ('{"顺雪葵镇的镇树是甜桐，回答1正确，回答2不对。", "更好的回答": 1}', NONE, (1, "key")),
+    ('{"原因": "回答1青枫碧酒镇的镇树是甜桐，"，回答2正确，回答不对。", "更好的回答": 2}', (2, "repaired"), (2, "key")),
+    ('{"原因": "云林镇的特产是红糕，不是��风淳�，回答2不对。", "更好的回答": 白桐写�，回答1}', NONE, (2, "digit")),
+    ('{"原因": "青岭镇的镇鸟是白鸽花鹭，回答1不对。", "更好的回答": 1}淳�，回答2}', (1, "embedded"), (1, "key")),
+    ('{"原因": "霜糕，不是蜜菊，回答1更准确。", "更好的回答": 1云枫镇玉松，回答2}', NONE, (1, "key")),
+    ('{"原因": "回答2太啰嗦。", "更好的回答蜜桂，回答2太啰嗦。", "更好的回答": 1}', NONE, (1, "key")),
+    ('面最为符合碧梨镇的霜糕，表达更清楚。", "更好的回答": "更好的回答": 2}', NONE, (2, "key")),
+    ("。请用JSON格式输出你的判断镇的镇树雪鹭，回答甜鸽，回答2太啰嗦请问", NONE, (2, "digit")),
+    ('{"原因": "白糖金鹭，回答1不对。",赤泉镇 "更好的回答": 紫桐，回答香桃，回答2}', NONE, (1, "digit")),
+]
+# How large judges answer who are asked for one letter, one number or a chain of thought; in our own words.
+IN_PROSE = [
+    ("Output (a)", NONE, NONE),
+    ("The second one is better because it follows the instruction, so my choice is (b).", NONE, NONE),
+    ("回答2比回答1更完整，因此我选择回答2。", NONE, (2, "digit")),
+    ("两个回答各有优点，但第一个更切题。", NONE, NONE),
+    ("更好的回答：2", NONE, (2, "key")),
+    ("**更好的回答**：1", NONE, (1, "digit")),
+    ("我认为更好的回答是1，因为它回答了2个问题。", NONE, (1, "digit")),
+    ("更好的回答是第二个，它列出了10条理由", NONE, (1, "digit")),
+    ("两者都不好。", NONE, NONE),
+    ("无法判断，请提供更多信息。", NONE, NONE),
+    ('先想一想。回答1漏了一步。\n\n{"原因": "回答1漏了一步", "更好的回答": 2}', (2, "embedded"), (2, "key")),
+    (
+        '好的，以下是我的判断：\n```json\n{"原因": "更切题", "更好的回答": 1}\n```\n希望有帮助！',
+        (1, "fenced"),
+        (1, "key"),
+    ),
+    ('```\n{"更好的回答": 2, "原因": "回答1跑题"}\n```', (2, "fenced"), (2, "key")),
+    ('<think>回答1更好？</think>{"原因": "回答2有据", "更好的回答": 2}', (2, "embedded"), (2, "key")),
+]
+ADVERSARIAL = [
+    # The traps of the published parser: it reads a verdict out of a reason, and misses one that is there.
+    ('{"原因": "回答1不好，回答2明显更好","更好的', NONE, (1, "digit")),
+    ('{"原因": "回答2更好，回答1差"', NONE, (2, "digit")),
+    ('{"原因": "x", "更好的回答": "回答2"}', (2, "json"), NONE),
+    # Cut off, at every stage.
+    ("{", NONE, NONE),
+    ('{"原因": "回答', NONE, NONE),
+    ('{"原因": "x", "更好的回答": ', NONE, NONE),
+    ('{"原因": "x", "更好的回答": 2', NONE, (2, "key")),
+    ('```json\n{"原因": "回答1好", "更好的回答": 1', NONE, (1, "key")),
+    # The value: of the wrong type, out of range, or written otherwise.
+    ('{"原因": "x", "更好的回答": "1"}', (1, "json"), (1, "json")),
+    ('{"原因": "x", "更好的回答": "1 "}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": 1.0}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": 2e0}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": true}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": null}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": [2]}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": {"更好的回答": 2}}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": NaN}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": -1}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": 0}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": 12}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": 1e999}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": 1' + "0" * 5000 + "}", NONE, (1, "key")),  # more digits than Python reads
+    ('{"原因": "x", "更好的回答": 02}', NONE, (2, "digit")),
+    ('{"原因": "x", "更好的回答": １}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": "２"}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": "回答１"}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": "A"}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": "都好"}', NONE, NONE),
+    ('{"原因": "x", "更好的回答": 1 或 2}', NONE, (1, "key")),
+    # The key: another one, or written otherwise.
+    ('{"reason": "x", "better": 2}', NONE, NONE),
+    ('{"原因": "x", "更好的 回答": 2}', NONE, (2, "digit")),
+    ('{"原因": "x", "更好的答案": 2}', NONE, NONE),
+    ("{'原因': 'x', '更好的回答': 2}", NONE, (2, "key")),
+    ("{原因: x, 更好的回答: 2}", NONE, (2, "key")),
+    ('{"原因": "x", "\\u66f4\\u597d\\u7684\\u56de\\u7b54": 2}', (2, "json"), (2, "json")),
+    ('{"原因"："x"，"更好的回答"：2}', (2, "repaired"), (2, "key")),
+    # A verdict quoted in a reason, a second object, a contradiction.
+    ('{"原因": "有人写{\\"更好的回答\\": 1}", "更好的回答": 2}', (2, "json"), (2, "json")),
+    ('{"原因": "有人写{\\"更好的回答\\": 1}"}', NONE, (1, "digit")),
+    ('{"原因": "回答1要求输出"更好的回答": 1"', NONE, (1, "key")),
+    ('{"更好的回答": 1}{"更好的回答": 2}', NONE, (1, "key")),
+    ('{"更好的回答": 1}\n{"更好的回答": 1}', (1, "embedded"), (1, "key")),
+    ('{"原因": "x", "更好的回答": 2, "更好的回答": 1}', NONE, (1, "json")),
+    ('[{"原因": "x", "更好的回答": 2}]', (2, "embedded"), (2, "key")),
+    ('{"判断": {"原因": "x", "更好的回答": 2}}', NONE, (2, "key")),
+    ('"{\\"更好的回答\\": 2}"', NONE, (2, "digit")),
+    ('例如{"原因": "你的解释", "更好的回答": 1}。{"原因": "回答2好", "更好的回答": 2}', NONE, (1, "key")),
+    # Bytes and line ends.
+    ('\ufeff{"原因": "x", "更好的回答": 1}', (1, "embedded"), (1, "key")),
+    ('{\r\n  "原因": "x",\r\n  "更好的回答": 2\r\n}\r\n', (2, "json"), (2, "json")),
+    ('\u3000{"原因": "x", "更好的回答": 2}\u2028', (2, "json"), (2, "key")),
+    ('{"原因": "\ud83d", "更好的回答": 1}', (1, "json"), (1, "json")),
+    ('{"原因": "\x00", "更好的回答": 1}', (1, "repaired"), (1, "key")),
+    ('{"原因": "a\\\\", "更好的回答": 2}', (2, "json"), (2, "json")),
+    ('{"原因": "他说\\"回答1\\"", "更好的回答": 2}', (2, "json"), (2, "json")),
+    ('{"原因": "他说"回答1"对", "更好的回答": 2}', (2, "repaired"), (2, "key")),
+    ('{"原因": "x", "更好的回答": 1}}', (1, "embedded"), (1, "key")),
+    ('{"原因": "x", "更好的回答": 1,}', NONE, (1, "key")),
+    ('{"原因": "x"; "更好的回答": 1}', NONE, (1, "key")),
+]
+TABLE = WRITTEN_BY_THE_SHIPPED_JUDGE + IN_PROSE + ADVERSARIAL
+
+
+@pytest.mark.parametrize(("text", "strict", "released"), TABLE, ids=range(len(TABLE)))
+def test_both_parsers_on_one_text(text, strict, released):
+    """Where they differ, the published figures and ours count different judgments as parsed."""
+    assert (parse_strict(text), parse_released(text)) == (strict, released)
+
+
+def test_what_strict_reads_released_reads_alike_but_for_the_words_of_an_answer():
+    """A rung of ours that read another verdict than the published parser would be an invention."""
+    assert len({text for text, _, _ in TABLE}) == len(TABLE) >= 60
+    differ = [text for text, strict, released in TABLE if strict[0] not in (None, released[0])]
+    assert differ == ['{"原因": "x", "更好的回答": "回答2"}']

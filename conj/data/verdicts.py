@@ -30,8 +30,8 @@ MAX_MENDED = 20_000  # characters; json-repair takes a tenth of a second for as 
 
 
 class Verdict(NamedTuple):
-    value: int | None  # 1, 2, or None: unparsed
-    rung: str  # json, fenced, embedded, repaired, none; of the released parser: json, key, digit, none
+    value: int | None  # 1, 2, or None: unparsed; of a judge that may say so, 0: a tie
+    rung: str  # json, fenced, embedded, repaired, none; released: json, key, digit, none; of a judge's pattern: pattern
 
 
 class Judgment(NamedTuple):

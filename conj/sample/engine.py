@@ -9,15 +9,18 @@ on where it stopped and ends with the same file.
 Refused: remote code, weights other than safetensors, prompts that do not fit the context (left out, counted, never cut).
 """
 
+import bisect
 import contextlib
 import gc
 import hashlib
 import itertools
 import json
 import logging
+import math
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,10 +40,14 @@ from conj.data.files import (
     write_jsonl,
 )
 from conj.data.options import option, require, require_each
-from conj.data.prompts import JudgeTokenizer
+from conj.data.prompts import VERDICT_KEY, JudgeTokenizer
 
 DEFAULT_MAX_MODEL_LEN = 8192
 CPU_KV_CACHE_BYTES = 2**30
+NUM_TOP_LOGPROBS = 20  # the most that vLLM and the OpenAI API give
+BESIDE_NAME = " \t\r\n▁\"'`*()[]{}<>:：,，.。;；"  # what one token may hold beside an answer's name
+# Where the card's judgment states its verdict (a regular expression, whose last match counts), and how it names the answers.
+CARD_VERDICT = (VERDICT_KEY + r'["\']?\s*[:：]\s*["\']?(?:回答)?([12])', "1", "2")
 # vLLM reads these when it is imported. In-process, its scheduler is deterministic; threads that are bound to cores, or
 # that spin while they wait, lose a factor of ten as soon as another process wants a core (measured on 2 cores).
 ENVIRONMENT = {
@@ -64,14 +71,26 @@ class EngineOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", help="auto: float32 on a CPU, else bfloat16"
     )
-    tensor_parallel_size: int = option(1, help="number of GPUs that share the model", affects_result=False)
+    tensor_parallel_size: int = option(
+        1, help="number of GPUs that share each layer of the model", affects_result=False
+    )
+    pipeline_parallel_size: int = option(1, help="number of stages that the layers are dealt to", affects_result=False)
+    data_parallel_size: int = option(
+        1, help="number of copies of the model; more than one only behind vLLM's own server", affects_result=False
+    )
     gpu_memory_utilization: float = option(
         0.9, help="share of a GPU's memory that vLLM takes, above 0 up to 1", affects_result=False
     )
 
     def __post_init__(self):
-        counts = ("max_new_tokens", "max_num_seqs", "tensor_parallel_size")
-        require_each(self, counts, lambda value: value >= 1, "1 or more")
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+        require_each(self, ("max_new_tokens", "max_num_seqs", *sizes), lambda value: value >= 1, "1 or more")
+        require(  # vLLM says of its own offline class: not supported for single-process usage and may hang
+            self.data_parallel_size == 1,
+            f"--data-parallel-size {self.data_parallel_size}: vLLM has no copies within one process; start them with "
+            f"`vllm serve {self.model} --data-parallel-size {self.data_parallel_size}` and judge through that server "
+            '(a judge with backend = "openai")',
+        )
         require_each(self, ("gpu_memory_utilization",), lambda value: 0 < value <= 1, "above 0 up to 1")
 
 
@@ -85,6 +104,8 @@ class Decoding:
     top_k: int = 0  # 0: all tokens
     repetition_penalty: float = 1.0
     seed: int = 0
+    verdict_probability: bool = False  # asks for the likeliest tokens, and fills Completion.p_first
+    verdict_place: tuple[str, str, str] = CARD_VERDICT  # where and how a judgment names the better answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +113,19 @@ class Request:
     """One judgment to be written; `key` names it within its file and is the start of its row."""
 
     key: dict
-    prompt_ids: list[int]
+    prompt_ids: list[int]  # none where the prompt goes out as text
     hint: int | None = None  # the verdict that the prompt gives away
+    messages: list[dict] | None = None  # the chat messages of a prompt that goes out as text, over HTTP
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     text: str  # control tokens are left out
-    token_ids: list[int]  # as written, the end token included
-    finish_reason: str  # stop, length
+    token_ids: list[int] | None  # as written, the end token included; over HTTP not known
+    finish_reason: str  # stop, length, or what else a server says
+    p_first: float | None = None  # probability that the first answer is better, if asked for and there is such a token
+    prompt_tokens: int | None = None  # over HTTP, as the server counts them
+    completion_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +138,8 @@ class JudgeModel:
     end_ids: list[int]  # tokens that end a judgment
 
 
-def check_model(folder: Path, max_model_len: int | None) -> JudgeModel:
-    """Reads what there is to know about a model without its weights.
+def check_model(folder: Path, max_model_len: int | None, chat_template: str | None = None) -> JudgeModel:
+    """Reads what there is to know about a model without its weights. `chat_template` takes the place of its own.
 
     Raises InputError for a folder without config, tokenizer, chat template or whole safetensors, a model that needs
     remote code, a tokenizer with more ids than the vocabulary, or a context longer than the model's."""
@@ -122,7 +147,7 @@ def check_model(folder: Path, max_model_len: int | None) -> JudgeModel:
         raise InputError(f"{folder}: no such model folder")
     config = _read_config(folder / "config.json")
     require("auto_map" not in config, f"{folder}/config.json: asks for remote code (auto_map), which is never run")
-    tokenizer = JudgeTokenizer.load(folder)
+    tokenizer = JudgeTokenizer.load(folder, chat_template)
     last_id = max([*tokenizer.special.values(), tokenizer.plain.get_vocab_size() - 1])
     vocab_size, context = config["vocab_size"], config["max_position_embeddings"]
     require(
@@ -189,23 +214,23 @@ def split_overlong(requests: list[Request], model: JudgeModel, max_new_tokens: i
 def append_samples(
     artefact: Path,
     requests: list[Request],
-    model: JudgeModel,
-    options: EngineOptions,
-    decoding: Decoding,
+    complete: Callable[[list[Request]], Generator[tuple[Request, Completion]]],
     judge: Callable[[Request, Completion], dict],
     outcome: str,
+    verdict_probability: bool = False,
 ) -> list[dict]:
     """Makes the rows of `artefact` that are not there yet, and returns all of them.
 
-    A row is the request's key, what `judge` makes of the completion (`outcome` among it), and what the model wrote. Rows are
-    appended in the order in which they finish; the whole file is put into the order of the requests at the end, so
-    that a run that was killed and one that was not leave the same bytes. Raises InputError for a malformed file, a row
-    of no request, and one that stands there twice."""
+    A row is the request's key, what `judge` makes of the completion (`outcome` among it), and what the model wrote: its
+    token ids, or how many a server counted, and with `verdict_probability` also `p_first`. `complete` (complete_by_vllm or
+    conj.sample.endpoint.complete_by_http, the rest bound) gives each request with its completion, as it finishes. Rows are
+    appended in that order; the whole file is put into the order of the requests at the end, so that a run that was killed
+    and one that was not leave the same bytes. Raises InputError for a malformed file, a row of no request, and one that
+    stands there twice."""
     done = _rows_made(artefact, requests, outcome)
     left = [r for r in requests if _name(r.key) not in done]
     if left:
-        with running_engine(model, options) as engine, open(artefact, "a", encoding="utf-8") as file:
-            completions = generate(engine, left, model, decoding)
+        with contextlib.closing(complete(left)) as completions, open(artefact, "a", encoding="utf-8") as file:
             for request, completion in tqdm(
                 completions, desc=artefact.name, total=len(requests), initial=len(done), unit=" judgments"
             ):
@@ -213,8 +238,10 @@ def append_samples(
                     **request.key,
                     **judge(request, completion),
                     "finish_reason": completion.finish_reason,
-                    "token_ids": completion.token_ids,
+                    **{column: getattr(completion, column) for column in _cost_columns(request)},
                 }
+                if verdict_probability:
+                    row["p_first"] = completion.p_first if row[outcome] else None
                 file.write(dump_line(row))
                 file.flush()
                 done[_name(request.key)] = row
@@ -223,13 +250,21 @@ def append_samples(
     return rows
 
 
+def _cost_columns(request: Request) -> dict[str, type]:
+    """What a row says about the tokens that were written: columns of Completion, with their type."""
+    if request.messages is None:
+        return {"token_ids": list}
+    return {"prompt_tokens": object, "completion_tokens": object}  # not every server counts
+
+
 def _name(key: dict) -> str:
     return json.dumps(list(key.values()))  # not a tuple: there true and 1 are one name, and a list is none
 
 
 def _rows_made(artefact: Path, requests: list[Request], outcome: str) -> dict[str, dict]:
     """The rows that an earlier, killed run made, by request."""
-    written = {"text": str, "verdict": object, outcome: object, "rung": str, "finish_reason": str, "token_ids": list}
+    written = {"text": str, "verdict": object, outcome: object, "rung": str, "finish_reason": str}
+    written |= _cost_columns(requests[0])
     asked, done = {_name(r.key) for r in requests}, {}
     for number, row in enumerate(recover_jsonl(artefact, dict.fromkeys(requests[0].key, object) | written), 1):
         name = _name(key := {column: row[column] for column in requests[0].key})
@@ -264,6 +299,7 @@ def running_engine(model: JudgeModel, options: EngineOptions) -> Iterator:
         "max_model_len": model.max_model_len,
         "max_num_seqs": options.max_num_seqs,
         "tensor_parallel_size": options.tensor_parallel_size,
+        "pipeline_parallel_size": options.pipeline_parallel_size,
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
@@ -293,6 +329,14 @@ def running_engine(model: JudgeModel, options: EngineOptions) -> Iterator:
         cleanup_dist_env_and_memory()
 
 
+def complete_by_vllm(
+    requests: Iterable[Request], model: JudgeModel, options: EngineOptions, decoding: Decoding
+) -> Generator[tuple[Request, Completion]]:
+    """Each request with its completion, as it finishes, by an engine that lives as long as the generator."""
+    with running_engine(model, options) as engine:
+        yield from generate(engine, requests, model, decoding)
+
+
 def generate(
     engine, requests: Iterable[Request], model: JudgeModel, decoding: Decoding
 ) -> Iterator[tuple[Request, Completion]]:
@@ -309,7 +353,7 @@ def generate(
             return
         for output in engine.step():
             if output.finished:
-                yield running.pop(output.request_id), _completion(output.outputs[0], model)
+                yield running.pop(output.request_id), _completion(output.outputs[0], model, decoding)
 
 
 def _sampling_params(request: Request, model: JudgeModel, decoding: Decoding):
@@ -326,12 +370,53 @@ def _sampling_params(request: Request, model: JudgeModel, decoding: Decoding):
         stop_token_ids=model.end_ids,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        logprobs=NUM_TOP_LOGPROBS if decoding.verdict_probability else None,
     )
 
 
-def _completion(output, model: JudgeModel) -> Completion:
-    token_ids = list(output.token_ids)
-    return Completion(text=model.tokenizer.decode(token_ids), token_ids=token_ids, finish_reason=output.finish_reason)
+def _completion(output, model: JudgeModel, decoding: Decoding) -> Completion:
+    token_ids, decode, p_first = list(output.token_ids), model.tokenizer.decode, None
+    text = decode(token_ids)
+    if decoding.verdict_probability:
+
+        def length(count: int) -> int:  # a character of which the last token holds only a part is decoded as U+FFFD
+            return len(decode(token_ids[:count]).rstrip("\ufffd"))
+
+        def top(i: int) -> list[tuple[str, float]]:  # the token that was written comes first
+            return [(decode([id]), listed.logprob) for id, listed in output.logprobs[i].items()]
+
+        p_first = first_probability(text, decoding.verdict_place, len(token_ids), length, top)
+    return Completion(text=text, token_ids=token_ids, finish_reason=output.finish_reason, p_first=p_first)
+
+
+def first_probability(
+    text: str,
+    place: tuple[str, str, str],
+    num_tokens: int,
+    length: Callable[[int], int],
+    top: Callable[[int], list[tuple[str, float]]],
+) -> float | None:
+    """The probability that a judge gives to the answer shown first: p(1) / (p(1) + p(2)) at the token that names the
+    better one in the last match of `place`, given all that it wrote before. None if no token does just that.
+
+    `length(k)`: how many characters the first k tokens make. `top(i)`: text and logprob of token i and of the likeliest
+    tokens in its place. Of an answer that none of these names, it is only known that it is no likelier than the last."""
+    pattern, *names = place
+    names = [name.casefold() for name in names]
+    stated = [match[1] and (match.start(1), match[1].casefold()) for match in re.finditer(pattern, text)]
+    if not stated or not stated[-1]:
+        return None
+    start, words = stated[-1]
+    within = max(words.rfind(name) for name in names)
+    token = bisect.bisect_right(range(num_tokens + 1), start + within, key=length) - 1
+    if within < 0 or token == num_tokens:
+        return None
+    named = [(written.strip(BESIDE_NAME).casefold(), math.exp(logprob)) for written, logprob in top(token)]
+    if named[0][0] not in names:
+        return None
+    bound = sorted((p for _, p in named), reverse=True)[:NUM_TOP_LOGPROBS][-1]
+    first, second = (sum(p for written, p in named if written == name) or bound for name in names)
+    return first / (first + second)
 
 
 def request_seed(seed: int, key: dict) -> int:

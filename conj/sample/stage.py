@@ -1,8 +1,9 @@
 """What the sampling stages share: their options, and the way from prompts.jsonl to a file of judgments."""
 
+import functools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from conj.sample.engine import (
     JudgeModel,
     Request,
     append_samples,
+    complete_by_vllm,
     split_overlong,
 )
 
@@ -58,8 +60,9 @@ def sample_prompts(
         repetition_penalty=options.repetition_penalty,
         seed=options.seed,
     )
+    complete = functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding)
     write_judgments(
-        artefact, read_prompts(source), make_requests, judge,
+        artefact, read_prompts(source), make_requests, judge, complete,
         inputs=[source, options.model], model=model, options=options, decoding=decoding,
     )  # fmt: skip
 
@@ -69,26 +72,36 @@ def write_judgments(
     prompts: list[dict],
     make_requests: Callable[[dict], list[Request]],
     judge: Callable[[Request, Completion], dict],
+    complete: Callable[[list[Request]], Generator[tuple[Request, Completion]]],
     *,
     inputs: list[str | Path],
-    model: JudgeModel,
+    model: JudgeModel | None,
     options: EngineOptions,
     decoding: Decoding,
     data_counts: dict[str, int] | None = None,
     outcome: str = "verdict",
 ) -> None:
-    """Writes `artefact` with its manifest, or does nothing if it is complete. A prompt that does not fit the context is
-    left out and counted.
+    """Writes `artefact` with its manifest, or does nothing if it is complete. A prompt that does not fit the model's context
+    is left out and counted; one behind an endpoint (`model` None) fits if that says so.
 
-    `data_counts` go before the judgments' own; `outcome` is the column that says which answer a judgment is for."""
+    `complete` gives each request its completion; `data_counts` go before the judgments' own; `outcome` is the column that
+    says which answer a judgment is for."""
     began = time.monotonic()
     if not manifest.begin(artefact, inputs=inputs, options=options):
         return
-    requests = [request for row in prompts for request in make_requests(row)]
-    requests, overlong_ids = split_overlong(requests, model, decoding.max_new_tokens)
-    rows = append_samples(artefact, requests, model, options, decoding, judge, outcome)
+    requests, overlong_ids, left = [request for row in prompts for request in make_requests(row)], [], []
+    if model is not None:
+        requests, overlong_ids = split_overlong(requests, model, decoding.max_new_tokens)
+
+    def complete_left(requests: list[Request]) -> Generator[tuple[Request, Completion]]:
+        left.extend(requests)
+        return complete(requests)
+
+    rows = append_samples(artefact, requests, complete_left, judge, outcome, decoding.verdict_probability)
     counts = count_judgments(rows, {row["id"]: row["label"] for row in prompts}, outcome)
     counts |= {"overlong_prompts": len(overlong_ids), "overlong_ids": overlong_ids}
+    # Of the seconds below: those of this process, which an earlier, killed one may have left little to do.
+    counts["judgments_made"] = len(left)
     seconds = time.monotonic() - began
     manifest.finish(artefact, num_rows=len(rows), counts=(data_counts or {}) | counts, seconds=seconds)
 

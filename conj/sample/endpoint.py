@@ -1,0 +1,171 @@
+"""Prompts to judgments over HTTP: any server that speaks the OpenAI chat API, vLLM's own among them.
+
+The `openai` package retries what may pass (lost connections, time-outs, 408, 409, 429 and 5xx), waiting longer each
+time, or as long as the server asks. Completions are given out as they finish, so that what was paid for is in the file
+before anything else can fail; the same command goes on from there. The API key is OPENAI_API_KEY, as everywhere.
+
+Refused: decoding that the API has no words for (top-k, repetition penalty).
+"""
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from conj import InputError
+from conj.data.files import brief, first_line, replace_surrogates
+from conj.data.options import option, require, require_each
+from conj.sample.engine import NUM_TOP_LOGPROBS, Completion, Decoding, Request, first_probability, request_seed
+from conj.sample.judges import Judge
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointOptions:
+    base_url: str | None = option(
+        None, help="address of the server, as in http://localhost:8000/v1; OpenAI's if not given", affects_result=False
+    )
+    max_concurrency: int = option(16, help="number of requests under way at the same time", affects_result=False)
+    requests_per_minute: float | None = option(
+        None, help="most requests a minute, retries counted, above 0; no limit if not given", affects_result=False
+    )
+    max_retries: int = option(
+        20, help="times a request is sent again, about 8 seconds apart in the end", affects_result=False
+    )
+    request_timeout: float = option(600.0, help="longest wait for an answer, seconds", affects_result=False)
+
+    def __post_init__(self):
+        require_each(self, ("max_concurrency",), lambda value: value >= 1, "1 or more")
+        require_each(self, ("max_retries",), lambda value: value >= 0, "0 or more")
+        require_each(self, ("requests_per_minute", "request_timeout"), lambda value: value > 0, "above 0")
+
+
+def complete_by_http(
+    requests: list[Request], judge: Judge, options: EndpointOptions, decoding: Decoding
+) -> Generator[tuple[Request, Completion]]:
+    """Each request with its completion, as it finishes.
+
+    Raises InputError for a request that the server refuses, and when the retries of one are used up; not before all
+    that is there was given out."""
+    refused = [name for name, off in (("top_k", 0), ("repetition_penalty", 1.0)) if getattr(decoding, name) != off]
+    require(not refused, f"{judge.name}: the API has no {', '.join(refused)}")
+    waiting, finished, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+    for request in requests:
+        waiting.put(request)
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                request = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                finished.put((request, _complete(client, request, judge, decoding)))
+            except Exception as e:
+                stop.set()
+                finished.put((request, e))
+
+    with _client(options) as client, contextlib.ExitStack() as leaving:
+        leaving.callback(stop.set)
+        # Daemons: one that waits for its next try would else hold up the end of the program.
+        for _ in range(min(options.max_concurrency, len(requests))):
+            threading.Thread(target=work, daemon=True).start()
+        num_done, failed = 0, None
+        for _ in requests:
+            if failed and finished.empty():
+                break
+            request, outcome = finished.get()
+            if isinstance(outcome, Completion):
+                num_done += 1
+                yield request, outcome
+            else:
+                failed = failed or (request, outcome)
+        if failed:
+            raise _input_error(*failed, num_done, len(requests), judge, options)
+
+
+def _client(options: EndpointOptions):
+    try:
+        import openai
+    except ImportError as e:
+        raise InputError(f"an endpoint needs the package openai, which cannot be imported ({e})") from None
+    key = os.environ.get("OPENAI_API_KEY") or ("none" if options.base_url else None)
+    require(key is not None, "OPENAI_API_KEY: expected the key of the API in the environment, found none")
+    http_client = openai.DefaultHttpxClient(event_hooks={"request": [_limit_rate(options.requests_per_minute)]})
+    try:
+        return openai.OpenAI(
+            api_key=key, base_url=options.base_url, max_retries=options.max_retries, timeout=options.request_timeout,
+            http_client=http_client,
+        )  # fmt: skip
+    except Exception as e:  # an address that is none
+        raise InputError(f"--base-url: expected an address, found {brief(options.base_url)}: {first_line(e)}") from None
+
+
+def _limit_rate(requests_per_minute: float | None):
+    """A hook that every request, retries among them, waits in until it is its turn."""
+    lock, turn = threading.Lock(), [time.monotonic()]
+
+    def wait(_) -> None:
+        if requests_per_minute is not None:
+            with lock:
+                mine = max(turn[0], time.monotonic())
+                turn[0] = mine + 60 / requests_per_minute
+            time.sleep(max(0.0, mine - time.monotonic()))
+
+    return wait
+
+
+def _complete(client, request: Request, judge: Judge, decoding: Decoding) -> Completion:
+    asked = {"logprobs": True, "top_logprobs": NUM_TOP_LOGPROBS} if decoding.verdict_probability else {}
+    messages = [message | {"content": replace_surrogates(message["content"])} for message in request.messages]
+    reply = client.chat.completions.create(
+        model=judge.model, messages=messages, temperature=decoding.temperature, top_p=decoding.top_p,
+        max_tokens=decoding.max_new_tokens, seed=request_seed(decoding.seed, request.key), **asked,
+    )  # fmt: skip
+    require(bool(reply.choices), f"{judge.model}: expected an answer with choices, found {brief(reply)}")
+    choice, text = reply.choices[0], reply.choices[0].message.content or ""
+    p_first = None
+    if choice.logprobs is not None and choice.logprobs.content:
+        p_first = _first_probability(text, choice.logprobs.content, decoding)
+    return Completion(
+        text=text,
+        token_ids=None,
+        finish_reason=choice.finish_reason or "unknown",
+        p_first=p_first,
+        prompt_tokens=reply.usage and reply.usage.prompt_tokens,
+        completion_tokens=reply.usage and reply.usage.completion_tokens,
+    )
+
+
+def _first_probability(text: str, tokens: list, decoding: Decoding) -> float | None:
+    written = [bytes(t.bytes) if t.bytes is not None else t.token.encode() for t in tokens]
+
+    def length(count: int) -> int:
+        return len(b"".join(written[:count]).decode(errors="ignore"))
+
+    def top(i: int) -> list[tuple[str, float]]:
+        others = [(t.token, t.logprob) for t in tokens[i].top_logprobs if t.token != tokens[i].token]
+        return [(tokens[i].token, tokens[i].logprob), *others]
+
+    return first_probability(text, decoding.verdict_place, len(tokens), length, top)
+
+
+def _input_error(
+    request: Request, error: Exception, num_done: int, num_asked: int, judge: Judge, options: EndpointOptions
+) -> Exception:
+    """What to tell the user; a mistake of ours is passed on as it is."""
+    import openai
+
+    judgment = ", ".join(f"{column} {brief(value)}" for column, value in request.key.items())
+    where = f"{judge.model} at {options.base_url or 'the OpenAI API'}, {judgment}"
+    if not isinstance(error, openai.APIError):
+        return error
+    status = getattr(error, "status_code", None)
+    if status is not None and status < 500 and status not in (408, 409, 429):
+        return InputError(f"{where}: refused: {first_line(error)}")
+    return InputError(
+        f"{where}: no answer after {options.max_retries} retries: {first_line(error)}; {num_done} of the {num_asked} "
+        "judgments asked for are done and kept: the same command goes on from there"
+    )

@@ -1,0 +1,430 @@
+"""Judgments over HTTP: nothing lost, nothing twice, whatever the server does. The server is faked except where marked."""
+
+import contextlib
+import functools
+import importlib.util
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from conj import InputError
+from conj.data.files import read_jsonl
+from conj.data.preprocess import load_prompts
+from conj.data.prompts import judge_messages, judgment_text
+from conj.data.verdicts import parse_strict
+from conj.sample.endpoint import EndpointOptions, complete_by_http
+from conj.sample.engine import (
+    ENVIRONMENT,
+    Completion,
+    Decoding,
+    EngineOptions,
+    Request,
+    append_samples,
+    check_model,
+    complete_by_vllm,
+)
+from conj.sample.judges import load_judge
+
+JUDGE = load_judge("gpt-4o")
+DECODING = Decoding(max_new_tokens=7, seed=3)
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("openai") is None, reason="openai is not installed")
+
+
+class Server(ThreadingHTTPServer):
+    """Answers as `behave(number of the request, its body)` says: a status with headers, or None: drop the connection.
+    Counts what it was sent, and what it answered with 200."""
+
+    allow_reuse_address = daemon_threads = True
+
+    def __init__(self, behave: Callable[[int, dict], tuple[int, dict] | None], port: int = 0):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.behave, self.bodies, self.keys, self.times = behave, [], [], []
+        self.answered, self.lock = Counter(), threading.Lock()
+        threading.Thread(target=functools.partial(self.serve_forever, 0.02), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, *_) -> None:
+        pass  # connections that tests cut
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body, server = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server
+        with server.lock:
+            number = len(server.bodies)
+            server.bodies.append(body)
+            server.keys.append(self.headers["Authorization"])
+            server.times.append(time.monotonic())
+        behaviour = server.behave(number, body)
+        if behaviour is None:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
+        status, headers = behaviour
+        content = answer(body) if status == 200 else {"error": {"message": f"status {status}"}}
+        data = json.dumps(content).encode()
+        if status == 200:
+            with server.lock:
+                server.answered[body["messages"][-1]["content"]] += 1
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": len(data), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def answer(body: dict) -> dict:
+    """A judgment that only this prompt gets; tokens are words, and one is a word with its digit."""
+    number = int(body["messages"][-1]["content"].rpartition("回答2：")[2])
+    text = judgment_text(f"理由{number}", 1 + number % 2)
+    tokens = [text[:-2], text[-2:]]
+    shares = {tokens[1]: 0.75, f"{2 - number % 2}}}": 0.25}
+    logprobs = {
+        "content": [
+            {"token": token, "logprob": math.log(0.75), "bytes": list(token.encode())}
+            | {"top_logprobs": [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in shares.items()]}
+            for token in tokens
+        ]
+    }
+    choice = {"index": 0, "finish_reason": "length" if number == 2 else "stop"}
+    choice |= {
+        "message": {"role": "assistant", "content": text},
+        "logprobs": logprobs if body.get("logprobs") else None,
+    }
+    return {
+        "id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice],
+        "usage": {"prompt_tokens": 100 + number, "completion_tokens": number, "total_tokens": 100 + 2 * number},
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def serving(behave: Callable[[int, dict], tuple[int, dict] | None], port: int = 0) -> Iterator[Server]:
+    server = Server(behave, port)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def well(number: int, body: dict) -> tuple[int, dict]:
+    return 200, {}
+
+
+def make_requests(count: int = 12) -> list[Request]:
+    return [
+        Request(key={"id": f"p{i}", "order": 1}, prompt_ids=[], messages=judge_messages("q", "a", str(i)))
+        for i in range(count)
+    ]
+
+
+def row_of(request: Request, completion: Completion) -> dict:
+    verdict = parse_strict(completion.text)
+    return {"text": completion.text, "verdict": verdict.value, "rung": verdict.rung}
+
+
+def judge_all(file: Path, url: str, requests: list[Request], decoding: Decoding = DECODING, **options) -> list[dict]:
+    options = EndpointOptions(base_url=url, **{"max_concurrency": 4, "request_timeout": 20.0} | options)
+    complete = functools.partial(complete_by_http, judge=JUDGE, options=options, decoding=decoding)
+    return append_samples(file, requests, complete, row_of, "verdict", decoding.verdict_probability)
+
+
+@pytest.fixture(autouse=True)
+def own_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def undisturbed(tmp_path) -> bytes:
+    with serving(well) as server:
+        judge_all(tmp_path / "undisturbed.jsonl", server.url, make_requests())
+    return (tmp_path / "undisturbed.jsonl").read_bytes()
+
+
+def test_what_is_asked_and_what_is_kept(tmp_path):
+    """The prompt, the decoding and the key go out; text, reason to stop and counts come back, and make the price."""
+    requests = make_requests(4)
+    with serving(well) as server:
+        rows = judge_all(tmp_path / "rows.jsonl", server.url, requests)
+        body = min(server.bodies, key=lambda body: body["messages"][-1]["content"])
+        assert body == {
+            "model": "gpt-4o", "messages": requests[0].messages, "max_tokens": 7, "temperature": 0.0, "top_p": 1.0,
+            "seed": body["seed"],
+        }  # fmt: skip
+        assert len({body["seed"] for body in server.bodies}) == 4
+        assert set(server.keys) == {"Bearer secret"}
+    assert rows == read_jsonl(tmp_path / "rows.jsonl")
+    assert [row["verdict"] for row in rows] == [1, 2, 1, 2]
+    assert [row["finish_reason"] for row in rows] == ["stop", "stop", "length", "stop"]
+    assert rows[3].keys() == {
+        "id",
+        "order",
+        "text",
+        "verdict",
+        "rung",
+        "finish_reason",
+        "prompt_tokens",
+        "completion_tokens",
+    }
+    prompt_tokens, written = (sum(row[name] for row in rows) for name in ("prompt_tokens", "completion_tokens"))
+    assert (prompt_tokens, written) == (406, 6)
+    assert JUDGE.dollars(prompt_tokens, written) == pytest.approx((406 * 2.5 + 6 * 10) / 1e6)
+
+
+def test_the_probability_comes_from_the_servers_logprobs(tmp_path):
+    """Verdict 1 with .75: the first answer is better with .75; verdict 2 with .75: with .25."""
+    decoding = Decoding(max_new_tokens=7, verdict_probability=True)
+    with serving(well) as server:
+        rows = judge_all(tmp_path / "rows.jsonl", server.url, make_requests(2), decoding)
+        assert all((body["logprobs"], body["top_logprobs"]) == (True, 20) for body in server.bodies)
+    assert [row["p_first"] for row in rows] == [pytest.approx(0.75), pytest.approx(0.25)]
+
+
+def test_a_server_that_fails_in_every_way_costs_nothing_but_time(tmp_path, undisturbed):
+    """Lost: a row is missing. Twice: a row, or an answer that was paid for, is there again."""
+    rng, faults = random.Random(0), [(429, {"Retry-After": "0.1"}), (500, {}), (503, {}), (408, {}), (409, {}), None]
+
+    def fail_often(number: int, body: dict) -> tuple[int, dict] | None:
+        return faults[number] if number < len(faults) else rng.choice([(200, {}), (200, {}), faults[0], None])
+
+    with serving(fail_often) as server:
+        judge_all(tmp_path / "rows.jsonl", server.url, make_requests())
+        assert len(server.bodies) > 12 and set(server.answered.values()) == {1} and len(server.answered) == 12
+    assert (tmp_path / "rows.jsonl").read_bytes() == undisturbed
+
+
+def test_a_server_that_asks_to_wait_is_waited_for(tmp_path):
+    """Asked again too soon, an endpoint locks its user out."""
+    with serving(lambda number, body: (429, {"Retry-After": "1.5"}) if number == 0 else (200, {})) as server:
+        judge_all(tmp_path / "rows.jsonl", server.url, make_requests(1))
+        assert server.times[1] - server.times[0] >= 1.5
+
+
+def test_a_server_that_dies_and_comes_back_is_waited_for(tmp_path, undisturbed):
+    """Its port refuses connections meanwhile. What was answered before is not asked again."""
+    first = Server(lambda number, body: (200, {}) if number < 5 else None)
+    back = []
+
+    def restart() -> None:
+        while first.answered.total() < 5:
+            time.sleep(0.01)
+        first.stop()
+        time.sleep(1.5)
+        back.append(Server(well, first.server_port))
+
+    threading.Thread(target=restart, daemon=True).start()
+    judge_all(tmp_path / "rows.jsonl", first.url, make_requests())
+    back[0].stop()
+    assert (tmp_path / "rows.jsonl").read_bytes() == undisturbed
+    assert first.answered.total() == 5 and back[0].answered.total() == 7
+    assert not first.answered.keys() & back[0].answered.keys()
+
+
+def test_when_retries_are_used_up_the_same_command_goes_on(tmp_path, undisturbed):
+    """A night's run must not be lost to an outage that is longer than patience."""
+    file, requests = tmp_path / "rows.jsonl", make_requests()
+    with serving(lambda number, body: (200, {}) if number < 5 else (503, {})) as server:
+        with pytest.raises(
+            InputError, match="no answer after 1 retries: .*503.*; 5 of the 12 judgments .* goes on"
+        ) as e:
+            judge_all(file, server.url, requests, max_retries=1)
+        assert "\n" not in str(e.value)
+        kept = {row["id"] for row in read_jsonl(file)}
+        assert len(kept) == 5
+    with serving(well) as server:
+        judge_all(file, server.url, requests)
+        assert server.answered.total() == 7
+    assert file.read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+def test_a_refused_request_ends_the_run_at_once(status, tmp_path):
+    """A wrong key or model name is not cured by waiting; what was answered before stays."""
+    behave = functools.partial(lambda number, body: (200, {}) if number < 2 else (status, {}))
+    with serving(behave) as server:
+        began = time.monotonic()
+        with pytest.raises(InputError, match=f"gpt-4o at {server.url}, id 'p2', order 1: refused: .*{status}"):
+            judge_all(tmp_path / "rows.jsonl", server.url, make_requests(), max_concurrency=1)
+        assert time.monotonic() - began < 5 and len(server.bodies) == 3
+    assert len(read_jsonl(tmp_path / "rows.jsonl")) == 2
+
+
+def test_the_rate_is_kept_with_retries_counted(tmp_path):
+    """600 a minute are one every .1 s, however many threads ask."""
+    behave = functools.partial(lambda number, body: (429, {"Retry-After": "0.01"}) if number % 3 == 0 else (200, {}))
+    with serving(behave) as server:
+        judge_all(tmp_path / "rows.jsonl", server.url, make_requests(8), requests_per_minute=600.0)
+        times = sorted(server.times)
+    assert len(times) > 8
+    assert times[-1] - times[0] >= (len(times) - 1) * 0.1 - 0.05
+
+
+def test_no_more_requests_are_under_way_than_asked_for(tmp_path):
+    """A small server falls over, and an endpoint counts them."""
+    under_way, most, lock = [0], [0], threading.Lock()
+
+    def slow(number: int, body: dict) -> tuple[int, dict]:
+        with lock:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        time.sleep(0.05)
+        with lock:
+            under_way[0] -= 1
+        return 200, {}
+
+    with serving(slow) as server:
+        judge_all(tmp_path / "rows.jsonl", server.url, make_requests(), max_concurrency=3)
+    assert most == [3]
+
+
+def test_keys_and_texts_that_no_encoding_holds(tmp_path, monkeypatch):
+    """Without a key, a server of one's own is asked all the same; OpenAI's is not. Lone surrogates are in real data."""
+    monkeypatch.delenv("OPENAI_API_KEY")
+    requests = [Request(key={"id": "p"}, prompt_ids=[], messages=judge_messages("\ud83d", "a", "1"))]
+    with serving(well) as server:
+        [row] = judge_all(tmp_path / "rows.jsonl", server.url, requests)
+        assert row["verdict"] == 2 and "问题：\ufffd" in server.bodies[0]["messages"][1]["content"]
+    with pytest.raises(InputError, match="OPENAI_API_KEY"):
+        judge_all(tmp_path / "none.jsonl", None, requests)
+
+
+def test_decoding_without_a_word_in_the_api_is_refused(tmp_path):
+    """Left out without a word, it would be another decoding than the manifest says."""
+    for decoding in Decoding(max_new_tokens=1, top_k=5), Decoding(max_new_tokens=1, repetition_penalty=1.2):
+        with pytest.raises(InputError, match="gpt-4o: the API has no (top_k|repetition_penalty)"):
+            judge_all(tmp_path / "rows.jsonl", "http://127.0.0.1:1/v1", make_requests(1), decoding)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_concurrency": 0}, "--max-concurrency: expected 1 or more"),
+        ({"max_retries": -1}, "--max-retries: expected 0 or more"),
+        ({"requests_per_minute": 0.0}, "--requests-per-minute: expected above 0"),
+        ({"request_timeout": 0.0}, "--request-timeout: expected above 0"),
+    ],
+)
+def test_options_are_checked(changes, message):
+    with pytest.raises(InputError, match=message):
+        EndpointOptions(**changes)
+
+
+# ---- The real server ----
+
+BASE = ROOT / "demo" / "base"
+
+
+def start_vllm(port: int, log: Path) -> subprocess.Popen:
+    """vLLM's own server with the shipped judge, set as engine.py sets the engine on a CPU."""
+    arguments = ["--model", BASE, "--port", port, "--host", "127.0.0.1", "--generation-config", "vllm"]
+    arguments += ["--dtype", "float32", "--max-model-len", 1024, "--max-num-seqs", 8, "--enforce-eager"]
+    arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", 8192, "--kv-cache-memory-bytes", 2**30]
+    line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, arguments)]
+    # A session of its own: its engine is another process, and dies with it.
+    return subprocess.Popen(
+        line, env=os.environ | ENVIRONMENT, stdout=open(log, "ab"), stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def kill(server: subprocess.Popen) -> None:
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def wait_until_ready(server: subprocess.Popen, port: int, log: Path, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+        assert server.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.5)
+    raise AssertionError(f"the server did not start: {log.read_text()[-3000:]}")
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (scripts/setup.sh)")
+def test_vllms_server_gives_the_offline_verdicts_and_may_be_killed(tmp_path):
+    """The same judge behind HTTP and in the process writes the same judgments, with the same probabilities, also when
+    the server is killed in the middle and started again on its port: nothing lost, nothing twice."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log, file, model = tmp_path / "server.log", tmp_path / "http.jsonl", check_model(BASE, None)
+    (tmp_path / "served.toml").write_text(f'prompt = "con-j"\nbackend = "openai"\nmodel = "{BASE}"\n')
+    judge, decoding = load_judge(str(tmp_path / "served.toml")), Decoding(max_new_tokens=64, verdict_probability=True)
+    over_http, offline = [], []
+    for row in load_prompts([str(ROOT / "demo" / "test.jsonl")], limit=20)[0]:
+        for order, names in (1, ("answer_1", "answer_2")), (2, ("answer_2", "answer_1")):
+            key, messages = {"id": row["id"], "order": order}, judge_messages(row["question"], *(row[n] for n in names))
+            over_http.append(Request(key=key, prompt_ids=[], messages=messages))
+            offline.append(Request(key=key, prompt_ids=model.tokenizer.prompt_ids(messages)))
+    servers, killed_at = [start_vllm(port, log)], []
+
+    def kill_and_restart() -> None:
+        while not file.exists() or file.read_bytes().count(b"\n") < 10:
+            time.sleep(0.005)
+        kill(servers[0])
+        killed_at.append(file.read_bytes().count(b"\n"))
+        servers.append(start_vllm(port, log))
+
+    try:
+        wait_until_ready(servers[0], port, log)
+        killer = threading.Thread(target=kill_and_restart, daemon=True)
+        killer.start()
+        options = EndpointOptions(base_url=f"http://127.0.0.1:{port}/v1", max_concurrency=2, max_retries=40)
+        complete = functools.partial(complete_by_http, judge=judge, options=options, decoding=decoding)
+        began = time.monotonic()
+        rows = append_samples(file, over_http, complete, row_of, "verdict", True)
+        print(
+            f"killed with {killed_at} of {len(over_http)} rows in the file, done after {time.monotonic() - began:.0f} s"
+        )
+        killer.join()
+    finally:
+        for server in servers:
+            kill(server)
+    assert 10 <= killed_at[0] < len(over_http) == len(rows)
+    complete = functools.partial(
+        complete_by_vllm, model=model, options=EngineOptions(model=BASE, max_num_seqs=8), decoding=decoding
+    )
+    expected = append_samples(tmp_path / "offline.jsonl", offline, complete, row_of, "verdict", True)
+    verdicts = Counter(row["verdict"] for row in expected)
+    shown = [f"{row['p_first']:.2g}" for row in expected if row["p_first"] is not None][:8]
+    print(f"offline: verdicts {dict(verdicts)}; the first answer is better with {', '.join(shown)} …")
+    assert verdicts[1] >= 5 and verdicts[2] >= 5
+    for row, other in zip(rows, expected):
+        for column in ("id", "order", "text", "verdict", "rung", "finish_reason"):
+            assert row[column] == other[column], column
+        assert row["p_first"] == pytest.approx(other["p_first"], abs=1e-3)
+        assert row["completion_tokens"] == len(other["token_ids"])
+    assert [row["prompt_tokens"] for row in rows] == [len(request.prompt_ids) for request in offline]
+    for row in expected:  # greedy: the likelier one was written
+        assert row["verdict"] is None or (row["p_first"] > 0.5) == (row["verdict"] == 1)
