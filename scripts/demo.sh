@@ -11,4 +11,4 @@ scripts/run_conj.sh --run "$run" --model demo/base --data demo/train.jsonl --tes
     --reference "--dtype fp32" \
     --dpo "--dtype fp32 --learning-rate 5e-5 --num-train-epochs 2 --eval-every 10" \
     --evaluate "--max-new-tokens 64"
-echo "open $run/report.html and $run/judgments.html"
+echo "open $run/report.html"

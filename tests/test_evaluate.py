@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import assert_one_line_error, command
+from conftest import ROOT, assert_one_line_error, command
 from fake_engine import use_fake_engine
 
 from conj.data.files import read_jsonl, write_jsonl
@@ -91,7 +91,7 @@ def first_and_second(prompt: str) -> tuple[str, str]:
 def judge_with(write, model, folder, monkeypatch) -> dict:
     use_fake_engine(monkeypatch, write)
     evaluate(EvaluateOptions(run=folder, model=model, data=(make_benchmark(folder / "test.jsonl"),), num_resamples=50))
-    return json.loads((folder / "report.json").read_text())["base"]
+    return json.loads((folder / "report.json").read_text())["judges"]["base"]
 
 
 def test_a_judge_that_knows_is_right_in_both_orders(tied_model, tmp_path, monkeypatch):
@@ -129,7 +129,7 @@ def test_a_prompt_that_does_not_fit_counts_as_unparsed_and_is_reported(tied_mode
     rows += [{"prompt": "p", "chosen": "right " * 2000, "rejected": "no"}]
     write_jsonl(tmp_path / "test.jsonl", rows)
     evaluate(EvaluateOptions(run=tmp_path, model=tied_model, data=(str(tmp_path / "test.jsonl"),), num_resamples=50))
-    scores = json.loads((tmp_path / "report.json").read_text())["base"]
+    scores = json.loads((tmp_path / "report.json").read_text())["judges"]["base"]
     assert (scores["n"], scores["accuracy"], scores["unparsed"], scores["overlong"]) == (2, 0.75, 0.5, 1)
 
 
@@ -138,14 +138,16 @@ def test_the_trained_model_is_judged_beside_the_base(tied_model, tmp_path, monke
     options = dict(run=tmp_path, model=tied_model, data=(make_benchmark(tmp_path / "test.jsonl"),), num_resamples=50)
     asked = use_fake_engine(monkeypatch, lambda prompt: judgment_text("r", 1))
     evaluate(EvaluateOptions(**options))
-    assert len(asked) == 24 and "trained" not in json.loads((tmp_path / "report.json").read_text())
+    assert len(asked) == 24 and "trained" not in json.loads((tmp_path / "report.json").read_text())["judges"]
     (tmp_path / "model").symlink_to(tied_model)
     know = lambda prompt: judgment_text("r", 1 if first_and_second(prompt)[0].startswith("right") else 2)  # noqa: E731
     asked = use_fake_engine(monkeypatch, know)
     evaluate(EvaluateOptions(**options))
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(asked) == 24
-    assert (report["base"]["accuracy"], report["trained"]["accuracy"], report["change"]["accuracy"]) == (0.5, 1, 0.5)
+    judges, [change] = report["judges"], report["comparisons"]
+    assert (judges["base"]["accuracy"], judges["trained"]["accuracy"], change["accuracy"]) == (0.5, 1, 0.5)
+    assert (change["judge"], change["against"]) == ("trained", "base") and change["p_value"] < 0.05
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,9 @@ def test_the_trained_model_is_judged_beside_the_base(tied_model, tmp_path, monke
     [
         (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
         (["--model", "nowhere"], ["nowhere", "no such model folder"]),
-        (["--max-shown", "0"], ["--max-shown", "1 or more", "0"]),
+        (["--num-resamples", "0"], ["--num-resamples", "1 or more", "0"]),
+        (["--num-samples", "3"], ["--num-samples", "--temperature"]),
+        (["--judge", "nobody"], ["nobody", "con-j"]),
     ],
 )
 def test_bad_input_ends_in_one_line(tied_model, tmp_path, arguments, parts):
@@ -161,3 +165,100 @@ def test_bad_input_ends_in_one_line(tied_model, tmp_path, arguments, parts):
     data = make_benchmark(tmp_path / "test.jsonl")
     done = command("conj.sample.evaluate", "--run", tmp_path, "--model", tied_model, "--data", data, *arguments)
     assert_one_line_error(done, *parts)
+
+
+# ---- Several judges, published judgments, votes ----
+
+
+def knows(prompt: str) -> str:
+    return judgment_text("r", 1 if first_and_second(prompt)[0].startswith("right") else 2)
+
+
+def report_of(run) -> dict:
+    return json.loads((run / "report.json").read_text())
+
+
+def test_judges_are_added_one_by_one_to_one_report(tied_model, tmp_path, monkeypatch):
+    """Judgments of other data, or unfinished ones, are no judge of this report."""
+    data = (make_benchmark(tmp_path / "test.jsonl"),)
+    options = dict(run=tmp_path, model=tied_model, data=data, num_resamples=50)
+    use_fake_engine(monkeypatch, lambda prompt: judgment_text("r", 1))
+    evaluate(EvaluateOptions(**options, judge="qwen2-7b"))
+    asked = use_fake_engine(monkeypatch, knows)
+    evaluate(EvaluateOptions(**options, name="mine"))
+    other = make_benchmark(tmp_path / "other.jsonl", 3)
+    rows = read_jsonl(tmp_path / "judgments_mine.jsonl")
+    write_jsonl(tmp_path / "judgments_unfinished.jsonl", rows[:5])
+    report = report_of(tmp_path)
+    assert len(asked) == 24 and list(report["judges"]) == ["mine", "qwen2-7b"]
+    assert [report["judges"][name]["accuracy"] for name in ("mine", "qwen2-7b")] == [1, 0.5]
+    assert report["comparisons"][0]["accuracy"] == -0.5
+    evaluate(EvaluateOptions(**options | {"data": (other,)}, name="of-three"))
+    assert list(report_of(tmp_path)["judges"]) == ["of-three"]
+
+
+def test_scoring_the_file_again_gives_the_figures_of_judging(tied_model, tmp_path, monkeypatch):
+    """Published judgments can be checked without the model; a changed choice shows."""
+    data, run, again = make_benchmark(tmp_path / "test.jsonl"), tmp_path / "run", tmp_path / "again"
+    use_fake_engine(monkeypatch, lambda prompt: knows(prompt) if "q3" in prompt else judgment_text("r", 2))
+    evaluate(EvaluateOptions(run=run, model=tied_model, data=(data,), num_resamples=50))
+    judgments = run / "judgments_base.jsonl"
+    evaluate(EvaluateOptions(run=again, judgments=(str(judgments),), data=(data,), num_resamples=50))
+    assert report_of(again)["judges"] == report_of(run)["judges"]
+    rows = read_jsonl(judgments)
+    rows[0] |= {"verdict": 3 - rows[0]["verdict"], "choice": 3 - rows[0]["choice"]}
+    write_jsonl(tmp_path / "changed.jsonl", rows)
+    evaluate(
+        EvaluateOptions(run=again, judgments=(f"base={tmp_path / 'changed.jsonl'}",), data=(data,), num_resamples=50)
+    )
+    assert report_of(again)["judges"]["base"]["accuracy"] != report_of(run)["judges"]["base"]["accuracy"]
+
+
+def test_published_runs_are_scored_beside_each_other(tmp_path):
+    """LLMBar's own counts of one of its judges, from its file (statistics.json): `77 / 134 = …`, or a percentage."""
+    folder = ROOT / "tests" / "data" / "llmbar_judge_outputs"
+    [result] = folder.rglob("result.json")
+    counts = json.loads(result.with_name("statistics.json").read_text())
+    done = command("conj.sample.evaluate", "--run", tmp_path, "--judgments", f"a={result}", f"b={result}")
+    assert done.returncode == 0, done.stderr
+    report = report_of(tmp_path)
+    found, n = report["judges"]["a"], report["judges"]["a"]["n"]
+    for published, name in {"correct_both": "both_right", "equal": "consistency"}.items():
+        assert f"{round(found[name] * n)} / {n}" == counts[published].partition(" =")[0], name
+    adversarial = found["benchmarks"]["llmbar"]["sections"]["Adversarial"]["value"]
+    assert f"{100 * adversarial}%" == counts["correct_average"]  # theirs counts no verdict as wrong
+    assert found["unparsed"] > 0 and found["accuracy"] > adversarial
+    assert report["comparisons"][0]["accuracy"] == 0 and report["comparisons"][0]["p_value"] == 1
+    assert found["benchmarks"]["llmbar"]["partial"]
+
+
+def test_several_samples_vote(tied_model, tmp_path, monkeypatch):
+    """A judge that is right in two of three samples is right by majority, and the curve says what one sample gives."""
+    count = iter(range(10**6))
+
+    def mostly(prompt: str) -> str:
+        verdict = int(knows(prompt)[-2])
+        return judgment_text("r", 3 - verdict if next(count) % 3 == 0 else verdict)
+
+    use_fake_engine(monkeypatch, mostly)
+    data = (make_benchmark(tmp_path / "test.jsonl"),)
+    options = dict(num_samples=3, temperature=1.0, num_resamples=50)
+    evaluate(EvaluateOptions(run=tmp_path, model=tied_model, data=data, **options))
+    found = report_of(tmp_path)["judges"]["base"]
+    assert (found["accuracy"], found["num_judgments"], found["n"]) == (1, 72, 12)
+    assert [point["accuracy"] for point in found["votes"]] == pytest.approx([2 / 3, 2 / 3, 1])
+    rows = read_jsonl(tmp_path / "judgments_base.jsonl")
+    assert len({(row["id"], row["order"], row["sample"]) for row in rows}) == 72
+
+
+def test_part_of_a_benchmark_is_called_partial(tied_model, tmp_path, monkeypatch):
+    """A figure of 3 rows of UltraFeedback is not UltraFeedback's."""
+    use_fake_engine(monkeypatch, knows)
+    data = (f"ultrafeedback={make_benchmark(tmp_path / 'test.jsonl')}",)
+    options = dict(run=tmp_path, model=tied_model, data=data, num_resamples=50)
+    evaluate(EvaluateOptions(**options))
+    whole = report_of(tmp_path)["judges"]["base"]["benchmarks"]["ultrafeedback"]
+    assert (whole["partial"], whole["score"]["value"], whole["score"]["partial"]) == (False, 1, False)
+    evaluate(EvaluateOptions(**options | {"run": tmp_path / "part", "limit": 3}))
+    part = report_of(tmp_path / "part")["judges"]["base"]["benchmarks"]["ultrafeedback"]
+    assert part["partial"] and part["score"]["partial"] and all(s["partial"] for s in part["sections"].values())

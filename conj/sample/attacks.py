@@ -8,12 +8,13 @@ goes on. It measures these attacks, each in one wording: a judge that stands the
     python -m conj.sample.attacks --run runs/demo --model runs/demo/model --data demo/test.jsonl
 """
 
-import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -23,8 +24,7 @@ from conj.data.options import option, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
 from conj.data.prompts import judge_messages, judgment_text
 from conj.data.readers import describe_data
-from conj.sample.engine import Completion, Decoding, JudgeModel, Request, check_model
-from conj.sample.evaluate import JudgingOptions
+from conj.sample.engine import Completion, Decoding, EngineOptions, JudgeModel, Request, check_model, complete_by_vllm
 from conj.sample.report import percent, percent_interval
 from conj.sample.scores import UNPARSED, summarize
 from conj.sample.stage import PARSERS, write_judgments
@@ -33,9 +33,16 @@ PLAIN = "none"  # the judgments without an attack
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackOptions(JudgingOptions):
+class AttackOptions(EngineOptions):
     run: Path = option(help="run folder; attacks.jsonl, .json and .md are written there", affects_result=False)
-    num_resamples: int = option(2000, help="number of bootstrap resamples of the questions")
+    data: tuple[str, ...] = option(
+        help="benchmarks: files, folders or hub names, each with an optional :split", affects_result=False
+    )
+    subsets: tuple[str, ...] = option((), help="names of the subsets to judge; all if not given")
+    limit: int | None = option(None, help="number of rows read from the head of each benchmark; all if not given")
+    parser: Literal["strict", "released"] = option("strict", help="how verdicts are read; released: as published")
+    seed: int = option(2021, help="seed of the order of the two answers and of the bootstrap")
+    num_resamples: int = option(2000, help="number of bootstrap resamples of the questions", affects_result=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -115,9 +122,8 @@ def attack_judge(options: AttackOptions) -> None:
     """Writes the judgments and the card, and prints it. Raises InputError for unusable data, model or options."""
     model = check_model(options.model, options.max_model_len)
     prompts, data_counts = load_prompts(options.data, options.seed, options.subsets, options.limit)
-    judging = JudgingOptions(**{f.name: getattr(options, f.name) for f in dataclasses.fields(JudgingOptions)})
     artefact, card, page = (options.run / f"attacks.{kind}" for kind in ("jsonl", "json", "md"))
-    judge_attacked(artefact, model, prompts, judging, data_counts)
+    judge_attacked(artefact, model, prompts, options, data_counts)
     began = time.monotonic()
     for path in card, manifest.manifest_path(card):
         path.unlink(missing_ok=True)
@@ -132,7 +138,7 @@ def attack_judge(options: AttackOptions) -> None:
 
 
 def judge_attacked(
-    artefact: Path, model: JudgeModel, prompts: list[dict], options: JudgingOptions, data_counts: dict[str, int]
+    artefact: Path, model: JudgeModel, prompts: list[dict], options: AttackOptions, data_counts: dict[str, int]
 ) -> None:
     """Writes a judgment of every question in both orders, plainly (`attack` none) and under each attack.
 
@@ -145,10 +151,12 @@ def judge_attacked(
         made = {"text": completion.text, "verdict": verdict, "choice": choice}
         return made | {"label": labels[request.key["id"]], "rung": rung}
 
+    decoding = Decoding(max_new_tokens=options.max_new_tokens)
     write_judgments(
         artefact, prompts, lambda row: attack_requests(row, model), judge,
+        functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding),
         inputs=[*describe_data(options.data), model.folder], model=model, options=options,
-        decoding=Decoding(max_new_tokens=options.max_new_tokens), data_counts=data_counts, outcome="choice",
+        decoding=decoding, data_counts=data_counts, outcome="choice",
     )  # fmt: skip
 
 

@@ -1,150 +1,236 @@
-"""Stage 7: the base judge and the trained one on benchmarks, each pair in both orders, greedily, and the report.
-
-Writes `judgments_base.jsonl` and, if the run has a model, `judgments_trained.jsonl`; then `report.json`, `report.md`,
-`report.html` and `judgments.html`. A prompt that does not fit the context counts as unparsed, and is reported. Run it
-again after a kill and it goes on; the report is made anew each time.
+"""Stage 7: judges on benchmarks, each pair in both orders, greedily, and the report.
 
     python -m conj.sample.evaluate --run runs/demo --model demo/base --data demo/test.jsonl
+    python -m conj.sample.evaluate --run runs/skywork --judge gpt-4o --data reward-bench ultrafeedback
+    python -m conj.sample.evaluate --run runs/again --judgments gpt-4=published/result.json
+
+Writes `judgments_NAME.jsonl`: `base` and, if the run has a model, `trained`; with `--judge` or `--name` of that name.
+The report (`report.json`, `.md`, `.html`) takes in every file of judgments of these data that the run folder holds, so
+judges may be added one by one. `--judgments` scores files that are there, without any model. A prompt that does not fit
+the context counts as unparsed, and is reported. Run it again after a kill and it goes on; the report is made anew.
 """
 
 import dataclasses
+import functools
+import hashlib
+import json
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from conj.data import manifest
+from conj.data.benchmarks import resolve_data
 from conj.data.files import read_jsonl
-from conj.data.options import option, require_each, run_command
+from conj.data.judgments import read_judgments_file
+from conj.data.options import option, require, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
-from conj.data.prompts import judge_messages
 from conj.data.readers import describe_data
-from conj.sample.engine import (
-    Completion,
-    Decoding,
-    EngineOptions,
-    JudgeModel,
-    Request,
-    check_model,
-)
+from conj.sample.endpoint import EndpointOptions, complete_by_http
+from conj.sample.engine import Completion, Decoding, EngineOptions, JudgeModel, Request, check_model, complete_by_vllm
+from conj.sample.figures import Judged, score_all
+from conj.sample.judges import Judge, judge_prompt, load_judge
 from conj.sample.report import write_report
-from conj.sample.scores import UNPARSED, compare, figure_ratios, summarize
-from conj.sample.stage import PARSERS, write_judgments
+from conj.sample.stage import write_judgments
+
+DEFAULT_MAX_NEW_TOKENS = 512  # of judges whose files say nothing
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgingOptions(EngineOptions):
-    """What decides the judgments, and stands in their manifest."""
-
+class EvaluateOptions(EngineOptions, EndpointOptions):
     run: Path = option(
         help="run folder; judges with its model/ too, if there; writes judgments and the report", affects_result=False
     )
-    data: tuple[str, ...] = option(
-        help="benchmarks: files, folders or hub names, each with an optional :split", affects_result=False
+    model: Path | None = option(
+        None,
+        help="the judge's model folder, Hugging Face layout; not for judges behind an endpoint",
+        affects_result=False,
     )
+    data: tuple[str, ...] = option(
+        (), help="benchmarks by name (reward-bench), NAME=PATH, or files, folders and hub names, each with an optional :split",
+        affects_result=False,
+    )  # fmt: skip
     subsets: tuple[str, ...] = option((), help="names of the subsets to judge; all if not given")
     limit: int | None = option(None, help="number of rows read from the head of each benchmark; all if not given")
-    parser: Literal["strict", "released"] = option("strict", help="how verdicts are read; released: as published")
-    seed: int = option(2021, help="seed of the order of the two answers and of the bootstrap")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(JudgingOptions):
-    num_resamples: int = option(2000, help="number of bootstrap resamples of the questions")
-    max_shown: int = option(200, help="most questions on the page of judgments")
+    judge: str = option("con-j", help="whose prompt, parser and backend: a judge that conj ships, or a judge file")
+    judge_text: Path | None = option(None, help="file with the judge's text, where its judge file ships none")
+    name: str | None = option(
+        None,
+        help="name of the judge in files and report; by default base and trained, or the judge's",
+        affects_result=False,
+    )
+    judgments: tuple[str, ...] = option(
+        (), help="files of judgments to score instead of judging, each as PATH or NAME=PATH", affects_result=False
+    )
+    max_new_tokens: int | None = option(None, help="longest judgment, tokens; by default the judge's")
+    parser: Literal["strict", "released"] | None = option(
+        None, help="how verdicts are read; by default the judge's; released: as published"
+    )
+    num_samples: int = option(1, help="judgments of each order; the majority decides")
+    temperature: float = option(0.0, help="sampling temperature; 0 is greedy, and takes one sample")
+    verdict_probability: bool = option(
+        False, help="also keep the probability of the verdict's token, and how far it can be believed"
+    )
+    seed: int = option(2021, help="seed of the order of the two answers, of sampling and of the bootstrap")
+    num_resamples: int = option(2000, help="number of bootstrap resamples of the questions", affects_result=False)
 
     def __post_init__(self):
-        super().__post_init__()
-        require_each(self, ("num_resamples", "max_shown", "limit"), lambda value: value >= 1, "1 or more")
+        EngineOptions.__post_init__(self)
+        EndpointOptions.__post_init__(self)
+        require_each(self, ("num_resamples", "limit", "num_samples"), lambda value: value >= 1, "1 or more")
+        require_each(self, ("temperature",), lambda value: value >= 0, "0 or more")
+        require(self.num_samples == 1 or self.temperature > 0, "--num-samples: expected a --temperature above 0")
+        require(bool(self.data or self.judgments), "--data: expected benchmarks, or --judgments to score")
 
 
 def evaluate(options: EvaluateOptions) -> None:
-    """Writes judgments and report. Raises InputError for unusable data, models or options."""
-    models = {"base": check_model(options.model, options.max_model_len)}
-    if (options.run / "model").exists():
-        models["trained"] = check_model(options.run / "model", options.max_model_len)
-    prompts, data_counts = load_prompts(options.data, options.seed, options.subsets, options.limit)
-    judging = JudgingOptions(**{f.name: getattr(options, f.name) for f in dataclasses.fields(JudgingOptions)})
-    judgments = {}
-    for name, model in models.items():
-        artefact = options.run / f"judgments_{name}.jsonl"
-        judge_prompts(artefact, model, prompts, judging, data_counts)
-        judgments[name] = {(row["id"], row["order"]): row for row in read_jsonl(artefact)}
+    """Writes judgments and report. Raises InputError for unusable data, models, judges or options."""
+    judged, counts = (read_files if options.judgments else make_judgments)(options)
     began, report = time.monotonic(), options.run / "report.json"
     for path in report, manifest.manifest_path(report):
         path.unlink(missing_ok=True)
-    manifest.begin(report, inputs=[options.run / f"judgments_{name}.jsonl" for name in judgments], options=options)
-    scores = score_judges(prompts, judgments, options.num_resamples, options.seed)
-    write_report(options.run, scores, prompts, judgments, options.max_shown)
+    files = [name.rpartition("=")[2] for name in options.judgments]
+    files = files or [judgments_path(options.run, name) for name in judged]
+    manifest.begin(report, inputs=files, options=options)
+    is_part = bool(options.subsets) or options.limit is not None
+    content = score_all(judged, options.num_resamples, options.seed, is_part=is_part) | {"counts": counts}
+    prompts = {row["id"]: row for entry in judged.values() for row in entry.prompts}
+    rows = {name: entry.rows for name, entry in judged.items()}
+    seconds = {name: entry.seconds_per_judgment for name, entry in judged.items()}
+    write_report(options.run, content, list(prompts.values()), rows, seconds)
     headline = ("accuracy", "consistency", "unparsed")
-    counts = {f"{judge}_{name}": round(scores[judge][name], 4) for judge in judgments for name in headline}
-    also = [options.run / name for name in ("report.md", "report.html", "judgments.html")]
+    figures = {f"{name}_{figure}": content["judges"][name][figure] for name in judged for figure in headline}
+    counts = {name: None if value is None else round(value, 4) for name, value in figures.items()}
+    also = [options.run / name for name in ("report.md", "report.html")]
     manifest.finish(report, num_rows=len(prompts), counts=counts, seconds=time.monotonic() - began, also=also)
 
 
+def judgments_path(run: Path, name: str) -> Path:
+    return run / f"judgments_{name}.jsonl"
+
+
+# ---- Judgments: made here, or read ----
+
+
+def make_judgments(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[str, int]]:
+    """Judges with what the options name, and gathers all judgments of the same prompts that the run folder holds."""
+    judge = load_judge(options.judge, options.judge_text)
+    if options.parser is not None:
+        judge = dataclasses.replace(judge, parser=options.parser)
+    options = dataclasses.replace(
+        options, max_new_tokens=options.max_new_tokens or judge.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    )
+    models = find_models(options, judge)  # before the data: a mistyped path should not cost a download
+    prompts, counts = load_prompts(options.data, options.seed, options.subsets, options.limit, benchmark=True)
+    for name, model in models.items():
+        judge_prompts(judgments_path(options.run, name), judge, model, prompts, options, counts)
+    found, ids = {}, {row["id"] for row in prompts}
+    for path in sorted(options.run.glob("judgments_*.jsonl"), key=_base_first):
+        name, rows, made = path.stem.removeprefix("judgments_"), read_jsonl(path), manifest.read_manifest(path)
+        if made is None or not made["complete"] or not ids.issuperset(row["id"] for row in rows):
+            print(f"{path}: unfinished, or of other data than --data: left out of the report")
+            continue
+        found[name] = Judged(prompts=prompts, rows=rows, seconds_per_judgment=seconds_per_judgment(made))
+    return found, counts
+
+
+def _base_first(path: Path) -> tuple:
+    first = [f"judgments_{name}.jsonl" for name in ("base", "trained")]
+    return (first.index(path.name) if path.name in first else len(first), path.name)
+
+
+def find_models(options: EvaluateOptions, judge: Judge) -> dict[str, JudgeModel | None]:
+    """The models to judge with, checked, by name; None for one behind an endpoint."""
+    if judge.backend == "openai":
+        return {options.name or judge.name: None}
+    require(
+        options.model is not None, f"--model: expected a folder for judge {judge.name} ({judge.model or 'any model'})"
+    )
+    check = functools.partial(
+        check_model, max_model_len=options.max_model_len or judge.max_model_len, chat_template=judge.chat_template
+    )
+    if options.name or options.judge != "con-j":
+        return {options.name or judge.name: check(options.model)}
+    trained = {"trained": check(options.run / "model")} if (options.run / "model").exists() else {}
+    return {"base": check(options.model)} | trained
+
+
 def judge_prompts(
-    artefact: Path, model: JudgeModel, prompts: list[dict], options: JudgingOptions, data_counts: dict[str, int]
+    artefact: Path, judge: Judge, model: JudgeModel | None, prompts: list[dict], options: EvaluateOptions, counts: dict
 ) -> None:
     """Writes a judgment of every prompt that fits, in both orders of its answers.
 
-    Beside what every judgment has: `order` (1: as in the data, 2: swapped), `verdict` (as written) and `choice` (the
-    answer it means in the order of the data)."""
+    Beside what every judgment has: `order` (1: as in the data, 2: swapped), `sample`, `verdict` (as written) and `choice`
+    (the answer it means in the order of the data)."""
     labels = {row["id"]: row["label"] for row in prompts}
+    decoding = Decoding(
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed,
+        verdict_probability=options.verdict_probability, verdict_place=judge.verdict_place,
+    )  # fmt: skip
 
-    def judge(request: Request, completion: Completion) -> dict:
-        verdict = PARSERS[options.parser](completion.text)
-        swapped = verdict.value is not None and request.key["order"] == 2
+    def read(request: Request, completion: Completion) -> dict:
+        verdict = judge.parse(completion.text)
+        swapped = verdict.value in (1, 2) and request.key["order"] == 2
+        known = completion.prompt_tokens is not None and completion.completion_tokens is not None
+        dollars = judge.dollars(completion.prompt_tokens, completion.completion_tokens) if known else None
         return {
             "text": completion.text,
             "verdict": verdict.value,
             "choice": 3 - verdict.value if swapped else verdict.value,
             "label": labels[request.key["id"]],
             "rung": verdict.rung,
-        }
+        } | ({} if dollars is None else {"dollars": dollars})
 
+    if model is None:
+        complete = functools.partial(complete_by_http, judge=judge, options=options, decoding=decoding)
+    else:
+        complete = functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding)
     write_judgments(
-        artefact, prompts, lambda row: both_orders(row, model), judge,
-        inputs=[*describe_data(options.data), model.folder], model=model, options=options,
-        decoding=Decoding(max_new_tokens=options.max_new_tokens), data_counts=data_counts, outcome="choice",
+        artefact, prompts, functools.partial(both_orders, judge=judge, model=model, num_samples=options.num_samples),
+        read, complete, inputs=[*data_inputs(options.data), describe_judge(judge), *([model.folder] if model else [])],
+        model=model, options=options, decoding=decoding, data_counts=counts, outcome="choice",
     )  # fmt: skip
 
 
-def both_orders(row: dict, model: JudgeModel) -> list[Request]:
-    """A row of prompts.jsonl as it is, and with its answers swapped."""
+def data_inputs(data: tuple[str, ...]) -> list[str]:
+    return describe_data([resolve_data(name)[0] for name in data])
+
+
+def describe_judge(judge: Judge) -> str:
+    """What a manifest says of a judge: its name, and a hash of all that its file and other sources of its text say."""
+    content = json.dumps(dataclasses.asdict(judge), ensure_ascii=False)
+    return f"judge {judge.name} {hashlib.sha256(content.encode()).hexdigest()}"
+
+
+def both_orders(row: dict, judge: Judge, model: JudgeModel | None, num_samples: int = 1) -> list[Request]:
+    """A row of prompts as it is, and with its answers swapped, each `num_samples` times."""
     requests = []
     for order, answers in (1, ("answer_1", "answer_2")), (2, ("answer_2", "answer_1")):
-        messages = judge_messages(question_of(row), *(row[name] for name in answers))
-        requests.append(Request(key={"id": row["id"], "order": order}, prompt_ids=model.tokenizer.prompt_ids(messages)))
+        messages = judge_prompt(judge, question_of(row), *(row[name] for name in answers))
+        prompt = {"messages": messages} if model is None else {"prompt_ids": model.tokenizer.prompt_ids(messages)}
+        keys = [{"id": row["id"], "order": order, "sample": sample} for sample in range(num_samples)]
+        requests += [Request(key=key, **prompt) for key in keys]
     return requests
 
 
-def score_judges(
-    prompts: list[dict], judgments: dict[str, dict[tuple[str, int], dict]], num_resamples: int, seed: int
-) -> dict:
-    """The content of report.json: each judge's figures, those of each subset, and what training changed.
+def seconds_per_judgment(made: dict) -> float | None:
+    """By the manifest of judgments: of those that its last process made, its start-up included."""
+    count = made["counts"].get("judgments_made")
+    return made["seconds"] / count if count else None
 
-    `judgments`: judge -> (prompt id, order) -> row; a judgment that is not there counts as unparsed."""
-    labels = np.array([row["label"] for row in prompts])
-    lengths = np.array([[len(row["answer_1"]), len(row["answer_2"])] for row in prompts])
-    longer = np.where(lengths[:, 0] == lengths[:, 1], 0, lengths.argmax(1) + 1)
-    subsets = np.array([row["subset"] or "all" for row in prompts])
-    ratios, scores = {}, {}
-    for name, rows in judgments.items():
-        made = [[rows.get((row["id"], order), {"choice": None})["choice"] for order in (1, 2)] for row in prompts]
-        choices = np.array([[choice or UNPARSED for choice in pair] for pair in made])
-        ratios[name] = figure_ratios(choices, labels, longer)
-        scores[name] = summarize(ratios[name], num_resamples, seed)
-        scores[name]["overlong"] = sum((row["id"], 1) not in rows for row in prompts)
-        scores[name]["subsets"] = {
-            str(subset): summarize(figure_ratios(choices[of], labels[of], longer[of]), num_resamples, seed)
-            for subset in np.unique(subsets)
-            for of in [subsets == subset]
-        }
-    if "trained" in ratios:
-        scores["change"] = compare(ratios["base"], ratios["trained"], num_resamples, seed)
-    return scores
+
+def read_files(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[str, int]]:
+    """Judgments that others made, or that were made earlier, by name: no model is asked."""
+    judged, counts = {}, Counter()
+    for given in options.judgments:
+        name, _, path = given.rpartition("=")
+        name = name or Path(path).stem.removeprefix("judgments_")
+        require(name not in judged, f"--judgments: two files are named {name}; expected NAME={path}")
+        prompts, rows = read_judgments_file(Path(path), options.data, options.seed, options.subsets, options.limit)
+        judged[name] = Judged(prompts=prompts, rows=rows)
+        counts[f"judgments_{name}"] = len(rows)
+    return judged, dict(counts)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,29 @@
-"""The report of a run: report.json for programs, report.md for a terminal, report.html and judgments.html for readers.
+"""The report of a run: report.json for programs, report.md for a terminal, report.html for readers.
 
-The pages need no network and no scripts: pictures are part of the file. What users and models wrote is escaped.
+The page is one file that needs no network and no server: its pictures and all judgments are part of it. What users and
+models wrote is escaped, or travels packed and is shown as text; a policy in the page lets nothing run but its own script.
 """
 
 import base64
-import io
+import gzip
+import hashlib
+import html
 import json
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlencode
 
 import jinja2
-import matplotlib
-from matplotlib.figure import Figure
+from markupsafe import Markup
 
+from conj.data.benchmarks import BENCHMARKS, CARD_COLUMNS, PUBLISHED, STYLES
 from conj.data.files import read_jsonl, replace_surrogates, write_atomic
 from conj.data.manifest import list_artefacts, read_manifest
 from conj.data.preprocess import question_of
-from conj.data.prompts import question_text
-from conj.data.verdicts import parse_reason
+from conj.data.prompts import REASON_KEY, VERDICT_KEY
+from conj.sample.pictures import TRAINING_CURVES, draw_pictures
 
 FIGURE_NAMES = {
     "accuracy": "Accuracy",
@@ -30,24 +37,20 @@ FIGURE_NAMES = {
     "accuracy_longer_right": "Accuracy where the longer answer is right",
     "accuracy_shorter_right": "Accuracy where the shorter answer is right",
 }
-JUDGE_COLOURS = {"base": "#a3aab5", "trained": "#0f766e"}
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9ca3af",
-    "axes.labelcolor": "#374151",
-    "xtick.color": "#4b5563",
-    "ytick.color": "#4b5563",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#e5e7eb",
-    "axes.axisbelow": True,
-    "svg.hashsalt": "conj",  # the same figures give the same bytes
+HEADLINE = ("accuracy", "both_right", "consistency", "unparsed")
+COST_NAMES = {
+    "overlong": "Questions too long for the context",
+    "tokens_per_judgment": "Tokens a judgment",
+    "seconds_per_judgment": "Seconds a judgment",
+    "dollars": "Dollars",
 }
+_RM_BENCH = BENCHMARKS["rm-bench"].sections
+STYLE_WEIGHTS = {**_RM_BENCH["Easy"], **_RM_BENCH["Normal"], **_RM_BENCH["Hard"]}  # subset -> weight
+QUESTIONS_A_BLOCK = 1000
+TEMPLATES = Path(__file__).parent / "templates"
 PAGES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=True,
+    loader=jinja2.FileSystemLoader(TEMPLATES),
+    autoescape=lambda name: name.endswith(".html"),
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -56,35 +59,49 @@ PAGES = jinja2.Environment(
 
 def write_report(
     run: Path,
-    scores: dict,
+    report: dict,
     prompts: list[dict],
-    judgments: dict[str, dict[tuple[str, int], dict]],
-    max_shown: int,
+    judgments: dict[str, list[dict]],
+    seconds: dict[str, float | None] | None = None,
 ) -> None:
-    """Writes the four files. `scores` is the content of report.json, `judgments` as in `evaluate.score_judges`."""
+    """Writes report.json, report.md and report.html into `run`.
+
+    `report`: the content of report.json; `prompts`: rows as `load_prompts` gives them; `judgments`: judge -> rows of its
+    judgments, in any order. A judgment that is not there is shown as one that did not fit the context. `seconds`: judge ->
+    seconds a judgment, which the pages show and report.json leaves out: that is the same for the same judgments."""
+    judges = {n: figures | {"seconds_per_judgment": (seconds or {}).get(n)} for n, figures in report["judges"].items()}
     metrics = read_jsonl(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-    judges = [name for name in JUDGE_COLOURS if name in scores]
+    script = (TEMPLATES / "browser.js").read_text("utf-8")
     page = {
         "run": run.name,
-        "scores": scores,
         "judges": judges,
-        "figure_names": FIGURE_NAMES,
+        "comparisons": report["comparisons"],
+        "counts": report["counts"],
+        "num_questions": len(prompts),
+        "card_columns": CARD_COLUMNS,
+        "card": card_rows(judges),
+        "benchmarks": gather_benchmarks(judges),
+        "rungs": list(dict.fromkeys(rung for figures in judges.values() for rung in figures["rungs"])),
         "stages": read_stages(run),
-        "pictures": draw_pictures(scores, judges, metrics),
     }
-    shown = [show_question(prompt, judgments) for prompt in sorted(prompts, key=lambda p: p["id"])[:max_shown]]
+    rendered = PAGES.get_template("report.html").render(
+        **page,
+        pictures=draw_pictures(judges, FIGURE_NAMES, metrics),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        blocks=[Markup(block) for block in pack_judgments(judges, prompts, judgments)],
+    )
     contents = {
-        "report.json": json.dumps(scores, ensure_ascii=False, indent=2) + "\n",
-        "report.md": render_markdown(page),
-        "report.html": render("report.html", **page),
-        "judgments.html": render("judgments.html", run=run.name, judges=judges, shown=shown, total=len(prompts)),
+        "report.json": json.dumps(report, ensure_ascii=False, indent=2) + "\n",
+        "report.md": PAGES.get_template("report.md").render(**page),
+        "report.html": rendered,
     }
     for name, text in contents.items():
-        write_atomic(run / name, replace_surrogates(text).encode())
+        write_atomic(run / name, encode(text))
 
 
-def render(template: str, **values) -> str:
-    return PAGES.get_template(template).render(**values)
+def encode(text: str) -> bytes:
+    return replace_surrogates(text).encode()
 
 
 def percent(value: float | None) -> str:
@@ -95,7 +112,113 @@ def percent_interval(interval: list[float] | None) -> str:
     return "" if interval is None else f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f}"
 
 
-PAGES.filters |= {"percent": percent, "percent_interval": percent_interval}
+def points(difference: float | None) -> str:
+    """A difference of two shares, in percentage points."""
+    return "–" if difference is None else f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def points_interval(interval: list[float] | None) -> str:
+    return "" if interval is None else f"{points(interval[0])} to {points(interval[1])}"
+
+
+def p_value(value: float | None) -> str:
+    return "–" if value is None else "< 0.0001" if value < 0.0001 else f"{value:.4f}"
+
+
+def amount(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.3g}" if 0 < value < 10 else f"{value:,.0f}"
+
+
+def with_interval(figures: dict, name: str) -> str:
+    """A figure of Markdown: value, interval, and whether it is one of a part of its rows."""
+    text, interval = percent(figures[name]), percent_interval(figures[f"{name}_ci95" if name != "value" else "ci95"])
+    text += f" ({interval})" if interval else ""
+    return text + ", partial" if figures.get("partial") else text
+
+
+def cell(text: object) -> str:
+    """A text as a cell of a Markdown table: what it holds can become neither a cell, nor a line, nor HTML."""
+    return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|")
+
+
+def reading_link(**state: str) -> str:
+    """The place in the page where the judgments of this choice are read."""
+    return "#judgments?" + urlencode({name: replace_surrogates(value) for name, value in state.items()})
+
+
+PAGES.filters |= {
+    function.__name__: function
+    for function in (percent, percent_interval, points, points_interval, p_value, amount, with_interval, cell)
+}
+PAGES.globals |= {
+    "figure_names": FIGURE_NAMES,
+    "headline": HEADLINE,
+    "cost_names": COST_NAMES,
+    "training_curves": TRAINING_CURVES,
+    "styles": STYLES,
+    "zip": zip,
+    "reading_link": reading_link,
+}
+
+
+def card_rows(judges: dict[str, dict]) -> list[dict]:
+    """The rows of the model card's table: the published judges, then ours that judged one of its benchmarks; none if
+    nothing of it was judged. The best whole figure of a column is marked, equal ones too; a partial one cannot be it."""
+    measured = []
+    for name, figures in judges.items():
+        cells = [_card_cell(figures["benchmarks"], *column) for column in CARD_COLUMNS]
+        if any(cells):
+            measured.append({"judge": name, "measured": True, "cells": cells})
+    if not measured:
+        return []
+    rows = []
+    for name, values in PUBLISHED.items():
+        cells = [{"value": value / 100, "ci95": None, "partial": False} for value in values]
+        rows.append({"judge": name, "measured": False, "cells": cells})
+    rows += measured
+    for i in range(len(CARD_COLUMNS)):
+        column = [row["cells"][i] for row in rows if row["cells"][i]]
+        best = max(round(cell["value"], 3) for cell in column if not cell["partial"])  # as it is printed
+        for cell in column:
+            cell["best"] = not cell["partial"] and round(cell["value"], 3) == best
+    return rows
+
+
+def _card_cell(benchmarks: dict, title: str, benchmark: str, section: str | None) -> dict | None:
+    found = benchmarks.get(benchmark)
+    if found is not None:
+        found = found["score"] if section is None else found["sections"].get(section)
+    return None if found is None or found["value"] is None else {k: found[k] for k in ("value", "ci95", "partial")}
+
+
+def gather_benchmarks(judges: dict[str, dict]) -> list[dict]:
+    """Each benchmark with the judges that judged it, and the names of its sections, subsets and annotators."""
+    gathered = {}
+    for judge, figures in judges.items():
+        for name, found in figures["benchmarks"].items():
+            entry = {"name": name, "title": found["title"], "n": found["n"], "judges": {}}
+            gathered.setdefault(name, entry)["judges"][judge] = found
+    for entry in gathered.values():
+        for kind in ("sections", "subsets", "annotators"):
+            entry[kind] = list(dict.fromkeys(key for found in entry["judges"].values() for key in found.get(kind, {})))
+        parts = [found[kind] for found in entry["judges"].values() for kind in ("sections", "subsets")]
+        entry["sizes"] = {name: figures["n"] for part in parts for name, figures in part.items()}
+        of_styles = entry["judges"].items() if entry["name"] == "rm-bench" else ()
+        entry["matrices"] = {judge: style_matrix(found["subsets"]) for judge, found in of_styles}
+    return list(gathered.values())
+
+
+def style_matrix(subsets: dict[str, dict]) -> list[list[float | None]]:
+    """RM-Bench's accuracies by style of the better answer (rows) and of the worse (columns), over its domains."""
+    matrix = []
+    for better in STYLES:
+        matrix.append([])
+        for worse in STYLES:
+            cells = [c for c in STYLE_WEIGHTS if c in subsets and c.endswith(f"/{better}-{worse}")]
+            total = sum(STYLE_WEIGHTS[c] for c in cells)
+            right = sum(STYLE_WEIGHTS[c] * subsets[c]["accuracy"] for c in cells)
+            matrix[-1].append(right / total if total else None)
+    return matrix
 
 
 def read_stages(run: Path) -> list[dict]:
@@ -109,130 +232,67 @@ def read_stages(run: Path) -> list[dict]:
     return stages
 
 
-def show_question(prompt: dict, judgments: dict[str, dict[tuple[str, int], dict]]) -> dict:
-    """A question as the page of judgments shows it: each judge's verdicts in both orders, and what is wrong with them.
+def pack_judgments(judges: dict[str, dict], prompts: list[dict], judgments: dict[str, list[dict]]) -> Iterator[str]:
+    """What the page's browser reads: blocks of gzip-packed JSON in base64, the first with names, the others with
+    questions, in the order of their ids. These are hashes, so that every page is a fair sample."""
+    rows, orders = {name: defaultdict(list) for name in judges}, []
+    for name, of_judge in rows.items():
+        for row in sorted(judgments[name], key=lambda row: (row["order"], row["sample"])):
+            of_judge[row["id"]].append(row)
+        orders.append(sorted({row["order"] for row in judgments[name]}))
+    # Judges may have been asked different questions.
+    subsets = {name: {b: f["subsets"] for b, f in figures["benchmarks"].items()} for name, figures in judges.items()}
+    titles = {name: f["title"] for figures in judges.values() for name, f in figures["benchmarks"].items()}
+    prompts = sorted(prompts, key=lambda prompt: prompt["id"])
+    contents = [
+        {"judges": list(judges), "orders": orders, "titles": list(titles.items()), "num_questions": len(prompts)}
+    ]
+    for start in range(0, len(prompts), QUESTIONS_A_BLOCK):
+        chunk = prompts[start : start + QUESTIONS_A_BLOCK]
+        contents.append([pack_question(prompt, rows, subsets) for prompt in chunk])
 
-    The answers a reason speaks of are those of its own order, so the page says which answer stood first."""
-    judged = {}
-    for name, rows in judgments.items():
-        both = []
-        for order in (1, 2):
-            row = rows.get((prompt["id"], order), {"text": "(the prompt does not fit the context)", "choice": None})
-            outcome = "unparsed" if row["choice"] is None else "right" if row["choice"] == prompt["label"] else "wrong"
-            text = parse_reason(row["text"]) or row["text"]
-            both.append({"order": order, "choice": row["choice"], "reason": text, "outcome": outcome})
-        choices = [row["choice"] for row in both]
-        judged[name] = {"both": both, "consistent": None not in choices and choices[0] == choices[1]}
-        judged[name]["right"] = choices == [prompt["label"]] * 2
-    answers = [prompt["answer_1"], prompt["answer_2"]]
-    question = question_text(question_of(prompt))
+    def pack(content) -> str:
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        return base64.b64encode(gzip.compress(encode(text), 1, mtime=0)).decode()
+
+    with ThreadPoolExecutor(2) as pool:  # zlib works beside Python
+        yield from pool.map(pack, contents)
+
+
+def pack_question(prompt: dict, rows: dict[str, dict[str, list[dict]]], subsets: dict[str, dict[str, dict]]) -> dict:
+    """A question as browser.js takes it, with each judge's rows in the order of the judges; None: it was not asked."""
+    question, benchmark = question_of(prompt), prompt.get("benchmark") or prompt["source"]
+    judged = []
+    for name, of_judge in rows.items():
+        found = [pack_judgment(row) for row in of_judge.get(prompt["id"], ())]
+        asked = found or (prompt["subset"] or "all") in subsets[name].get(benchmark, ())
+        judged.append(found if asked else None)
+    turns = [("user", question)] if isinstance(question, str) else [(m["role"], m["content"]) for m in question]
     return {
         "id": prompt["id"],
-        "question": question,
-        "answers": answers,
+        "benchmark": benchmark,
+        "subset": prompt["subset"] or "",
+        "turns": turns,
+        "answers": [prompt["answer_1"], prompt["answer_2"]],
         "label": prompt["label"],
+        "votes": prompt.get("votes"),
         "judged": judged,
-        "marks": [f"{name}-{'right' if judged[name]['right'] else 'wrong'}" for name in judged],
     }
 
 
-def render_markdown(page: dict) -> str:
-    """The figures and the stages as Markdown."""
-    judges, scores = page["judges"], page["scores"]
-    lines = [f"# {page['run']}: what the judge learned", ""]
-    lines += [f"{scores['base']['n']} questions, each judged in both orders, greedily; 95 % bootstrap intervals.", ""]
-    lines += ["| | " + " | ".join(judges) + " |", "|---|" + "---|" * len(judges)]
-    for name, title in page["figure_names"].items():
-        cells = []
-        for judge in judges:
-            interval = percent_interval(scores[judge][f"{name}_ci95"])
-            cells.append(percent(scores[judge][name]) + (f" ({interval})" if interval else ""))
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    lines += ["", "| subset | n | " + " | ".join(f"accuracy, {judge}" for judge in judges) + " |"]
-    lines.append("|---|---|" + "---|" * len(judges))
-    for subset, figures in scores["base"]["subsets"].items():
-        cells = [percent(scores[judge]["subsets"][subset]["accuracy"]) for judge in judges]
-        title = subset.replace("|", "\\|")
-        lines.append(f"| {title} | {figures['n']} | " + " | ".join(cells) + " |")
-    lines += ["", "| artefact | rows | seconds | counts |", "|---|---|---|---|"]
-    for stage in page["stages"]:
-        counts = ", ".join(f"{name} {count}" for name, count in stage["counts"].items())
-        lines.append(f"| {stage['artefact']} | {stage['num_rows']} | {stage['seconds']:.0f} | {counts} |")
-    return "\n".join(lines) + "\n"
+def pack_judgment(row: dict) -> dict:
+    kept = ("order", "sample", "choice", "verdict", "rung", "finish_reason", "p_first")
+    return {name: row.get(name) for name in kept} | {"reason": shown_reason(row)}
 
 
-def draw_pictures(scores: dict, judges: list[str], metrics: list[dict]) -> dict[str, str]:
-    """Pictures as data URIs: name -> SVG. `training` only where there are metrics."""
-    with matplotlib.rc_context(STYLE):
-        pictures = {
-            "result": draw_bars(scores, judges, ("accuracy", "both_right", "consistency", "unparsed")),
-            "bias": draw_bars(
-                scores,
-                judges,
-                ("accuracy_longer_right", "accuracy_shorter_right", "longer_answer_rate", "first_position_rate"),
-            ),
-        }
-        if metrics:
-            pictures["training"] = draw_training(metrics)
-    return pictures
-
-
-def draw_bars(scores: dict, judges: list[str], names: tuple[str, ...]) -> str:
-    """Bars of the judges side by side, with their intervals."""
-    figure = Figure(figsize=(8, 3.1), layout="constrained")
-    axes = figure.subplots()
-    width = 0.72 / len(judges)
-    for number, judge in enumerate(judges):
-        for place, name in enumerate(names):
-            value, bounds = scores[judge][name], scores[judge][f"{name}_ci95"]
-            if value is None:
-                continue
-            x = place + (number - (len(judges) - 1) / 2) * width
-            label = judge if place == 0 else None
-            axes.bar(x, value, width * 0.92, color=JUDGE_COLOURS[judge], label=label)
-            axes.vlines(x, *bounds, color="#1f2937", linewidth=1.2)
-            axes.annotate(
-                f"{100 * value:.0f}", (x, max(value, bounds[1])), xytext=(0, 3), textcoords="offset points", ha="center"
-            )
-    axes.set(ylim=(0, 1.12), yticks=[0, 0.25, 0.5, 0.75, 1], yticklabels=["0", "25", "50", "75", "100 %"])
-    axes.set_xticks(range(len(names)), [_wrap(FIGURE_NAMES[name]) for name in names])
-    axes.tick_params(length=0)
-    figure.legend(loc="outside upper right", ncols=len(judges), frameon=False)
-    return as_data_uri(figure)
-
-
-def _wrap(title: str, width: int = 22) -> str:
-    """A title on two lines, broken at the last space before `width`."""
-    place = title.rfind(" ", 0, width) if len(title) > width else -1
-    return title if place < 0 else title[:place] + "\n" + title[place + 1 :]
-
-
-def draw_training(metrics: list[dict]) -> str:
-    """The curves of metrics.jsonl: loss, accuracy, rewards, gradient norm; held-out pairs as dots."""
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
-    panels = {
-        "Loss": {"loss": "#0f766e", "eval_loss": "#b45309"},
-        "Pairs with a positive margin": {"accuracy": "#0f766e", "eval_accuracy": "#b45309"},
-        "Rewards": {"chosen_reward": "#0f766e", "rejected_reward": "#be123c"},
-        "Gradient norm": {"grad_norm": "#4b5563"},
-    }
-    for axes, (title, curves) in zip(figure.subplots(2, 2).flat, panels.items()):
-        for name, colour in curves.items():
-            points = [(row["step"], row[name]) for row in metrics if name in row]
-            held_out = name.startswith("eval_")
-            if points:
-                axes.plot(
-                    *zip(*points), color=colour, linewidth=1.4, marker="o" if held_out else None, markersize=4,
-                    label="held out" if held_out else name.replace("_", " "),
-                )  # fmt: skip
-        axes.set_title(title, fontsize=10, loc="left", color="#111827")
-        axes.set_xlabel("step", fontsize=9)
-        if len(axes.lines) > 1:
-            axes.legend(frameon=False, fontsize=8)
-    return as_data_uri(figure)
-
-
-def as_data_uri(figure: Figure) -> str:
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(drawn.getvalue()).decode()
+def shown_reason(row: dict) -> str:
+    """What the page shows of a judgment: the reason, where the text is the asked-for JSON and nothing else, or the text
+    as it is."""
+    if row["rung"] == "json":
+        try:
+            content = json.loads(row["text"])
+        except (ValueError, RecursionError):
+            return row["text"]
+        if content.keys() == {REASON_KEY, VERDICT_KEY} and isinstance(content[REASON_KEY], str):
+            return content[REASON_KEY] or row["text"]
+    return row["text"]

@@ -1,64 +1,74 @@
 """Figures of a judge from its choices, with bootstrap intervals. Pure functions on arrays: no model, no files.
 
-A question is judged in both orders of its answers. Its two choices (1 or 2 in the order of the data, 0 for unparsed)
-stand in a row of `choices`. An unparsed judgment counts as half right; it is consistent with nothing.
+A question is judged in both orders of its answers. Its two choices (1 or 2 in the order of the data, TIE, UNPARSED, or
+NOT_JUDGED where published judgments have one order only) stand in a row of `choices`. An unparsed judgment counts as
+half right; it is consistent with nothing. Of several samples the majority is the choice, a draw is none.
 
-Dimensions: Q questions, B resamples.
+Dimensions: Q questions, B resamples, F figures.
 """
+
+import math
+from functools import cache
 
 import numpy as np
 
-UNPARSED = 0
+UNPARSED, TIE, NOT_JUDGED = 0, 3, -1
 CONFIDENCE = 0.95
+NUM_FOLDS = 5  # of the questions, for calibration: a temperature is never fitted on what it is measured on
+Ratios = dict[str, tuple[np.ndarray, np.ndarray]]  # figure -> numerators (Q,) and denominators (Q,)
 
 
 def figure_ratios(
-    choices: np.ndarray,  # (Q, 2) int: answer 1 or 2 of the data, or 0; columns: original and swapped order
-    labels: np.ndarray,  # (Q,) int: the better answer, 1 or 2
+    choices: np.ndarray,  # (Q, 2) int: answer 1 or 2 of the data, or one of the above; columns: original, swapped order
+    labels: np.ndarray,  # (Q,) int: the better answer, 1 or 2, or TIE
     longer: np.ndarray,  # (Q,) int: the longer answer, 1 or 2, or 0 for equal lengths
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Each figure as numerators and denominators per question, (Q,) each: the figure is the ratio of their sums."""
-    parsed = choices != UNPARSED
+) -> Ratios:
+    """Each figure as numerators and denominators per question: the figure is the ratio of their sums."""
+    judged = choices != NOT_JUDGED
+    parsed = judged & (choices != UNPARSED)
+    took = parsed & (choices != TIE)
     right = choices == labels[:, None]
-    points = np.where(parsed, right, 0.5)
+    points = np.where(parsed, right, 0.5) * judged
+    both, num_judged = judged.all(1), judged.sum(1)
     # In the swapped order the data's second answer stands first.
     first = np.stack([choices[:, 0] == 1, choices[:, 1] == 2], axis=1)
     differ = longer != 0
-    one, two = np.ones(len(labels)), np.full(len(labels), 2.0)
+    longer_right, shorter_right = (differ & (labels == answer) for answer in (longer, 3 - longer))
     return {
-        "accuracy": (points.sum(1), two),
-        "accuracy_order_1": (points[:, 0], one),
-        "accuracy_order_2": (points[:, 1], one),
-        "both_right": (right.all(1), one),
-        "consistency": (parsed.all(1) & (choices[:, 0] == choices[:, 1]), one),
-        "unparsed": ((~parsed).sum(1), two),
-        "first_position_rate": (first.sum(1), parsed.sum(1)),
-        "longer_answer_rate": ((choices == longer[:, None]).sum(1) * differ, parsed.sum(1) * differ),
-        "accuracy_longer_right": (points.sum(1) * (labels == longer), two * (labels == longer)),
-        "accuracy_shorter_right": (points.sum(1) * (differ & (labels != longer)), two * (differ & (labels != longer))),
+        "accuracy": (points.sum(1), num_judged),
+        "accuracy_order_1": (points[:, 0], judged[:, 0]),
+        "accuracy_order_2": (points[:, 1], judged[:, 1]),
+        "both_right": (right.all(1), both),
+        "consistency": (parsed.all(1) & (choices[:, 0] == choices[:, 1]), both),
+        "unparsed": ((judged & ~parsed).sum(1), num_judged),
+        "first_position_rate": (first.sum(1), took.sum(1)),
+        "longer_answer_rate": ((choices == longer[:, None]).sum(1) * differ, took.sum(1) * differ),
+        "accuracy_longer_right": (points.sum(1) * longer_right, num_judged * longer_right),
+        "accuracy_shorter_right": (points.sum(1) * shorter_right, num_judged * shorter_right),
     }
 
 
-def bootstrap(ratios: dict[str, tuple[np.ndarray, np.ndarray]], num_resamples: int, seed: int) -> dict[str, np.ndarray]:
+def bootstrap(ratios: Ratios, num_resamples: int, seed: int | list[int]) -> dict[str, np.ndarray]:
     """Each figure on `num_resamples` draws of Q questions with replacement, (B,); NaN where nothing is counted.
 
-    The same seed draws the same questions, so figures of two judges of the same questions can be subtracted."""
-    values = np.array([part for ratio in ratios.values() for part in ratio], dtype=float).T  # (Q, 2 * figures)
-    rng = np.random.default_rng(seed)
-    sums = np.array([values[rng.integers(len(values), size=len(values))].sum(0) for _ in range(num_resamples)])
+    Questions that count alike are drawn together, by a multinomial over the kinds there are: the same distribution as
+    drawing them one by one, for a hundredth of the time."""
+    values = np.array([part for ratio in ratios.values() for part in ratio], dtype=float).T  # (Q, 2F)
+    kinds, counts = np.unique(values, axis=0, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=num_resamples)
+    sums = drawn @ kinds  # (B, 2F)
     with np.errstate(invalid="ignore"):
-        figures = sums[:, 0::2] / sums[:, 1::2]  # (B, figures)
+        figures = sums[:, 0::2] / sums[:, 1::2]  # (B, F)
     return dict(zip(ratios, figures.T))
 
 
-def summarize(ratios: dict[str, tuple[np.ndarray, np.ndarray]], num_resamples: int, seed: int) -> dict:
+def summarize(ratios: Ratios, num_resamples: int, seed: int) -> dict:
     """Every figure and its interval (`accuracy`, `accuracy_ci95`, ...), and `n`, the number of questions; None where
     there is nothing to count."""
     resampled = bootstrap(ratios, num_resamples, seed)
     summary = {"n": len(ratios["accuracy"][0])}
-    for name, (numerator, denominator) in ratios.items():
-        total = denominator.sum()
-        summary[name] = float(numerator.sum() / total) if total else None
+    for name, ratio in ratios.items():
+        summary[name] = _figure(ratio)
         summary[f"{name}_ci95"] = interval(resampled[name])
     return summary
 
@@ -71,12 +81,126 @@ def interval(resampled: np.ndarray) -> list[float] | None:
     return [float(x) for x in np.nanpercentile(resampled, [tail, 100 - tail])]
 
 
-def compare(base: dict, trained: dict, num_resamples: int, seed: int) -> dict:
-    """What training changed: trained minus base with intervals over the questions, from the ratios of both."""
-    samples = [bootstrap(ratios, num_resamples, seed) for ratios in (base, trained)]
-    changes = {}
+def _figure(ratio: tuple[np.ndarray, np.ndarray]) -> float | None:
+    numerator, denominator = ratio
+    return float(numerator.sum() / denominator.sum()) if denominator.sum() else None
+
+
+def weighted_mean(
+    weights: dict[str, float], subsets: dict[str, tuple[np.ndarray, np.ndarray]], num_resamples: int, seed: int
+) -> tuple[float | None, np.ndarray]:
+    """A section's value, the weighted mean of its subsets' figures, and its resamples (B,): questions are drawn within
+    each subset, since a benchmark fixes how many there are."""
+    if not weights:
+        return None, np.full(num_resamples, np.nan)
+    total = sum(weights.values())
+    value = sum(weight * _figure(subsets[name]) for name, weight in weights.items()) / total
+    draws = [
+        weight * bootstrap({"": subsets[name]}, num_resamples, [seed, *name.encode("utf-8", "surrogatepass")])[""]
+        for name, weight in weights.items()
+    ]
+    return value, sum(draws) / total
+
+
+def compare(base: Ratios, other: Ratios, num_resamples: int, seed: int) -> dict:
+    """`other` minus `base` on the same questions: differences with intervals over the questions, and the p value of the
+    accuracies' difference by flipping its sign question by question (two-sided, `num_resamples` random flips)."""
+    joint = {f"{i}{name}": ratio for i, ratios in enumerate((base, other)) for name, ratio in ratios.items()}
+    drawn = bootstrap(joint, num_resamples, seed)  # of both at once: the same questions for both
+    changes = {"n": len(base["accuracy"][0])}
     for name in ("accuracy", "consistency", "unparsed"):
-        before, after = (ratios[name][0].sum() / ratios[name][1].sum() for ratios in (base, trained))
-        changes[name] = float(after - before)
-        changes[f"{name}_ci95"] = interval(samples[1][name] - samples[0][name])
-    return changes
+        before, after = (_figure(ratios[name]) for ratios in (base, other))
+        changes[name] = None if before is None or after is None else after - before
+        changes[f"{name}_ci95"] = interval(drawn[f"1{name}"] - drawn[f"0{name}"])
+    differences = other["accuracy"][0] / other["accuracy"][1] - base["accuracy"][0] / base["accuracy"][1]
+    sizes, counts = np.unique(np.abs(differences), return_counts=True)
+    kept = np.random.default_rng(seed).binomial(counts, 0.5, size=(num_resamples, len(counts)))
+    flipped = np.abs((2 * kept - counts) @ sizes)
+    as_extreme = (flipped >= abs(differences.sum()) - 1e-9).sum()
+    return changes | {"p_value": float((1 + as_extreme) / (1 + num_resamples))}
+
+
+# ---- Several samples of one judgment ----
+
+
+def majority(samples: np.ndarray) -> np.ndarray:
+    """The choice that most of the samples (…, n) make, (…): of those that make one; UNPARSED where two come first."""
+    counts = np.stack([(samples == choice).sum(-1) for choice in (1, 2, TIE)], axis=-1)
+    ranked = np.sort(counts, axis=-1)
+    choice = np.array([1, 2, TIE])[counts.argmax(-1)]
+    choice = np.where(ranked[..., -1] == ranked[..., -2], UNPARSED, choice)
+    return np.where((samples == NOT_JUDGED).all(-1), NOT_JUDGED, choice)
+
+
+def vote_curve(samples: np.ndarray, labels: np.ndarray, num_resamples: int, seed: int) -> list[dict]:
+    """Accuracy of the majority of k of the n samples (Q, 2, n), k = 1 … n: the mean over all ways to pick k of them.
+
+    A draw counts half. Wrong choices count together, so for labels and verdicts of a tie it is a lower bound."""
+    num_samples = samples.shape[-1]
+    right = (samples == labels[:, None, None]).sum(-1)  # (Q, 2)
+    none = (samples == UNPARSED).sum(-1)
+    judged = (samples != NOT_JUDGED).all(-1)
+    curve = []
+    for k in range(1, num_samples + 1):
+        points = np.array([[_vote(k, num_samples, int(r), int(u)) for r, u in zip(*row)] for row in zip(right, none)])
+        ratios = {"accuracy": ((points * judged).sum(1), judged.sum(1))}
+        figures = summarize(ratios, num_resamples, seed)
+        curve.append({"num_samples": k} | {name: figures[name] for name in ("accuracy", "accuracy_ci95")})
+    return curve
+
+
+@cache
+def _vote(k: int, num_samples: int, right: int, none: int) -> float:
+    """Expected points of k of the samples, drawn without replacement: 1 where right ones lead, half at a draw."""
+    wrong, points = num_samples - right - none, 0.0
+    for r in range(min(k, right) + 1):
+        for w in range(min(k - r, wrong) + 1):
+            ways = math.comb(right, r) * math.comb(wrong, w) * math.comb(none, k - r - w)
+            points += ways * (1.0 if r > w else 0.5 if r == w else 0.0)
+    return points / math.comb(num_samples, k)
+
+
+# ---- Probabilities ----
+
+
+def calibrate(probability: np.ndarray, labels: np.ndarray) -> dict | None:
+    """How far the stated probabilities (Q,) that answer 1 is better, NaN for none, can be believed: Brier score and
+    expected calibration error, raw and with a temperature fitted on the other folds (arXiv 1706.04599); the bins of the
+    calibrated ones as [mean confidence, share right, count]. None where fewer than NUM_FOLDS questions have one.
+
+    With both orders' probabilities averaged, the two classes are alike: one number, no bias, is all there is to fit."""
+    known = ~np.isnan(probability) & (labels != TIE)
+    if known.sum() < NUM_FOLDS:
+        return None
+    odds = np.clip(probability[known], 1e-6, 1 - 1e-6)
+    odds, better = np.log(odds / (1 - odds)), labels[known] == 1
+    fold = np.arange(len(odds)) % NUM_FOLDS
+    scaled = np.empty_like(odds)
+    for i in range(NUM_FOLDS):
+        scaled[fold == i] = odds[fold == i] * _fit_scale(odds[fold != i], better[fold != i])
+    raw, calibrated = (_reliability(1 / (1 + np.exp(-x)), better) for x in (odds, scaled))
+    return {
+        "num": len(odds), "temperature": 1 / _fit_scale(odds, better),
+        "brier": calibrated["brier"], "brier_raw": raw["brier"], "ece": calibrated["ece"], "ece_raw": raw["ece"],
+        "bins": calibrated["bins"], "bins_raw": raw["bins"],
+    }  # fmt: skip
+
+
+def _fit_scale(odds: np.ndarray, better: np.ndarray) -> float:
+    """The factor on log odds of the highest likelihood, by bisection on its (falling) derivative."""
+    low, high = 1e-3, 1e3
+    signed = np.where(better, odds, -odds)
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        rising = (signed / (1 + np.exp(np.clip(middle * signed, -500, 500)))).sum() > 0
+        low, high = (middle, high) if rising else (low, middle)
+    return middle
+
+
+def _reliability(probability: np.ndarray, better: np.ndarray) -> dict:
+    confidence, right = np.maximum(probability, 1 - probability), (probability > 0.5) == better
+    place = np.minimum(((confidence - 0.5) * 20).astype(int), 9)  # ten bins from .5 to 1
+    bins = [[float(confidence[of].mean()), float(right[of].mean()), int(of.sum())]
+            for of in (place == i for i in range(10)) if of.any()]  # fmt: skip
+    ece = sum(count * abs(stated - found) for stated, found, count in bins) / len(probability)
+    return {"brier": float(((probability - better) ** 2).mean()), "ece": ece, "bins": bins}
