@@ -39,6 +39,7 @@ from conj.sample.engine import (
     complete_by_vllm,
 )
 from conj.sample.judges import load_judge
+from conj.sample.stage import count_judgments
 
 JUDGE = load_judge("gpt-4o")
 DECODING = Decoding(max_new_tokens=7, seed=3)
@@ -46,7 +47,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("openai") is None, reas
 
 
 class Server(ThreadingHTTPServer):
-    """Answers as `behave(number of the request, its body)` says: a status with headers, or None: drop the connection.
+    """Answers as `behave(number of the request, its body)` says: a status with headers, and what more an error says, or
+    None: drop the connection.
     Counts what it was sent, and what it answered with 200."""
 
     allow_reuse_address = daemon_threads = True
@@ -87,8 +89,8 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
             return
-        status, headers = behaviour
-        content = answer(body) if status == 200 else {"error": {"message": f"status {status}"}}
+        status, headers, *more = behaviour
+        content = answer(body) if status == 200 else {"error": {"message": f"status {status}"} | dict(*more)}
         data = json.dumps(content).encode()
         if status == 200:
             with server.lock:
@@ -274,6 +276,26 @@ def test_a_refused_request_ends_the_run_at_once(status, tmp_path):
             judge_all(tmp_path / "rows.jsonl", server.url, make_requests(), max_concurrency=1)
         assert time.monotonic() - began < 5 and len(server.bodies) == 3
     assert len(read_jsonl(tmp_path / "rows.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ({"code": "context_length_exceeded"}, "context_length"),
+        ({"message": "This model's maximum context length is 8192 tokens", "code": 400}, "context_length"),
+        ({"code": "content_filter"}, "content_filter"),
+    ],
+)
+def test_a_prompt_that_the_server_will_not_judge_is_a_judgment_without_a_verdict(error, reason, tmp_path):
+    """Too long, or stopped by a filter: every rerun would end at this one prompt, and the other ones never be asked."""
+    with serving(lambda number, body: (400, {}, error) if number == 2 else (200, {})) as server:
+        judge_all(tmp_path / "rows.jsonl", server.url, make_requests(), max_concurrency=1)
+        assert len(server.bodies) == 12
+    rows = read_jsonl(tmp_path / "rows.jsonl")
+    refused = [row for row in rows if row["finish_reason"] == reason]
+    assert len(rows) == 12 and len(refused) == 1
+    assert (refused[0]["text"], refused[0]["verdict"], refused[0]["rung"]) == ("", None, "none")
+    assert count_judgments(rows, {row["id"]: 1 for row in rows}, "verdict")[f"refused_{reason}"] == 1
 
 
 def test_the_rate_is_kept_with_retries_counted(tmp_path):

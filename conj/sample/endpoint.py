@@ -4,6 +4,8 @@ The `openai` package retries what may pass (lost connections, time-outs, 408, 40
 time, or as long as the server asks. Completions are given out as they finish, so that what was paid for is in the file
 before anything else can fail; the same command goes on from there. The API key is OPENAI_API_KEY, as everywhere.
 
+A prompt that is too long for the server, or that its filter stops, is a judgment without a verdict, and is counted.
+
 Refused: decoding that the API has no words for (top-k, repetition penalty).
 """
 
@@ -120,10 +122,15 @@ def _limit_rate(requests_per_minute: float | None):
 def _complete(client, request: Request, judge: Judge, decoding: Decoding) -> Completion:
     asked = {"logprobs": True, "top_logprobs": NUM_TOP_LOGPROBS} if decoding.verdict_probability else {}
     messages = [message | {"content": replace_surrogates(message["content"])} for message in request.messages]
-    reply = client.chat.completions.create(
-        model=judge.model, messages=messages, temperature=decoding.temperature, top_p=decoding.top_p,
-        max_tokens=decoding.max_new_tokens, seed=request_seed(decoding.seed, request.key), **asked,
-    )  # fmt: skip
+    try:
+        reply = client.chat.completions.create(
+            model=judge.model, messages=messages, temperature=decoding.temperature, top_p=decoding.top_p,
+            max_tokens=decoding.max_new_tokens, seed=request_seed(decoding.seed, request.key), **asked,
+        )  # fmt: skip
+    except Exception as e:
+        if reason := _why_refused(e):
+            return Completion(text="", token_ids=None, finish_reason=reason)
+        raise
     require(bool(reply.choices), f"{judge.model}: expected an answer with choices, found {brief(reply)}")
     choice, text = reply.choices[0], reply.choices[0].message.content or ""
     p_first = None
@@ -137,6 +144,17 @@ def _complete(client, request: Request, judge: Judge, decoding: Decoding) -> Com
         prompt_tokens=reply.usage and reply.usage.prompt_tokens,
         completion_tokens=reply.usage and reply.usage.completion_tokens,
     )
+
+
+def _why_refused(error: Exception) -> str | None:
+    """Why a server will not judge this one prompt, as a finish_reason: another try would end the same, and the other
+    prompts have nothing to do with it. None for all other errors."""
+    if getattr(error, "status_code", None) != 400:
+        return None
+    code = getattr(error, "code", None)
+    if code == "context_length_exceeded" or "maximum context length" in str(error):  # vLLM's server has no code for it
+        return "context_length"
+    return code if code == "content_filter" else None
 
 
 def _first_probability(text: str, tokens: list, decoding: Decoding) -> float | None:

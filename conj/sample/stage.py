@@ -23,6 +23,7 @@ from conj.sample.engine import (
 )
 
 PARSERS = {"strict": parse_strict, "released": parse_released}
+REFUSED = ("content_filter", "context_length")  # reasons of an endpoint's to write no judgment, or not all of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +108,13 @@ def write_judgments(
 
 
 def count_judgments(rows: list[dict], labels: dict[str, int], outcome: str) -> dict[str, int]:
-    """Judgments by outcome (right: it is the label), those cut off at the length limit, and by rung."""
+    """Judgments by outcome (right: it is the label), those cut off at the length limit or refused, and by rung."""
     counts = Counter(right=0, wrong=0, unparsed=0, cut_off=0)
     for row in rows:
         right = row[outcome] == labels[row["id"]]
         counts["unparsed" if row[outcome] is None else "right" if right else "wrong"] += 1
         counts["cut_off"] += row["finish_reason"] == "length"
+        if row["finish_reason"] in REFUSED:
+            counts[f"refused_{row['finish_reason']}"] += 1
         counts[f"rung_{row['rung']}"] += 1
     return dict(counts)
