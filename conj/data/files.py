@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"  # of a model whose weights are spread ov
 # Bounds on what a model folder may hold, above the largest in use (Gemma 3: a tokenizer of 33 MB, half a million merges;
 # DeepSeek V3: an index of 9 MB; Qwen2's headers have 40 kB). They bound time and memory before anything is parsed.
 MAX_CONFIG_BYTES = 4_000_000
-MAX_HEADER_BYTES = 4_000_000
+MAX_HEADER_BYTES = 2_000_000
 MAX_INDEX_BYTES = 16_000_000
 MAX_TOKENIZER_BYTES = 40_000_000
 MAX_BRACKETS = 1_500_000
