@@ -40,7 +40,7 @@ def demo(tmp_path_factory) -> Path:
 @pytest.mark.vllm
 def test_the_demo_trains_the_bias_away(demo):
     """The project's promise: from at most .70 to at least .90 on 300 held-out questions, and consistent in both orders."""
-    report = json.loads((demo / "report.json").read_text())
+    report = json.loads((demo / "report.json").read_text())["judges"]
     base, trained = report["base"], report["trained"]
     assert base["n"] == trained["n"] >= 300
     assert base["accuracy"] <= 0.70 and trained["accuracy"] >= 0.90
@@ -83,4 +83,4 @@ def test_the_pipeline_completes_on_real_data_with_a_model_that_writes_noise(tmp_
         "--dpo", "--dtype fp32", "--evaluate", "--max-new-tokens 24 --limit 16",
     )  # fmt: skip
     assert read_manifest(run / "repeated.jsonl")["counts"]["unparsed"] > 900
-    assert json.loads((run / "report.json").read_text())["trained"]["unparsed"] == 1.0
+    assert json.loads((run / "report.json").read_text())["judges"]["trained"]["unparsed"] == 1.0

@@ -92,7 +92,7 @@ def draw_figures(judges: dict[str, dict], titles: dict[str, str], colours: dict[
             if bounds is not None:
                 axes.hlines(top + row, *bounds, color=colours[judge], linewidth=2, clip_on=False)
             text = "–" if value is None else f"{100 * value:.1f} %"
-            axes.text(1.16, top + row, text, ha="right", va="center", color=INK)
+            axes.text(1.2, top + row, text, ha="right", va="center", color=INK)
     axes.set(xlim=(0, 1), ylim=(step * len(titles) - 0.3, -0.7))
     axes.set_xticks(**SHARES)
     axes.set_yticks(ticks, names)
@@ -103,7 +103,7 @@ def draw_figures(judges: dict[str, dict], titles: dict[str, str], colours: dict[
 
 
 def draw_votes(votes: dict[str, list[dict]], colours: dict[str, str]) -> str:
-    """Accuracy of the majority of the first k samples, over k, with intervals."""
+    """Accuracy of the majority of k samples, over k, with intervals."""
     figure, axes = _chart("samples that vote")
     for judge, points in votes.items():
         numbers, values = ([point[name] for point in points] for name in ("num_samples", "accuracy"))
