@@ -95,7 +95,12 @@ for name in "${ablations[@]}"; do
     first="${first:-$folder}"
     judgments+=("$name=$folder/judgments_trained.jsonl")
 done
+selection=() keep=no # of the evaluation's options those that choose rows: the table is of the same
+for word in ${extra[evaluate]}; do
+    case "$word" in --limit | --subsets) keep=yes ;; --*) keep=no ;; esac
+    [ $keep = no ] || selection+=("$word")
+done
 echo "== all"
 python -m conj.sample.evaluate --run "$out" --seed "$seed" \
-    --judgments "base=$first/judgments_base.jsonl" "${judgments[@]}" --data "${test_data[@]}"
+    --judgments "base=$first/judgments_base.jsonl" "${judgments[@]}" --data "${test_data[@]}" "${selection[@]}"
 echo "open $out/report.html"

@@ -78,7 +78,7 @@ def test_each_ablation_is_a_run_of_its_own_and_all_are_reported_together(base_ru
     out = tmp_path / "out"
     before = {path: path.read_bytes() for path in base_run.iterdir()}
     line = ["--run", base_run, "--out", out, "--model", ROOT / "demo" / "base", "--test-data", "x.jsonl", "y.jsonl"]
-    line += ["--ablations", "longer", "verdict_only", "hinted_only", "--evaluate", "--limit 3"]
+    line += ["--ablations", "longer", "verdict_only", "hinted_only", "--evaluate", "--limit 3 --num-resamples 50"]
     line += [
         "--reference",
         "--dtype fp32",
@@ -103,7 +103,8 @@ def test_each_ablation_is_a_run_of_its_own_and_all_are_reported_together(base_ru
     files = " ".join(f"{name}={out}/{name}/judgments_trained.jsonl" for name in pairs)
     assert (
         f"--run {out} " in last
-        and f"--judgments base={out}/longer/judgments_base.jsonl {files} --data x.jsonl y.jsonl" in last
+        and f"--judgments base={out}/longer/judgments_base.jsonl {files} --data x.jsonl y.jsonl --limit 3"
+        in last + "\n"
     )
     assert run_ablations(tmp_path, *line).stdout.count("already complete") == 9
 

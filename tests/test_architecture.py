@@ -3,11 +3,13 @@
 import ast
 import dataclasses
 import importlib
+import typing
 from pathlib import Path
 
 import pytest
 
 import conj
+from conj.data.options import build_parser
 
 PACKAGE = Path(conj.__file__).parent
 ALLOWED = {
@@ -130,3 +132,22 @@ def test_the_defaults_are_the_recipe(stage):
     """A default that drifts makes another method of it, and nobody would see."""
     defaults = {field.name: field.default for field in dataclasses.fields(options_class(stage))}
     assert {name: defaults[name] for name in RECIPE[stage]} == RECIPE[stage]
+
+
+@pytest.mark.parametrize("stage", OPTIONS)
+def test_every_choice_of_every_option_is_taken_on_the_command_line(stage):
+    """A choice that may also be absent is of another type, and was once refused on every command line."""
+    kind = options_class(stage)
+    parser, hints = build_parser(kind, ""), typing.get_type_hints(kind)
+    needed = [
+        part
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING
+        for part in ("--" + f.name.replace("_", "-"), "1")
+    ]
+    for field in dataclasses.fields(kind):
+        parts = [hints[field.name], *typing.get_args(hints[field.name])]
+        for literal in (part for part in parts if typing.get_origin(part) is typing.Literal):
+            for choice in typing.get_args(literal):
+                values = vars(parser.parse_args([*needed, "--" + field.name.replace("_", "-"), choice]))
+                assert values[field.name] in (choice, [choice])

@@ -21,7 +21,6 @@ from conj.data.benchmarks import (
     scored_sections,
     section_value,
     sections_of,
-    style_matrix,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -106,12 +105,6 @@ def test_rm_bench_is_the_mean_of_its_cells_then_of_its_domains():
     assert not any(section.partial for section in sections_of("rm-bench", cells))
     chat_only = sections_of("rm-bench", {cell: n for cell, n in cells.items() if cell.startswith("chat")})
     assert [s.name for s in chat_only if s.n and s.partial] == ["Easy", "Normal", "Hard"]
-
-
-def test_style_matrix_has_the_better_answers_style_in_rows():
-    """Transposed, easy would read as hard."""
-    matrix = style_matrix("chat", {"chat/hard/concise-markdown": 0.1, "chat/easy/markdown-concise": 0.9})
-    assert matrix == [[None, None, 0.1], [None, None, None], [0.9, None, None]]
 
 
 def test_llmbar_weighs_its_adversarial_sets_equally():

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_one_line_error, command
 from fake_engine import use_fake_engine
+from test_endpoint import serving
 
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.prompts import judgment_text
-from conj.sample.evaluate import EvaluateOptions, evaluate
+from conj.sample.evaluate import EvaluateOptions, evaluate, shown_in_one_order
+from conj.sample.figures import Judged, score_all
 from conj.sample.scores import bootstrap, compare, figure_ratios, summarize
 
 # Six questions: right twice; right, then wrong; wrong twice; unparsed, then right; unparsed twice; right twice.
@@ -76,10 +78,10 @@ def test_the_same_seed_resamples_the_same_questions_for_both_judges():
 # ---- The stage ----
 
 
-def make_benchmark(path, count: int = 12):
+def make_benchmark(path, count: int = 12, topic: str = "q"):
     """Right answers say `right`; the longer answer is right in a third of the pairs."""
     pairs = [("right" + " so" * (5 * (i % 3 == 0)), "wrong" + " no" * (i % 3 > 0)) for i in range(count)]
-    write_jsonl(path, [{"prompt": f"q{i}", "chosen": a, "rejected": b} for i, (a, b) in enumerate(pairs)])
+    write_jsonl(path, [{"prompt": f"{topic}{i}", "chosen": a, "rejected": b} for i, (a, b) in enumerate(pairs)])
     return str(path)
 
 
@@ -158,6 +160,15 @@ def test_the_trained_model_is_judged_beside_the_base(tied_model, tmp_path, monke
         (["--num-resamples", "0"], ["--num-resamples", "1 or more", "0"]),
         (["--num-samples", "3"], ["--num-samples", "--temperature"]),
         (["--judge", "nobody"], ["nobody", "con-j"]),
+        (["--name", "/../../escaped"], ["--name", "escaped"]),
+        (["--seed", "-1"], ["--seed", "0 or more"]),
+        (["--max-retries", "-1"], ["--max-retries", "0 or more"]),
+        (["--base-url", "http://localhost:1/v1"], ["--base-url", "con-j runs on vLLM"]),
+        (["--judge", "gpt-4o"], ["--model", "behind an endpoint"]),
+        (
+            ["--judgments", "x.jsonl", "--num-samples", "2", "--temperature", "1"],
+            ["--model, --num-samples", "no model"],
+        ),
     ],
 )
 def test_bad_input_ends_in_one_line(tied_model, tmp_path, arguments, parts):
@@ -262,3 +273,113 @@ def test_part_of_a_benchmark_is_called_partial(tied_model, tmp_path, monkeypatch
     evaluate(EvaluateOptions(**options | {"run": tmp_path / "part", "limit": 3}))
     part = report_of(tmp_path / "part")["judges"]["base"]["benchmarks"]["ultrafeedback"]
     assert part["partial"] and part["score"]["partial"] and all(s["partial"] for s in part["sections"].values())
+
+
+def test_an_earlier_judge_is_scored_on_what_it_was_asked(tied_model, tmp_path, monkeypatch):
+    """First a few rows, then all, then one more benchmark: what a judge was not asked is no failure of its."""
+    use_fake_engine(monkeypatch, knows)
+    first, second = make_benchmark(tmp_path / "test.jsonl"), make_benchmark(tmp_path / "more.jsonl", 20, "more")
+    options = dict(run=tmp_path, model=tied_model, num_resamples=50)
+    evaluate(EvaluateOptions(**options, data=(first,), limit=5, name="few"))
+    evaluate(EvaluateOptions(**options, data=(first,), name="one"))
+    evaluate(EvaluateOptions(**options, data=(second,), name="two"))
+    judges = report_of(tmp_path)["judges"]
+    assert {name: (j["n"], j["accuracy"], j["overlong"]) for name, j in judges.items()} == {"two": (20, 1, 0)}
+    evaluate(EvaluateOptions(**options, data=(first, second), name="both"))
+    report = report_of(tmp_path)
+    found = {name: (j["n"], j["accuracy"], j["overlong"]) for name, j in report["judges"].items()}
+    assert found == {"both": (32, 1, 0), "few": (5, 1, 0), "one": (12, 1, 0), "two": (20, 1, 0)}
+    assert report["judges"]["few"]["benchmarks"]["test.jsonl"]["partial"]
+    assert [row["n"] for row in report["comparisons"]] == [5, 12, 20]
+
+
+def test_judgments_of_another_seed_are_left_out(tied_model, tmp_path, monkeypatch, capsys):
+    """Ids do not depend on the seed, labels do: its right answers would be counted as wrong."""
+    use_fake_engine(monkeypatch, knows)
+    options = dict(run=tmp_path, model=tied_model, data=(make_benchmark(tmp_path / "test.jsonl"),), num_resamples=50)
+    evaluate(EvaluateOptions(**options, name="one", seed=1))
+    evaluate(EvaluateOptions(**options, name="two", seed=2))
+    assert {name: j["accuracy"] for name, j in report_of(tmp_path)["judges"].items()} == {"two": 1}
+    assert "judgments_one.jsonl: of other data or another --seed: left out" in capsys.readouterr().out
+
+
+def test_foreign_files_end_no_report(tied_model, tmp_path, monkeypatch):
+    """A folder, an empty file, a torn one (another judge is being asked at this moment): the judging was paid for."""
+    use_fake_engine(monkeypatch, knows)
+    (tmp_path / "judgments_folder.jsonl").mkdir()
+    for name, text in (("empty", ""), ("torn", '{"id": "a", "ord')):
+        (tmp_path / f"judgments_{name}.jsonl").write_text(text)
+    data = (make_benchmark(tmp_path / "test.jsonl"),)
+    evaluate(EvaluateOptions(run=tmp_path, model=tied_model, data=data, num_resamples=50))
+    assert list(report_of(tmp_path)["judges"]) == ["base"]
+
+
+def test_a_file_with_an_equals_sign_in_its_path_can_be_scored(tied_model, tmp_path, monkeypatch):
+    use_fake_engine(monkeypatch, knows)
+    data, run = (make_benchmark(tmp_path / "test.jsonl"),), tmp_path / "lr=1e-6"
+    evaluate(EvaluateOptions(run=run, model=tied_model, data=data, num_resamples=50))
+    file = run / "judgments_base.jsonl"
+    for given, name in ((str(file), "base"), (f"mine={file}", "mine")):
+        evaluate(EvaluateOptions(run=tmp_path / "again", judgments=(given,), data=data, num_resamples=50))
+        assert list(report_of(tmp_path / "again")["judges"]) == [name]
+
+
+def test_a_question_is_shown_in_one_order_to_all_judges():
+    """Published judgments keep the order of their file, ours the coin's: a choice must stay with its answer."""
+    prompt = {"id": "a", "answer_1": "x", "answer_2": "y", "label": 1}
+    row = {"id": "a", "order": 1, "verdict": 2, "choice": 2}
+    other = prompt | {"answer_1": "y", "answer_2": "x", "label": 2}
+    judged = {"ours": Judged(prompts=[prompt], rows=[row]), "theirs": Judged(prompts=[other], rows=[row])}
+    prompts, rows = shown_in_one_order(judged)
+    assert prompts == [prompt] and rows["ours"] == [row]
+    assert rows["theirs"] == [row | {"order": 2, "choice": 1}]
+
+
+def test_a_drawn_vote_is_undecided_and_not_unparsed(tied_model, tmp_path, monkeypatch):
+    """All judgments state a verdict: a share without one would send the reader looking for a broken parser."""
+    count = iter(range(10**6))
+    use_fake_engine(monkeypatch, lambda prompt: judgment_text("r", 1 + next(count) % 2))
+    options = dict(num_samples=2, temperature=1.0, num_resamples=50)
+    data = (make_benchmark(tmp_path / "test.jsonl"),)
+    evaluate(EvaluateOptions(run=tmp_path, model=tied_model, data=data, **options))
+    found = report_of(tmp_path)["judges"]["base"]
+    assert (found["accuracy"], found["unparsed"], found["rungs"]) == (0.5, 0, {"json": 1})
+
+
+def test_one_order_is_compared_with_the_same_order_of_the_other_judge():
+    """A judge that takes the first answer, and its own judgments in one order: nothing differs."""
+    prompts = [
+        {"id": f"{i}", "question": f"q{i}", "answer_1": "a", "answer_2": "b", "label": 1, "source": "s", "subset": ""}
+        | {"benchmark": ""}
+        for i in range(20)
+    ]
+    rows = [
+        {"id": p["id"], "order": order, "sample": 0, "choice": order, "label": 1, "rung": "json"}
+        for p in prompts
+        for order in (1, 2)
+    ]
+    one = [row for row in rows if row["order"] == 1]
+    judged = {"two": Judged(prompts=prompts, rows=rows), "one": Judged(prompts=prompts, rows=one)}
+    [found] = score_all(judged, 200, 0)["comparisons"]
+    assert found["accuracy"] == 0 and found["p_value"] == 1
+
+
+def test_a_judge_behind_an_endpoint_is_evaluated_as_any_other(tmp_path, monkeypatch):
+    """From the options to the report, price included; a file for its text where its own ships none."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+
+    def behave(number: int, body: dict) -> tuple[int, dict]:
+        text = body["messages"][-1]["content"]
+        return 200, {}, knows(text + "\nassistant\n")
+
+    judge, text = tmp_path / "judge.toml", tmp_path / "text.txt"
+    judge.write_text('model = "m"\nprompt = "con-j"\nbackend = "openai"\nprompt_dollars = 1\ncompletion_dollars = 2\n')
+    text.write_text("{question}\n回答1：{answer_1}\n回答2：{answer_2}\n")
+    data = (make_benchmark(tmp_path / "test.jsonl"),)
+    with serving(behave) as server:
+        for run, more in ((tmp_path / "card", {}), (tmp_path / "own", {"judge_text": text})):
+            options = dict(run=run, data=data, judge=str(judge), base_url=server.url, num_resamples=50)
+            evaluate(EvaluateOptions(**options, **more))
+            found = report_of(run)["judges"]["judge"]
+            assert (found["accuracy"], found["consistency"], found["num_judgments"]) == (1, 1, 24)
+            assert found["dollars"] == pytest.approx(24 * (100 + 2 * 10) / 1e6) and found["tokens_per_judgment"] == 10

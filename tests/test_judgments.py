@@ -152,18 +152,19 @@ def test_judgments_of_the_rest_of_the_data_are_no_mistake(own):
     assert (prompts, len(judgments)) == (expected[:5], 10)
 
 
-def test_unanswered_prompts_stay_and_must_be_overlong_if_the_manifest_says_which_are(own):
+def test_unanswered_prompts_stay_if_the_manifest_says_that_they_were_too_long(own):
     """Prompts that fit no context have no rows. A file that lost rows otherwise is not scored as if it were whole."""
     path, prompts = own
     write_jsonl(path, judgments_of(prompts[3:]))
-    assert read_judgments_file(path, [LLMBAR], limit=20)[0] == prompts
-    assert len(read_judgments_file(path, [LLMBAR], limit=20)[1]) == 34
+    with pytest.raises(InputError, match="3 prompts of the data without a judgment"):
+        read_judgments_file(path, [LLMBAR], limit=20)
     sealed = {"inputs": [], "options": {}, "complete": True}
     overlong = [prompt["id"] for prompt in prompts[:3]]
     write_sealed(manifest_path(path), sealed | {"counts": {"overlong_ids": overlong}})
+    assert read_judgments_file(path, [LLMBAR], limit=20)[0] == prompts
     assert len(read_judgments_file(path, [LLMBAR], limit=20)[1]) == 34
     write_sealed(manifest_path(path), sealed | {"counts": {"overlong_ids": overlong[:2]}})
-    with pytest.raises(InputError, match=f"1 prompts without a judgment: {overlong[2]}"):
+    with pytest.raises(InputError, match=f"1 prompts of the data without a judgment: {overlong[2]}"):
         read_judgments_file(path, [LLMBAR], limit=20)
 
 
@@ -252,3 +253,36 @@ def test_malformed_pandalm_results_are_named(rows, message, tmp_path):
 def test_pandalm_results_need_its_test_set():
     with pytest.raises(InputError, match="expected --data with PandaLM's test set alone"):
         read_judgments_file(DATA / "pandalm_outputs" / "pandalm-7b-testset-v1.json", [LLMBAR])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample": "x"},
+        {"sample": -1},
+        {"sample": 10_000_000},
+        {"sample": 0.5},
+        {"p_first": 7.0},
+        {"p_first": "a"},
+        {"token_ids": 5},
+        {"completion_tokens": "a"},
+        {"dollars": "a"},
+    ],
+)
+def test_a_row_that_no_judge_of_ours_wrote_is_refused(own, change):
+    """Taken as they are, such rows become figures, or end the report after it has cost what it costs."""
+    path, prompts = own
+    rows = judgments_of(prompts)
+    write_jsonl(path, [*rows[:5], rows[5] | change, *rows[6:]])
+    with pytest.raises(InputError, match=f"judgments_mine.jsonl:6: .*{next(iter(change))}|found others of 1"):
+        read_judgments_file(path, [LLMBAR], limit=20)
+
+
+def test_every_prompt_has_the_same_orders_and_samples(own):
+    """A file that lost single rows would count them as judgments without a verdict."""
+    path, prompts = own
+    write_jsonl(path, judgments_of(prompts)[1:])
+    with pytest.raises(InputError, match=f"expected 2 judgments of each prompt .* of 1: {prompts[0]['id']}"):
+        read_judgments_file(path, [LLMBAR], limit=20)
+    write_jsonl(path, [row for row in judgments_of(prompts) if row["order"] == 1])  # one order is as good
+    assert len(read_judgments_file(path, [LLMBAR], limit=20)[1]) == 20

@@ -55,7 +55,7 @@ def report_on(run: Path, prompts: list[dict], judgments: dict[str, list[dict]], 
     """Scores and reports; returns the page."""
     judged = {name: Judged(prompts=prompts, rows=rows) for name, rows in judgments.items()}
     run.mkdir(exist_ok=True)
-    write_report(run, score_all(judged, 100, 0, is_part=False) | {"counts": {"read": 7}} | changes, prompts, judgments)
+    write_report(run, score_all(judged, 100, 0) | {"counts": {"read": 7}} | changes, prompts, judgments)
     return (run / "report.html").read_text("utf-8")
 
 
@@ -308,7 +308,7 @@ def test_a_judge_is_not_blamed_for_questions_of_which_it_was_not_asked(tmp_path)
         "two": Judged(prompts=prompts, rows=rows["two"]),
     }
     (tmp_path / "run").mkdir()
-    write_report(tmp_path / "run", score_all(judged, 100, 0, is_part=False) | {"counts": {}}, prompts, rows)
+    write_report(tmp_path / "run", score_all(judged, 100, 0) | {"counts": {}}, prompts, rows)
     _, questions = unpack((tmp_path / "run" / "report.html").read_text())
     assert [[len(rows or "") for rows in q["judged"]] for q in questions] == [[2, 2], [0, 2]]
     assert questions[1]["judged"][0] is None
@@ -332,7 +332,7 @@ def test_seconds_are_shown_and_leave_report_json_the_same(tmp_path):
     prompts[0]["benchmark"] = ""
     row = {"id": "a", "order": 1, "sample": 0, "text": "t", "verdict": 1, "choice": 1, "label": 1, "rung": "json"}
     rows = {"base": [row | {"finish_reason": "stop", "token_ids": [1]}]}
-    content = score_all({"base": Judged(prompts=prompts, rows=rows["base"])}, 20, 0, is_part=False) | {"counts": {}}
+    content = score_all({"base": Judged(prompts=prompts, rows=rows["base"])}, 20, 0) | {"counts": {}}
     for name, seconds in ("slow", {"base": 7.25}), ("fast", {"base": 0.125}):
         write_report(tmp_path / name, content, prompts, rows, seconds)
     assert "7.25" in (tmp_path / "slow" / "report.md").read_text("utf-8")

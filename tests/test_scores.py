@@ -5,6 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from conj.data.benchmarks import Section, section_value
 from conj.sample.scores import (
     NOT_JUDGED,
     TIE,
@@ -16,7 +17,6 @@ from conj.sample.scores import (
     majority,
     summarize,
     vote_curve,
-    weighted_mean,
 )
 
 
@@ -34,11 +34,14 @@ def test_an_order_that_was_not_judged_counts_in_nothing():
     assert figures([[1, UNPARSED], [2, UNPARSED], [1, UNPARSED]], [1, 1, 1])["accuracy"] == pytest.approx(3.5 / 6)
 
 
-def test_a_tie_is_right_where_the_label_is_one_and_takes_no_answer():
+def test_a_tie_is_right_where_the_label_is_one_and_else_decides_nothing():
+    """A judge that says tie has chosen neither: counted as wrong, it would do better to write nothing."""
     found = figures([[TIE, TIE], [TIE, 1], [1, 2]], [TIE, 1, TIE], np.array([1, 1, 1]))
-    assert found["accuracy"] == pytest.approx(3 / 6) and found["unparsed"] == 0
+    assert found["accuracy"] == pytest.approx(3.5 / 6) and found["unparsed"] == 0
     assert found["first_position_rate"] == pytest.approx(2 / 3)  # order 2 shows answer 2 first
-    assert found["accuracy_longer_right"] == pytest.approx(1 / 2)  # of the only question with a better answer
+    assert found["accuracy_longer_right"] == pytest.approx(1.5 / 2)  # of the only question with a better answer
+    strict = figure_ratios(np.array([[TIE, UNPARSED]]), np.array([1]), np.array([0]), undecided_points=0.0)
+    assert strict["accuracy"][0] == 0
 
 
 def test_questions_drawn_by_kind_are_questions_drawn_one_by_one():
@@ -63,17 +66,36 @@ def test_the_p_value_is_that_of_all_sign_flips():
     assert compare(better, better, 500, 0)["p_value"] == 1
 
 
-def test_a_section_is_the_weighted_mean_of_its_subsets_with_the_width_of_independent_draws():
+def test_subsets_are_drawn_apart_and_a_section_has_the_width_of_independent_draws():
     """Weights 3 and 1, 400 and 100 rows: the variance is (.75² · .7·.3/400) + (.25² · .6·.4/100)."""
-    subsets = {
-        "a": (np.repeat([1.0, 0.0], [280, 120]), np.ones(400)),
-        "b": (np.repeat([1.0, 0.0], [60, 40]), np.ones(100)),
-    }
-    value, draws = weighted_mean({"a": 3, "b": 1}, subsets, 4000, 0)
-    assert value == pytest.approx(0.75 * 0.7 + 0.25 * 0.6)
+    right = np.concatenate([np.repeat([1.0, 0.0], [280, 120]), np.repeat([1.0, 0.0], [60, 40])])
+    of_a = np.arange(500) < 400
+    ratios = {name: (right * of, of.astype(float)) for name, of in (("a", of_a), ("b", ~of_a))}
+    drawn = bootstrap(ratios, 4000, 0, stratified=True)
+    section = section_value(Section("s", {"a": 3, "b": 1}, False, 500), drawn)
     deviation = (0.75**2 * 0.21 / 400 + 0.25**2 * 0.24 / 100) ** 0.5
-    assert draws.std() == pytest.approx(deviation, rel=0.06)
-    assert weighted_mean({}, subsets, 10, 0)[0] is None
+    assert section.mean() == pytest.approx(0.75 * 0.7 + 0.25 * 0.6, abs=0.002)
+    assert section.std() == pytest.approx(deviation, rel=0.06)
+    assert section_value(Section("s", {}, True, 0), drawn) is None
+
+
+def test_questions_of_one_text_are_drawn_together():
+    """RM-Bench asks each prompt nine times: taken for independent, its intervals would be a third as wide as they are.
+    So would the p value be too small."""
+    right = np.repeat(np.random.default_rng(0).random(130) < 0.6, 9).astype(int)
+    choices = np.stack([2 - right] * 2, axis=1)
+    ratios = figure_ratios(choices, np.ones(1170, int), np.zeros(1170, int))
+    clusters = np.repeat(np.arange(130), 9)
+    widths = [bootstrap(ratios, 3000, 0, of)["accuracy"].std() for of in (None, clusters)]
+    assert widths[1] / widths[0] == pytest.approx(3, rel=0.1)
+    cells = {f"{i}": tuple(part * (np.arange(1170) % 9 == i) for part in ratios["accuracy"]) for i in range(9)}
+    drawn = bootstrap(cells, 3000, 0, clusters, stratified=True)  # each cell a subset, all cells of a prompt together
+    assert sum(drawn.values()).std() / 9 == pytest.approx(widths[1], rel=0.1)
+    other = figure_ratios(np.full((1170, 2), 1), np.ones(1170, int), np.zeros(1170, int))
+    few = slice(0, 45)
+    pair = [{name: (n[few], d[few]) for name, (n, d) in r.items()} for r in (ratios, other)]
+    together, apart = (compare(*pair, 4000, 0, of)["p_value"] for of in (clusters[few], None))
+    assert together > 0.05 > apart
 
 
 # ---- Votes ----
@@ -132,3 +154,17 @@ def test_questions_without_a_probability_or_a_better_answer_are_left_out():
     assert calibrate(probability, labels) is None
     probability[:8], labels[:2] = 0.9, TIE
     assert calibrate(probability, labels)["num"] == 6
+
+
+def test_a_judge_that_is_always_right_has_no_best_temperature():
+    """Every larger confidence fits better: the bound that the search ends at is no finding."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(1, 3, 50)
+    found = calibrate(np.where(labels == 1, 0.8, 0.2), labels)
+    assert found["temperature"] is None and found["brier"] < 0.001
+
+
+def test_a_probability_of_one_half_names_neither_answer():
+    """Half right, whichever is: counted as the second answer's, a judge of no opinion would look wrong or right."""
+    for label in (1, 2):
+        assert calibrate(np.full(10, 0.5), np.full(10, label))["ece_raw"] == 0

@@ -31,7 +31,7 @@ class Benchmark:
     num_rows: Mapping[str, int] = field(default_factory=dict)  # subset pattern -> official number, where there is one
     scored: tuple[str, ...] = ()  # the sections whose mean is the score; all if empty
     has_ties: bool = False  # a tie is an answer, so rows that are ties stay
-    unparsed_points: float = 0.5  # what a judgment without a verdict counts
+    undecided_points: float = 0.5  # what a judgment counts that states no verdict, or a tie that is none
     net_of_orders: bool = False  # a pair counts as right by `right_on_balance`, not by the mean of its two orders
 
 
@@ -39,7 +39,7 @@ class Benchmark:
 class Section:
     name: str
     weights: dict[str, float]  # of the subsets that have rows; {} if none has: then there is no value
-    partial: bool  # a subset is absent, or has fewer rows than officially
+    partial: bool  # a subset is absent, or has another number of rows than officially
     n: int  # rows
 
 
@@ -110,7 +110,7 @@ BENCHMARKS = {
             "Adversarial": {subset: 1 for subset in LLMBAR_ROWS if subset != "natural"},
         },
         num_rows=LLMBAR_ROWS,
-        unparsed_points=0.0,
+        undecided_points=0.0,
     ),
     "judgebench": Benchmark(
         title="JudgeBench",
@@ -146,7 +146,7 @@ BENCHMARKS = {
         sections={"Majority": {"*": BY_ROWS}},
         num_rows={"*": 999},
         has_ties=True,
-        unparsed_points=0.0,
+        undecided_points=0.0,
     ),
 }
 
@@ -181,7 +181,8 @@ def sections_of(name: str, rows_per_subset: Mapping[str, int]) -> list[Section]:
         for pattern, weight in patterns.items():
             there = {s: rows for s, rows in rows_per_subset.items() if rows and fnmatchcase(s, pattern)}
             weights |= {s: float(rows if weight is BY_ROWS else weight) for s, rows in there.items()}
-            partial |= sum(there.values()) < benchmark.num_rows.get(pattern, 1)
+            official = benchmark.num_rows.get(pattern)
+            partial |= not there or official not in (None, sum(there.values()))
             n += sum(there.values())
         sections.append(Section(section, weights, partial, n))
     return sections
@@ -192,16 +193,10 @@ def scored_sections(name: str) -> tuple[str, ...]:
     return BENCHMARKS[name].scored or tuple(BENCHMARKS[name].sections)
 
 
-def section_value(section: Section, accuracies: Mapping[str, float]) -> float | None:
-    """The weighted mean of its subsets' accuracies; None without rows."""
+def section_value(section: Section, accuracies: Mapping[str, float | np.ndarray]) -> float | np.ndarray | None:
+    """The weighted mean of its subsets' accuracies, of resamples of them too; None without rows."""
     total = sum(section.weights.values())
     return sum(accuracies[s] * weight for s, weight in section.weights.items()) / total if total else None
-
-
-def style_matrix(domain: str, accuracies: Mapping[str, float]) -> list[list[float | None]]:
-    """RM-Bench's 3 × 3 accuracies in a domain: rows are the style of the better answer, columns that of the worse."""
-    cells = iter(_cells(domain))
-    return [[accuracies.get(next(cells)) for _ in STYLES] for _ in STYLES]
 
 
 def right_on_balance(

@@ -4,6 +4,7 @@ Told apart by their rows. Rows come out as in `judgments_NAME.jsonl`; `order` 1 
 them. Published judgments belong to the order of their own files, so their prompts are not shuffled by the coin.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,15 @@ from conj.data.preprocess import load_prompts, make_row, next_copy
 from conj.data.readers import read_preferences, read_rows, swapped
 
 OWN = {"id": str, "order": int, "text": str, "verdict": object, "label": int, "rung": str}
+COUNT = (lambda value: type(value) is int and value >= 0, "a number from 0 up")
+OPTIONAL = {
+    "sample": COUNT,
+    "prompt_tokens": COUNT,
+    "completion_tokens": COUNT,
+    "token_ids": (lambda value: isinstance(value, list), "a list"),
+    "p_first": (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"),
+    "dollars": (lambda value: type(value) in (int, float) and 0 <= value < math.inf, "a number from 0 up"),
+}
 WINNERS = {"1": 1, "2": 2, None: None, "None": None}
 RESULTS = {"0": 0, "1": 1, "2": 2, "Tie": 0, "garbage": None}  # as PandaLM's outputs write them
 
@@ -55,18 +65,33 @@ def _read_own(path, rows, data, seed, subsets, limit) -> tuple[list[dict], list[
     twice = Counter((row["id"], row["order"], row["sample"]) for row in judgments)
     if repeated := [" ".join(map(str, key)) for key, count in twice.items() if count > 1]:
         raise InputError(f"{path}: {len(repeated)} judgments (id, order, sample) appear twice: {_some(repeated)}")
-    answered = {row["id"] for row in judgments}
-    unanswered = [id for id in labels if id not in answered]
+    asked = {}
+    for row in judgments:
+        asked.setdefault(row["id"], set()).add((row["order"], row["sample"]))
+    orders = {order for keys in asked.values() for order, _ in keys}
+    whole = {
+        (order, sample) for order in orders for sample in range(max(map(len, asked.values()), default=0) // len(orders))
+    }
+    if torn := [id for id, keys in asked.items() if keys != whole]:
+        raise InputError(
+            f"{path}: expected {len(whole)} judgments of each prompt (orders {_some(sorted(orders))}, samples from 0 on), "
+            f"found others of {len(torn)}: {_some(torn)}"
+        )
+    unanswered = [id for id in labels if id not in asked]
     manifest = read_manifest(path)
     if manifest is not None and not manifest["complete"]:
         raise InputError(f"{path}: was cut short; run its stage again to finish it")
-    if manifest is not None and "overlong_ids" in manifest.get("counts", {}):  # it says which are rightly missing
-        _require_none(path, "prompts without a judgment", unanswered, set(manifest["counts"]["overlong_ids"]))
+    # Its manifest says which are rightly missing: they did not fit the context.
+    overlong = manifest["counts"].get("overlong_ids", []) if manifest is not None else []
+    _require_none(path, "prompts of the data without a judgment", unanswered, set(overlong))
     return prompts, judgments
 
 
 def _own_judgment(row: dict) -> dict:
     _member(row["order"], "order", (1, 2))
+    for name, (holds, expected) in OPTIONAL.items():
+        if row.get(name) is not None and not holds(row[name]):
+            raise InputError(f"expected {name} to be {expected}, found {str(row[name])[:40]!r}")
     verdict = _member(row["verdict"], "verdict", (None, 0, 1, 2))
     choice = swapped(verdict) if row["order"] == 2 else verdict
     if row.get("choice", choice) != choice:
@@ -89,6 +114,8 @@ def _read_llmbar(path: Path, rows: list) -> tuple[list[dict], list[dict]]:
 
 def _llmbar_judgments(row: dict, prompt: dict) -> list[dict]:
     judgments = []
+    if not row["results"]:
+        raise InputError("expected at least one result, found none")
     for sample, result in enumerate(row["results"]):
         for order, name in ((1, "swap = False"), (2, "swap = True")):
             if not isinstance(result, dict) or not isinstance(result.get(name), dict) or "winner" not in result[name]:

@@ -49,7 +49,8 @@ def build_parser(options_class: type, description: str) -> argparse.ArgumentPars
     hints = typing.get_type_hints(options_class)
     for field in dataclasses.fields(options_class):
         kind, arguments = hints[field.name], {"help": field.metadata["help"]}
-        if isinstance(kind, types.UnionType):  # `int | None`: absent unless given
+        # `int | None`: absent unless given; with a Literal in it, it is another type of Python's
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):
             (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
         if field.default is dataclasses.MISSING:
             arguments["required"] = True

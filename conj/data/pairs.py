@@ -41,9 +41,9 @@ class PairsOptions:
     max_right_vs_unparsed: int = option(1, help="most pairs of a right and an unparsed judgment a prompt")
     max_hinted: int = option(1, help="most pairs of hinted judgments a prompt")
     pair_types: tuple[PairType, ...] = option(get_args(PairType), help="types of pairs to make")
-    chosen_length: str | None = option(
+    chosen_length: Literal["longer", "shorter"] | None = option(
         None,
-        help="longer or shorter: keep only prompts whose better answer is that, in characters; all if not given",
+        help="keep only prompts whose better answer is that, in characters; all if not given",
     )
     rationale: bool = option(True, help="keep the reasons; without them judgments are bare verdicts, none is unparsed")
     eval_fraction: float = option(0.02, help="share of the questions held out for evaluation, from 0 to 1")
@@ -52,7 +52,6 @@ class PairsOptions:
     def __post_init__(self):
         counts = ("max_right_vs_wrong", "max_right_vs_unparsed", "max_hinted")
         require_each(self, counts, lambda value: value >= 0, "a number of pairs from 0 up")
-        require_each(self, ("chosen_length",), lambda value: value in ("longer", "shorter"), "longer or shorter")
         require_each(self, ("eval_fraction",), lambda value: 0 <= value < 1, "0 to below 1")
 
 

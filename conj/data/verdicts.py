@@ -138,3 +138,6 @@ def parse_released(text: str) -> Verdict:
     word = text.find("回答")
     digit = re.compile("[12]").search(text, word) if word >= 0 else None
     return Verdict(int(digit[0]), "digit") if digit else UNPARSED.verdict
+
+
+PARSERS = {"strict": parse_strict, "released": parse_released}

@@ -24,10 +24,11 @@ from conj.data.options import option, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
 from conj.data.prompts import judge_messages, judgment_text
 from conj.data.readers import describe_data
+from conj.data.verdicts import PARSERS
 from conj.sample.engine import Completion, Decoding, EngineOptions, JudgeModel, Request, check_model, complete_by_vllm
 from conj.sample.report import percent, percent_interval
 from conj.sample.scores import UNPARSED, summarize
-from conj.sample.stage import PARSERS, write_judgments
+from conj.sample.stage import write_judgments
 
 PLAIN = "none"  # the judgments without an attack
 

@@ -1,8 +1,9 @@
 """Prompts to judgments over HTTP: any server that speaks the OpenAI chat API, vLLM's own among them.
 
 The `openai` package retries what may pass (lost connections, time-outs, 408, 409, 429 and 5xx), waiting longer each
-time, or as long as the server asks. Completions are given out as they finish, so that what was paid for is in the file
-before anything else can fail; the same command goes on from there. The API key is OPENAI_API_KEY, as everywhere.
+time, or as long as the server asks, up to two minutes. Completions are given out as they finish: what was answered is in
+the file before anything else can fail, and the same command goes on from there; what was under way then is asked again.
+The API key is OPENAI_API_KEY, as everywhere.
 
 A prompt that is too long for the server, or that its filter stops, is a judgment without a verdict, and is counted.
 
@@ -95,6 +96,7 @@ def _client(options: EndpointOptions):
         raise InputError(f"an endpoint needs the package openai, which cannot be imported ({e})") from None
     key = os.environ.get("OPENAI_API_KEY") or ("none" if options.base_url else None)
     require(key is not None, "OPENAI_API_KEY: expected the key of the API in the environment, found none")
+    require(key.isascii(), "OPENAI_API_KEY: expected a key of ASCII characters")
     http_client = openai.DefaultHttpxClient(event_hooks={"request": [_limit_rate(options.requests_per_minute)]})
     try:
         return openai.OpenAI(
@@ -127,13 +129,23 @@ def _complete(client, request: Request, judge: Judge, decoding: Decoding) -> Com
             model=judge.model, messages=messages, temperature=decoding.temperature, top_p=decoding.top_p,
             max_tokens=decoding.max_new_tokens, seed=request_seed(decoding.seed, request.key), **asked,
         )  # fmt: skip
+    except ValueError as e:  # not JSON
+        raise InputError(f"{judge.model}: expected a chat completion, found no JSON: {first_line(e)}") from None
     except Exception as e:
         if reason := _why_refused(e):
             return Completion(text="", token_ids=None, finish_reason=reason)
         raise
-    require(bool(reply.choices), f"{judge.model}: expected an answer with choices, found {brief(reply)}")
-    choice, text = reply.choices[0], reply.choices[0].message.content or ""
-    p_first = None
+    try:
+        return _read(reply, decoding)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # any JSON may come from a server
+        raise InputError(f"{judge.model}: expected a chat completion, found {brief(reply)}") from None
+
+
+def _read(reply, decoding: Decoding) -> Completion:
+    choice, text, usage, p_first = reply.choices[0], reply.choices[0].message.content or "", reply.usage, None
+    counts = [usage and usage.prompt_tokens, usage and usage.completion_tokens]
+    if not isinstance(text, str) or not all(count is None or type(count) is int for count in counts):
+        raise TypeError
     if choice.logprobs is not None and choice.logprobs.content:
         p_first = _first_probability(text, choice.logprobs.content, decoding)
     return Completion(
@@ -141,8 +153,8 @@ def _complete(client, request: Request, judge: Judge, decoding: Decoding) -> Com
         token_ids=None,
         finish_reason=choice.finish_reason or "unknown",
         p_first=p_first,
-        prompt_tokens=reply.usage and reply.usage.prompt_tokens,
-        completion_tokens=reply.usage and reply.usage.completion_tokens,
+        prompt_tokens=counts[0],
+        completion_tokens=counts[1],
     )
 
 

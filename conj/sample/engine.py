@@ -21,7 +21,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -113,7 +113,7 @@ class Request:
     """One judgment to be written; `key` names it within its file and is the start of its row."""
 
     key: dict
-    prompt_ids: list[int]  # none where the prompt goes out as text
+    prompt_ids: list[int] = field(default_factory=list)  # none where the prompt goes out as text
     hint: int | None = None  # the verdict that the prompt gives away
     messages: list[dict] | None = None  # the chat messages of a prompt that goes out as text, over HTTP
 

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from conj.data.files import read_jsonl
 from conj.data.judgments import read_judgments_file
 from conj.data.options import option, require, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
-from conj.data.readers import describe_data
+from conj.data.readers import describe_data, swapped
 from conj.sample.endpoint import EndpointOptions, complete_by_http
 from conj.sample.engine import Completion, Decoding, EngineOptions, JudgeModel, Request, check_model, complete_by_vllm
 from conj.sample.figures import Judged, score_all
@@ -34,6 +35,7 @@ from conj.sample.judges import Judge, judge_prompt, load_judge
 from conj.sample.report import write_report
 from conj.sample.stage import write_judgments
 
+NAME = re.compile(r"[\w.+-]{1,100}")  # of a judge: it becomes a part of file names
 DEFAULT_MAX_NEW_TOKENS = 512  # of judges whose files say nothing
 
 
@@ -54,7 +56,9 @@ class EvaluateOptions(EngineOptions, EndpointOptions):
     subsets: tuple[str, ...] = option((), help="names of the subsets to judge; all if not given")
     limit: int | None = option(None, help="number of rows read from the head of each benchmark; all if not given")
     judge: str = option("con-j", help="whose prompt, parser and backend: a judge that conj ships, or a judge file")
-    judge_text: Path | None = option(None, help="file with the judge's text, where its judge file ships none")
+    judge_text: Path | None = option(
+        None, help="file with the judge's text, where its judge file ships none", affects_result=False
+    )
     name: str | None = option(
         None,
         help="name of the judge in files and report; by default base and trained, or the judge's",
@@ -81,7 +85,18 @@ class EvaluateOptions(EngineOptions, EndpointOptions):
         require_each(self, ("num_resamples", "limit", "num_samples"), lambda value: value >= 1, "1 or more")
         require_each(self, ("temperature",), lambda value: value >= 0, "0 or more")
         require(self.num_samples == 1 or self.temperature > 0, "--num-samples: expected a --temperature above 0")
+        require_each(self, ("seed",), lambda value: value >= 0, "0 or more")
         require(bool(self.data or self.judgments), "--data: expected benchmarks, or --judgments to score")
+        if self.judgments:
+            self._refuse("with --judgments no model is asked", "judge", "judge_text", "model", "name", "base_url",
+                         "num_samples", "temperature", "verdict_probability", "parser")  # fmt: skip
+        require_each(self, ("name",), NAME.fullmatch, "letters, digits, dots, dashes, plus signs and underscores")
+
+    def _refuse(self, why: str, *names: str) -> None:
+        """Raises InputError where one of these options is given: it would be ignored."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != defaults[name]]
+        require(not given, f"{', '.join(given)}: {why}")
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -90,20 +105,47 @@ def evaluate(options: EvaluateOptions) -> None:
     began, report = time.monotonic(), options.run / "report.json"
     for path in report, manifest.manifest_path(report):
         path.unlink(missing_ok=True)
-    files = [name.rpartition("=")[2] for name in options.judgments]
+    files = [named_file(given)[1] for given in options.judgments]
     files = files or [judgments_path(options.run, name) for name in judged]
     manifest.begin(report, inputs=files, options=options)
-    is_part = bool(options.subsets) or options.limit is not None
-    content = score_all(judged, options.num_resamples, options.seed, is_part=is_part) | {"counts": counts}
-    prompts = {row["id"]: row for entry in judged.values() for row in entry.prompts}
-    rows = {name: entry.rows for name, entry in judged.items()}
+    content = score_all(judged, options.num_resamples, options.seed) | {"counts": counts}
+    say_what_is_missing(content, options)
+    prompts, rows = shown_in_one_order(judged)
     seconds = {name: entry.seconds_per_judgment for name, entry in judged.items()}
-    write_report(options.run, content, list(prompts.values()), rows, seconds)
+    write_report(options.run, content, prompts, rows, seconds)
     headline = ("accuracy", "consistency", "unparsed")
     figures = {f"{name}_{figure}": content["judges"][name][figure] for name in judged for figure in headline}
     counts = {name: None if value is None else round(value, 4) for name, value in figures.items()}
     also = [options.run / name for name in ("report.md", "report.html")]
     manifest.finish(report, num_rows=len(prompts), counts=counts, seconds=time.monotonic() - began, also=also)
+
+
+def say_what_is_missing(content: dict, options: EvaluateOptions) -> None:
+    """What a reader of the figures alone would not see."""
+    for name, figures in content["judges"].items():
+        for benchmark, entry in figures["benchmarks"].items():
+            if entry.get("in_no_section"):
+                print(
+                    f"{name}: {benchmark}: {entry['in_no_section']} of {entry['n']} questions are of no known section"
+                )
+        if options.verdict_probability and figures["probability"] is None:
+            print(f"{name}: fewer than five questions have a verdict's probability: none is reported")
+
+
+def shown_in_one_order(judged: dict[str, Judged]) -> tuple[list[dict], dict[str, list[dict]]]:
+    """The questions of all judges, and each judge's rows in the order of answers that a question is shown with: published
+    judgments may have seen the same question with its answers the other way round."""
+    prompts, rows = {}, {}
+    for name, entry in judged.items():
+        turned = set()
+        for prompt in entry.prompts:
+            if prompts.setdefault(prompt["id"], prompt)["answer_1"] != prompt["answer_1"]:
+                turned.add(prompt["id"])
+        rows[name] = [
+            row | {"order": 3 - row["order"], "choice": swapped(row["choice"])} if row["id"] in turned else row
+            for row in entry.rows
+        ]
+    return list(prompts.values()), rows
 
 
 def judgments_path(run: Path, name: str) -> Path:
@@ -117,6 +159,7 @@ def make_judgments(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[st
     """Judges with what the options name, and gathers all judgments of the same prompts that the run folder holds."""
     judge = load_judge(options.judge, options.judge_text)
     if options.parser is not None:
+        require(judge.verdict_pattern is None, f"--parser: judge {judge.name} has a verdict_pattern of its own")
         judge = dataclasses.replace(judge, parser=options.parser)
     options = dataclasses.replace(
         options, max_new_tokens=options.max_new_tokens or judge.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
@@ -125,13 +168,23 @@ def make_judgments(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[st
     prompts, counts = load_prompts(options.data, options.seed, options.subsets, options.limit, benchmark=True)
     for name, model in models.items():
         judge_prompts(judgments_path(options.run, name), judge, model, prompts, options, counts)
-    found, ids = {}, {row["id"] for row in prompts}
+    found, labels = {}, {row["id"]: row["label"] for row in prompts}
     for path in sorted(options.run.glob("judgments_*.jsonl"), key=_base_first):
-        name, rows, made = path.stem.removeprefix("judgments_"), read_jsonl(path), manifest.read_manifest(path)
-        if made is None or not made["complete"] or not ids.issuperset(row["id"] for row in rows):
-            print(f"{path}: unfinished, or of other data than --data: left out of the report")
+        made = manifest.read_manifest(path) if path.is_file() else None
+        if made is None or not made["complete"] or "overlong_ids" not in made["counts"]:
+            print(f"{path}: unfinished: left out of the report")
             continue
-        found[name] = Judged(prompts=prompts, rows=rows, seconds_per_judgment=seconds_per_judgment(made))
+        rows = read_jsonl(path, {"id": str, "order": int, "sample": int, "label": int})
+        if any(labels.get(row["id"]) != row["label"] for row in rows):
+            print(f"{path}: of other data or another --seed: left out of the report")
+            continue
+        asked = {row["id"] for row in rows} | set(made["counts"]["overlong_ids"])
+        found[path.stem.removeprefix("judgments_")] = Judged(
+            prompts=[row for row in prompts if row["id"] in asked],
+            rows=rows,
+            is_part=bool(options.subsets) or options.limit is not None or not asked.issuperset(labels),
+            seconds_per_judgment=seconds_per_judgment(made),
+        )
     return found, counts
 
 
@@ -142,8 +195,16 @@ def _base_first(path: Path) -> tuple:
 
 def find_models(options: EvaluateOptions, judge: Judge) -> dict[str, JudgeModel | None]:
     """The models to judge with, checked, by name; None for one behind an endpoint."""
+    name = options.name or judge.name
+    require(
+        bool(NAME.fullmatch(name)), f"judge {judge.name!r}: expected a name of {NAME.pattern}; give it one by --name"
+    )
     if judge.backend == "openai":
-        return {options.name or judge.name: None}
+        options._refuse(f"judge {judge.name} is behind an endpoint", "model", "max_model_len", "dtype",
+                        "tensor_parallel_size", "pipeline_parallel_size")  # fmt: skip
+        return {name: None}
+    options._refuse(f'judge {judge.name} runs on vLLM; a judge file with backend = "openai" asks an endpoint',
+                    "base_url", "requests_per_minute")  # fmt: skip
     require(
         options.model is not None, f"--model: expected a folder for judge {judge.name} ({judge.model or 'any model'})"
     )
@@ -151,7 +212,7 @@ def find_models(options: EvaluateOptions, judge: Judge) -> dict[str, JudgeModel 
         check_model, max_model_len=options.max_model_len or judge.max_model_len, chat_template=judge.chat_template
     )
     if options.name or options.judge != "con-j":
-        return {options.name or judge.name: check(options.model)}
+        return {name: check(options.model)}
     trained = {"trained": check(options.run / "model")} if (options.run / "model").exists() else {}
     return {"base": check(options.model)} | trained
 
@@ -198,8 +259,9 @@ def data_inputs(data: tuple[str, ...]) -> list[str]:
 
 
 def describe_judge(judge: Judge) -> str:
-    """What a manifest says of a judge: its name, and a hash of all that its file and other sources of its text say."""
-    content = json.dumps(dataclasses.asdict(judge), ensure_ascii=False)
+    """What a manifest says of a judge: its name, and a hash of all that decides its judgments, wherever its text is from."""
+    content = dataclasses.asdict(dataclasses.replace(judge, name="", prompt_dollars=None, completion_dollars=None))
+    content = json.dumps(content, ensure_ascii=False)
     return f"judge {judge.name} {hashlib.sha256(content.encode()).hexdigest()}"
 
 
@@ -220,15 +282,23 @@ def seconds_per_judgment(made: dict) -> float | None:
     return made["seconds"] / count if count else None
 
 
+def named_file(given: str) -> tuple[str, Path]:
+    """The judge's name and the file of `NAME=PATH`, or of a path alone, which may hold a = of its own."""
+    name, equals, path = given.partition("=")
+    if Path(given).exists() or not equals:
+        return Path(given).stem.removeprefix("judgments_"), Path(given)
+    return name, Path(path)
+
+
 def read_files(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[str, int]]:
     """Judgments that others made, or that were made earlier, by name: no model is asked."""
     judged, counts = {}, Counter()
+    is_part = bool(options.subsets) or options.limit is not None
     for given in options.judgments:
-        name, _, path = given.rpartition("=")
-        name = name or Path(path).stem.removeprefix("judgments_")
+        name, path = named_file(given)
         require(name not in judged, f"--judgments: two files are named {name}; expected NAME={path}")
-        prompts, rows = read_judgments_file(Path(path), options.data, options.seed, options.subsets, options.limit)
-        judged[name] = Judged(prompts=prompts, rows=rows)
+        prompts, rows = read_judgments_file(path, options.data, options.seed, options.subsets, options.limit)
+        judged[name] = Judged(prompts=prompts, rows=rows, is_part=is_part)
         counts[f"judgments_{name}"] = len(rows)
     return judged, dict(counts)
 

@@ -1,11 +1,21 @@
 """From judgments to the content of report.json: figures of each judge, on all questions and on each benchmark."""
 
+import dataclasses
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 
-from conj.data.benchmarks import BENCHMARKS, annotator_agreement, right_on_balance, scored_sections, sections_of
+from conj.data.benchmarks import (
+    BENCHMARKS,
+    annotator_agreement,
+    right_on_balance,
+    scored_sections,
+    section_value,
+    sections_of,
+)
+from conj.data.preprocess import question_of
+from conj.data.prompts import question_text
 from conj.sample import scores
 
 
@@ -13,8 +23,9 @@ from conj.sample import scores
 class Judged:
     """A judge's judgments of its prompts."""
 
-    prompts: list[dict]
+    prompts: list[dict]  # those that it was asked
     rows: list[dict]
+    is_part: bool = False  # only some rows or subsets of the data
     seconds_per_judgment: float | None = None  # not known of judgments that others made
 
 
@@ -25,7 +36,8 @@ class Choices:
     samples: np.ndarray  # (Q, 2, n) int: choices as in conj.sample.scores, by order and sample
     labels: np.ndarray  # (Q,) int
     longer: np.ndarray  # (Q,) int
-    subsets: np.ndarray  # (Q,) str
+    subsets: np.ndarray  # (Q,) of texts
+    clusters: np.ndarray  # (Q,) int: which questions are the same text, and drawn together
     probability: np.ndarray  # (Q,) float: that answer 1 is better, mean over what is known; NaN: nothing is
 
     def of(self, places) -> "Choices":
@@ -35,15 +47,23 @@ class Choices:
     def choices(self) -> np.ndarray:  # (Q, 2)
         return scores.majority(self.samples)
 
-    def ratios(self) -> scores.Ratios:
-        return scores.figure_ratios(self.choices(), self.labels, self.longer)
+    def ratios(self, undecided_points: float = 0.5) -> scores.Ratios:
+        ratios = scores.figure_ratios(self.choices(), self.labels, self.longer, undecided_points)
+        judged = (self.samples != scores.NOT_JUDGED).sum((1, 2))
+        # A drawn vote of judgments that all state a verdict is undecided, not unparsed.
+        return ratios | {"unparsed": ((self.samples == scores.UNPARSED).sum((1, 2)), judged)}
+
+    def judged_by(self, other: "Choices") -> "Choices":
+        """With those orders alone that another judge of the same questions has judged too."""
+        absent = (other.samples == scores.NOT_JUDGED).all(2, keepdims=True)
+        return dataclasses.replace(self, samples=np.where(absent, scores.NOT_JUDGED, self.samples))
 
 
-def score_all(judged: dict[str, Judged], num_resamples: int, seed: int, *, is_part: bool) -> dict:
+def score_all(judged: dict[str, Judged], num_resamples: int, seed: int) -> dict:
     """The content of report.json: each judge's figures, those of each benchmark, section and subset, and how the judges
-    of the same questions differ from the first of them. `is_part`: only some rows or subsets of the data were asked for."""
+    of the same questions differ from the first of them."""
     arrays = {name: to_arrays(entry) for name, entry in judged.items()}
-    judges = {name: score_judge(judged[name], arrays[name], num_resamples, seed, is_part) for name in judged}
+    judges = {name: score_judge(judged[name], arrays[name], num_resamples, seed) for name in judged}
     first, *others = judged
     comparisons = []
     for name in others:
@@ -51,8 +71,9 @@ def score_all(judged: dict[str, Judged], num_resamples: int, seed: int, *, is_pa
         common = [(places[row["id"]], i) for i, row in enumerate(judged[name].prompts) if row["id"] in places]
         if common:
             of_first, of_other = zip(*common)
-            pair = arrays[first].of(list(of_first)).ratios(), arrays[name].of(list(of_other)).ratios()
-            change = scores.compare(*pair, num_resamples, seed)
+            one, two = arrays[first].of(list(of_first)), arrays[name].of(list(of_other))
+            pair = one.judged_by(two).ratios(), two.judged_by(one).ratios()
+            change = scores.compare(*pair, num_resamples, seed, one.clusters)
             comparisons.append({"judge": name, "against": first} | change)
     return {"judges": judges, "comparisons": comparisons, "num_resamples": num_resamples}
 
@@ -83,32 +104,34 @@ def to_arrays(judged: Judged) -> Choices:
         samples=samples,
         labels=np.array([row["label"] or scores.TIE for row in prompts]),
         longer=np.where(lengths[:, 0] == lengths[:, 1], 0, lengths.argmax(1) + 1),
-        subsets=np.array([row["subset"] or "all" for row in prompts]),
+        subsets=np.array([row["subset"] or "all" for row in prompts], dtype=object),
+        clusters=np.unique([question_text(question_of(row)) for row in prompts], return_inverse=True)[1],
         probability=mean,
     )
 
 
-def score_judge(judged: Judged, arrays: Choices, num_resamples: int, seed: int, is_part: bool) -> dict:
+def score_judge(judged: Judged, arrays: Choices, num_resamples: int, seed: int) -> dict:
     """A judge's entry of report.json."""
     made = {row["id"] for row in judged.rows}
     tokens = [len(row["token_ids"]) if "token_ids" in row else row.get("completion_tokens") for row in judged.rows]
     rungs = Counter(row["rung"] for row in judged.rows)
     several = arrays.samples.shape[-1] > 1
-    figures = scores.summarize(arrays.ratios(), num_resamples, seed)
+    figures = scores.summarize(arrays.ratios(), num_resamples, seed, arrays.clusters)
+    votes = scores.vote_curve(arrays.samples, arrays.labels, num_resamples, seed, arrays.clusters) if several else []
     figures |= {
         "num_judgments": len(judged.rows),
         "overlong": sum(row["id"] not in made for row in judged.prompts),
         "rungs": {rung: count / len(judged.rows) for rung, count in rungs.most_common()},
         "tokens_per_judgment": None if None in tokens or not tokens else float(np.mean(tokens)),
         "dollars": sum(row["dollars"] for row in judged.rows) if all("dollars" in row for row in judged.rows) else None,
-        "votes": scores.vote_curve(arrays.samples, arrays.labels, num_resamples, seed) if several else [],
+        "votes": votes,
         "probability": scores.calibrate(arrays.probability, arrays.labels),
     }
     places = defaultdict(list)
     for i, row in enumerate(judged.prompts):
         places[row["benchmark"] or row["source"]].append(i)
     figures["benchmarks"] = {
-        name: score_benchmark(name, [judged.prompts[i] for i in of], arrays.of(of), num_resamples, seed, is_part)
+        name: score_benchmark(name, [judged.prompts[i] for i in of], arrays.of(of), num_resamples, seed, judged.is_part)
         for name, of in places.items()
     }
     return figures
@@ -120,32 +143,42 @@ def score_benchmark(
     """A benchmark's entry: its figures over all questions and over each subset's, its sections and its score as its authors
     add them up; of data that are no benchmark, the accuracy."""
     known = BENCHMARKS.get(name)
-    subsets = {str(subset): arrays.of(arrays.subsets == subset) for subset in np.unique(arrays.subsets)}
-    ratios = {subset: part.ratios() for subset, part in subsets.items()}
-    entry = scores.summarize(arrays.ratios(), num_resamples, seed)
+    members = {subset: arrays.subsets == subset for subset in sorted(set(arrays.subsets))}
+    entry = scores.summarize(arrays.ratios(), num_resamples, seed, arrays.clusters)
     is_part &= known is None or not known.num_rows  # else official numbers of rows say which sections are whole
     accuracy = shown(entry["accuracy"], entry["accuracy_ci95"], is_part)
     entry |= {"title": known.title if known else name, "partial": is_part, "score": accuracy, "sections": {}}
-    entry["subsets"] = {subset: scores.summarize(ratio, num_resamples, seed) for subset, ratio in ratios.items()}
+    entry["subsets"] = {
+        subset: scores.summarize(part.ratios(), num_resamples, seed, part.clusters)
+        for subset, of in members.items()
+        for part in [arrays.of(of)]
+    }
     if known is None:
         return entry
-    points, less = {}, 0.5 - known.unparsed_points  # than our accuracy gives a judgment without a verdict
-    for subset, ratio in ratios.items():
-        points[subset] = ratio["accuracy"][0] - less * ratio["unparsed"][0], ratio["accuracy"][1]
+    points = arrays.ratios(known.undecided_points)["accuracy"]
     if known.net_of_orders:
-        balance = {subset: right_on_balance(part.choices(), part.labels) for subset, part in subsets.items()}
-        points = {subset: (right, np.ones(len(right))) for subset, right in balance.items()}
-    draws = {}
-    for section in sections_of(name, {subset: len(part.labels) for subset, part in subsets.items()}):
-        value, draws[section.name] = scores.weighted_mean(section.weights, points, num_resamples, seed)
-        found = shown(value, scores.interval(draws[section.name]), section.partial or is_part)
+        points = right_on_balance(arrays.choices(), arrays.labels), np.ones(len(prompts))
+    ratios = {subset: (points[0] * of, points[1] * of) for subset, of in members.items()}
+    drawn = scores.bootstrap(ratios, num_resamples, seed, arrays.clusters, stratified=True)
+    values, draws = {subset: scores.figure(ratio) for subset, ratio in ratios.items()}, {}
+    sections = sections_of(name, {subset: int(of.sum()) for subset, of in members.items()})
+    for section in sections:
+        draws[section.name] = section_value(section, drawn)
+        between = None if draws[section.name] is None else scores.interval(draws[section.name])
+        found = shown(section_value(section, values), between, section.partial or is_part)
         entry["sections"][section.name] = found | {"n": section.n}
+    entry["in_no_section"] = len(prompts) - sum(
+        int(of.sum()) for subset, of in members.items() if any(subset in section.weights for section in sections)
+    )
     scored = [entry["sections"][section] for section in scored_sections(name)]
     values = [section["value"] for section in scored]
     partial = any(section["partial"] for section in scored)
-    mean = None if None in values else float(np.mean(values))
-    between = scores.interval(sum(draws[section] for section in scored_sections(name)) / len(scored))
-    entry |= {"partial": partial, "score": shown(mean, between, partial)}
+    if None not in values:
+        between = scores.interval(sum(draws[section] for section in scored_sections(name)) / len(scored))
+        entry["score"] = shown(float(np.mean(values)), between, partial)
+    else:
+        entry["score"] = shown(None, None, partial=True)
+    entry["partial"] = partial
     if all("votes" in row for row in prompts):
         entry["annotators"] = agreement_with_annotators([row["votes"] for row in prompts], arrays.choices())
     return entry

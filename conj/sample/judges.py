@@ -24,13 +24,12 @@ from typing import Literal
 from conj import InputError
 from conj.data.files import brief, first_line
 from conj.data.prompts import judge_messages, question_text
-from conj.data.verdicts import Verdict, parse_released, parse_strict
+from conj.data.verdicts import PARSERS, Verdict
 from conj.sample.engine import CARD_VERDICT
 
 FOLDER = Path(__file__).with_name("judges")
 PLACES = ("question", "answer_1", "answer_2")
 PLACE = re.compile("{(" + "|".join(PLACES) + ")}")
-PARSERS = {"strict": parse_strict, "released": parse_released}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +122,8 @@ def load_judge(name_or_path: str, text_file: Path | None = None) -> Judge:
     elif text is not None:
         content |= _text_of_package(text, path)
     _check_types(content, path)
+    if "parser" in content and "verdict_pattern" in content:
+        raise InputError(f"{path}: expected parser or verdict_pattern, found both")
     judge = Judge(**content)
     _check_texts(judge, path if text_file is None else text_file)
     _check_pattern(judge, path)
@@ -187,8 +188,11 @@ def _check_texts(judge: Judge, path: Path) -> None:
         raise InputError(f"{path}: system: expected none beside prompt, which has its own")
     if judge.backend == "openai" and judge.model is None:
         raise InputError(f"{path}: model: expected the name that the endpoint knows, found none")
-    if judge.backend == "openai" and judge.chat_template is not None:
-        raise InputError(f"{path}: chat_template: expected none with an endpoint, which has its own")
+    for key in ("chat_template", "max_model_len"):
+        if judge.backend == "openai" and getattr(judge, key) is not None:
+            raise InputError(f"{path}: {key}: expected none with an endpoint, which has its own")
+    if (judge.prompt_dollars is None) != (judge.completion_dollars is None):
+        raise InputError(f"{path}: expected prompt_dollars and completion_dollars, or neither")
 
 
 def _check_pattern(judge: Judge, path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Literal
 from conj.data.options import option, require_each, run_command
 from conj.data.preprocess import question_of
 from conj.data.prompts import judge_messages
+from conj.data.verdicts import PARSERS
 from conj.sample.engine import Completion, Request, check_model
-from conj.sample.stage import PARSERS, SamplingOptions, sample_prompts
+from conj.sample.stage import SamplingOptions, sample_prompts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,11 @@
 
 A question is judged in both orders of its answers. Its two choices (1 or 2 in the order of the data, TIE, UNPARSED, or
 NOT_JUDGED where published judgments have one order only) stand in a row of `choices`. An unparsed judgment counts as
-half right; it is consistent with nothing. Of several samples the majority is the choice, a draw is none.
+half right, and so does one that calls a tie where there is a better answer; without a verdict it is consistent with nothing.
+Of several samples the majority is the choice, a draw counts half. Questions with one text (RM-Bench shows nine pairs of
+answers to each) are drawn together.
 
-Dimensions: Q questions, B resamples, F figures.
+Dimensions: Q questions, C clusters of them, B resamples, F figures.
 """
 
 import math
@@ -14,6 +16,7 @@ import numpy as np
 
 UNPARSED, TIE, NOT_JUDGED = 0, 3, -1
 CONFIDENCE = 0.95
+LEAST_SCALE, MOST_SCALE = 1e-3, 1e3  # of log odds
 NUM_FOLDS = 5  # of the questions, for calibration: a temperature is never fitted on what it is measured on
 Ratios = dict[str, tuple[np.ndarray, np.ndarray]]  # figure -> numerators (Q,) and denominators (Q,)
 
@@ -22,13 +25,14 @@ def figure_ratios(
     choices: np.ndarray,  # (Q, 2) int: answer 1 or 2 of the data, or one of the above; columns: original, swapped order
     labels: np.ndarray,  # (Q,) int: the better answer, 1 or 2, or TIE
     longer: np.ndarray,  # (Q,) int: the longer answer, 1 or 2, or 0 for equal lengths
+    undecided_points: float = 0.5,  # for no verdict, and for a tie where there is a better answer
 ) -> Ratios:
     """Each figure as numerators and denominators per question: the figure is the ratio of their sums."""
     judged = choices != NOT_JUDGED
     parsed = judged & (choices != UNPARSED)
     took = parsed & (choices != TIE)
     right = choices == labels[:, None]
-    points = np.where(parsed, right, 0.5) * judged
+    points = np.where(right, 1, np.where(took, 0, undecided_points)) * judged
     both, num_judged = judged.all(1), judged.sum(1)
     # In the swapped order the data's second answer stands first.
     first = np.stack([choices[:, 0] == 1, choices[:, 1] == 2], axis=1)
@@ -48,27 +52,45 @@ def figure_ratios(
     }
 
 
-def bootstrap(ratios: Ratios, num_resamples: int, seed: int | list[int]) -> dict[str, np.ndarray]:
-    """Each figure on `num_resamples` draws of Q questions with replacement, (B,); NaN where nothing is counted.
+def bootstrap(
+    ratios: Ratios, num_resamples: int, seed: int, clusters: np.ndarray | None = None, *, stratified: bool = False
+) -> dict[str, np.ndarray]:
+    """Each figure on `num_resamples` draws of the questions with replacement, (B,); NaN where nothing is counted.
 
-    Questions that count alike are drawn together, by a multinomial over the kinds there are: the same distribution as
-    drawing them one by one, for a hundredth of the time."""
+    `clusters` (Q,) int: questions that are drawn together; each by itself if not given. `stratified`: as many are drawn as
+    there are of those that count in the same figures (the subsets of a benchmark, which fixes their sizes). Clusters that
+    count alike are drawn at once, by a multinomial over the kinds there are: the same distribution as drawing them one by
+    one, for a hundredth of the time."""
     values = np.array([part for ratio in ratios.values() for part in ratio], dtype=float).T  # (Q, 2F)
-    kinds, counts = np.unique(values, axis=0, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=num_resamples)
-    sums = drawn @ kinds  # (B, 2F)
+    if clusters is not None:
+        values = _sum_by(clusters, values)  # (C, 2F)
+    strata = np.zeros(len(values), int)
+    if stratified:
+        strata = np.unique(values[:, 1::2] > 0, axis=0, return_inverse=True)[1].reshape(-1)
+    rng, sums = np.random.default_rng(seed), 0
+    for stratum in range(strata.max() + 1):
+        kinds, counts = np.unique(values[strata == stratum], axis=0, return_counts=True)
+        sums = sums + rng.multinomial(counts.sum(), counts / counts.sum(), size=num_resamples) @ kinds  # (B, 2F)
     with np.errstate(invalid="ignore"):
         figures = sums[:, 0::2] / sums[:, 1::2]  # (B, F)
     return dict(zip(ratios, figures.T))
 
 
-def summarize(ratios: Ratios, num_resamples: int, seed: int) -> dict:
+def _sum_by(clusters: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(Q, …) to (C, …)."""
+    places = np.unique(clusters, return_inverse=True)[1]
+    sums = np.zeros((places.max() + 1, *values.shape[1:]))
+    np.add.at(sums, places, values)
+    return sums
+
+
+def summarize(ratios: Ratios, num_resamples: int, seed: int, clusters: np.ndarray | None = None) -> dict:
     """Every figure and its interval (`accuracy`, `accuracy_ci95`, ...), and `n`, the number of questions; None where
     there is nothing to count."""
-    resampled = bootstrap(ratios, num_resamples, seed)
+    resampled = bootstrap(ratios, num_resamples, seed, clusters)
     summary = {"n": len(ratios["accuracy"][0])}
     for name, ratio in ratios.items():
-        summary[name] = _figure(ratio)
+        summary[name] = figure(ratio)
         summary[f"{name}_ci95"] = interval(resampled[name])
     return summary
 
@@ -81,38 +103,24 @@ def interval(resampled: np.ndarray) -> list[float] | None:
     return [float(x) for x in np.nanpercentile(resampled, [tail, 100 - tail])]
 
 
-def _figure(ratio: tuple[np.ndarray, np.ndarray]) -> float | None:
+def figure(ratio: tuple[np.ndarray, np.ndarray]) -> float | None:
     numerator, denominator = ratio
     return float(numerator.sum() / denominator.sum()) if denominator.sum() else None
 
 
-def weighted_mean(
-    weights: dict[str, float], subsets: dict[str, tuple[np.ndarray, np.ndarray]], num_resamples: int, seed: int
-) -> tuple[float | None, np.ndarray]:
-    """A section's value, the weighted mean of its subsets' figures, and its resamples (B,): questions are drawn within
-    each subset, since a benchmark fixes how many there are."""
-    if not weights:
-        return None, np.full(num_resamples, np.nan)
-    total = sum(weights.values())
-    value = sum(weight * _figure(subsets[name]) for name, weight in weights.items()) / total
-    draws = [
-        weight * bootstrap({"": subsets[name]}, num_resamples, [seed, *name.encode("utf-8", "surrogatepass")])[""]
-        for name, weight in weights.items()
-    ]
-    return value, sum(draws) / total
-
-
-def compare(base: Ratios, other: Ratios, num_resamples: int, seed: int) -> dict:
+def compare(base: Ratios, other: Ratios, num_resamples: int, seed: int, clusters: np.ndarray | None = None) -> dict:
     """`other` minus `base` on the same questions: differences with intervals over the questions, and the p value of the
-    accuracies' difference by flipping its sign question by question (two-sided, `num_resamples` random flips)."""
+    accuracies' difference by flipping its sign cluster by cluster (two-sided, `num_resamples` random flips)."""
     joint = {f"{i}{name}": ratio for i, ratios in enumerate((base, other)) for name, ratio in ratios.items()}
-    drawn = bootstrap(joint, num_resamples, seed)  # of both at once: the same questions for both
+    drawn = bootstrap(joint, num_resamples, seed, clusters)  # of both at once: the same questions for both
     changes = {"n": len(base["accuracy"][0])}
     for name in ("accuracy", "consistency", "unparsed"):
-        before, after = (_figure(ratios[name]) for ratios in (base, other))
+        before, after = (figure(ratios[name]) for ratios in (base, other))
         changes[name] = None if before is None or after is None else after - before
         changes[f"{name}_ci95"] = interval(drawn[f"1{name}"] - drawn[f"0{name}"])
     differences = other["accuracy"][0] / other["accuracy"][1] - base["accuracy"][0] / base["accuracy"][1]
+    if clusters is not None:
+        differences = _sum_by(clusters, differences)
     sizes, counts = np.unique(np.abs(differences), return_counts=True)
     kept = np.random.default_rng(seed).binomial(counts, 0.5, size=(num_resamples, len(counts)))
     flipped = np.abs((2 * kept - counts) @ sizes)
@@ -132,7 +140,9 @@ def majority(samples: np.ndarray) -> np.ndarray:
     return np.where((samples == NOT_JUDGED).all(-1), NOT_JUDGED, choice)
 
 
-def vote_curve(samples: np.ndarray, labels: np.ndarray, num_resamples: int, seed: int) -> list[dict]:
+def vote_curve(
+    samples: np.ndarray, labels: np.ndarray, num_resamples: int, seed: int, clusters: np.ndarray | None = None
+) -> list[dict]:
     """Accuracy of the majority of k of the n samples (Q, 2, n), k = 1 … n: the mean over all ways to pick k of them.
 
     A draw counts half. Wrong choices count together, so for labels and verdicts of a tie it is a lower bound."""
@@ -144,7 +154,7 @@ def vote_curve(samples: np.ndarray, labels: np.ndarray, num_resamples: int, seed
     for k in range(1, num_samples + 1):
         points = np.array([[_vote(k, num_samples, int(r), int(u)) for r, u in zip(*row)] for row in zip(right, none)])
         ratios = {"accuracy": ((points * judged).sum(1), judged.sum(1))}
-        figures = summarize(ratios, num_resamples, seed)
+        figures = summarize(ratios, num_resamples, seed, clusters)
         curve.append({"num_samples": k} | {name: figures[name] for name in ("accuracy", "accuracy_ci95")})
     return curve
 
@@ -166,7 +176,8 @@ def _vote(k: int, num_samples: int, right: int, none: int) -> float:
 def calibrate(probability: np.ndarray, labels: np.ndarray) -> dict | None:
     """How far the stated probabilities (Q,) that answer 1 is better, NaN for none, can be believed: Brier score and
     expected calibration error, raw and with a temperature fitted on the other folds (arXiv 1706.04599); the bins of the
-    calibrated ones as [mean confidence, share right, count]. None where fewer than NUM_FOLDS questions have one.
+    calibrated ones as [mean confidence, share right, count]. None where fewer than NUM_FOLDS questions have one; no
+    temperature where none is best: all verdicts are right, or they mean nothing.
 
     With both orders' probabilities averaged, the two classes are alike: one number, no bias, is all there is to fit."""
     known = ~np.isnan(probability) & (labels != TIE)
@@ -178,9 +189,10 @@ def calibrate(probability: np.ndarray, labels: np.ndarray) -> dict | None:
     scaled = np.empty_like(odds)
     for i in range(NUM_FOLDS):
         scaled[fold == i] = odds[fold == i] * _fit_scale(odds[fold != i], better[fold != i])
-    raw, calibrated = (_reliability(1 / (1 + np.exp(-x)), better) for x in (odds, scaled))
+    scale = _fit_scale(odds, better)
+    raw, calibrated = (_reliability(1 / (1 + np.exp(-np.clip(x, -50, 50))), better) for x in (odds, scaled))
     return {
-        "num": len(odds), "temperature": 1 / _fit_scale(odds, better),
+        "num": len(odds), "temperature": 1 / scale if 1.1 * LEAST_SCALE < scale < MOST_SCALE / 1.1 else None,
         "brier": calibrated["brier"], "brier_raw": raw["brier"], "ece": calibrated["ece"], "ece_raw": raw["ece"],
         "bins": calibrated["bins"], "bins_raw": raw["bins"],
     }  # fmt: skip
@@ -188,17 +200,18 @@ def calibrate(probability: np.ndarray, labels: np.ndarray) -> dict | None:
 
 def _fit_scale(odds: np.ndarray, better: np.ndarray) -> float:
     """The factor on log odds of the highest likelihood, by bisection on its (falling) derivative."""
-    low, high = 1e-3, 1e3
+    low, high = LEAST_SCALE, MOST_SCALE
     signed = np.where(better, odds, -odds)
     for _ in range(60):
         middle = math.sqrt(low * high)
-        rising = (signed / (1 + np.exp(np.clip(middle * signed, -500, 500)))).sum() > 0
+        rising = (signed / (1 + np.exp(np.clip(middle * signed, -50, 50)))).sum() > 0
         low, high = (middle, high) if rising else (low, middle)
     return middle
 
 
 def _reliability(probability: np.ndarray, better: np.ndarray) -> dict:
-    confidence, right = np.maximum(probability, 1 - probability), (probability > 0.5) == better
+    confidence = np.maximum(probability, 1 - probability)
+    right = np.where(probability == 0.5, 0.5, (probability > 0.5) == better)
     place = np.minimum(((confidence - 0.5) * 20).astype(int), 9)  # ten bins from .5 to 1
     bins = [[float(confidence[of].mean()), float(right[of].mean()), int(of.sum())]
             for of in (place == i for i in range(10)) if of.any()]  # fmt: skip

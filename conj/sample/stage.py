@@ -10,7 +10,6 @@ from pathlib import Path
 from conj.data import manifest
 from conj.data.options import option, require_each
 from conj.data.preprocess import read_prompts
-from conj.data.verdicts import parse_released, parse_strict
 from conj.sample.engine import (
     Completion,
     Decoding,
@@ -22,7 +21,6 @@ from conj.sample.engine import (
     split_overlong,
 )
 
-PARSERS = {"strict": parse_strict, "released": parse_released}
 REFUSED = ("content_filter", "context_length")  # reasons of an endpoint's to write no judgment, or not all of it
 
 
