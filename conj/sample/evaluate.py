@@ -88,11 +88,11 @@ class EvaluateOptions(EngineOptions, EndpointOptions):
         require_each(self, ("seed",), lambda value: value >= 0, "0 or more")
         require(bool(self.data or self.judgments), "--data: expected benchmarks, or --judgments to score")
         if self.judgments:
-            self._refuse("with --judgments no model is asked", "judge", "judge_text", "model", "name", "base_url",
+            self.refuse("with --judgments no model is asked", "judge", "judge_text", "model", "name", "base_url",
                          "num_samples", "temperature", "verdict_probability", "parser")  # fmt: skip
         require_each(self, ("name",), NAME.fullmatch, "letters, digits, dots, dashes, plus signs and underscores")
 
-    def _refuse(self, why: str, *names: str) -> None:
+    def refuse(self, why: str, *names: str) -> None:
         """Raises InputError where one of these options is given: it would be ignored."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != defaults[name]]
@@ -200,10 +200,10 @@ def find_models(options: EvaluateOptions, judge: Judge) -> dict[str, JudgeModel 
         bool(NAME.fullmatch(name)), f"judge {judge.name!r}: expected a name of {NAME.pattern}; give it one by --name"
     )
     if judge.backend == "openai":
-        options._refuse(f"judge {judge.name} is behind an endpoint", "model", "max_model_len", "dtype",
+        options.refuse(f"judge {judge.name} is behind an endpoint", "model", "max_model_len", "dtype",
                         "tensor_parallel_size", "pipeline_parallel_size")  # fmt: skip
         return {name: None}
-    options._refuse(f'judge {judge.name} runs on vLLM; a judge file with backend = "openai" asks an endpoint',
+    options.refuse(f'judge {judge.name} runs on vLLM; a judge file with backend = "openai" asks an endpoint',
                     "base_url", "requests_per_minute")  # fmt: skip
     require(
         options.model is not None, f"--model: expected a folder for judge {judge.name} ({judge.model or 'any model'})"
@@ -232,13 +232,12 @@ def judge_prompts(
 
     def read(request: Request, completion: Completion) -> dict:
         verdict = judge.parse(completion.text)
-        swapped = verdict.value in (1, 2) and request.key["order"] == 2
         known = completion.prompt_tokens is not None and completion.completion_tokens is not None
         dollars = judge.dollars(completion.prompt_tokens, completion.completion_tokens) if known else None
         return {
             "text": completion.text,
             "verdict": verdict.value,
-            "choice": 3 - verdict.value if swapped else verdict.value,
+            "choice": swapped(verdict.value) if request.key["order"] == 2 else verdict.value,
             "label": labels[request.key["id"]],
             "rung": verdict.rung,
         } | ({} if dollars is None else {"dollars": dollars})
