@@ -225,10 +225,19 @@ def _share(first: Sequence, second: Sequence) -> float:
 
 
 def resolve_data(name: str) -> tuple[str, str]:
-    """What `read_preferences` is to read, and which benchmark that is ("" if none).
+    """What `read_preferences` is to read, and which benchmark that is ("" if none), by its name or by its rows.
 
-    `reward-bench` is the hub's copy, `reward-bench=PATH[:split]` a local one; any other path or hub name is recognised
-    by its name on the hub or by its rows. Raises InputError for a benchmark that the hub does not have."""
+    Raises InputError for a benchmark that the hub does not have."""
+    data, benchmark = locate_data(name)
+    if not benchmark and Path(split_name(data)[0]).exists():
+        benchmark = _recognise_rows(data)
+    return data, benchmark
+
+
+def locate_data(name: str) -> tuple[str, str]:
+    """What `read_preferences` is to read, and which benchmark its name says it is ("" if it does not); nothing is read.
+
+    `reward-bench` is the hub's copy, `reward-bench=PATH[:split]` a local one; hub names of benchmarks are known."""
     benchmark, _, path = name.partition("=")
     if benchmark in BENCHMARKS and path:
         return path, benchmark
@@ -241,7 +250,7 @@ def resolve_data(name: str) -> tuple[str, str]:
         hub, _, official = (known.hub or "").partition(":")
         if stem == hub and split in (None, official):
             return known.hub, benchmark
-    return name, _recognise_rows(name) if Path(stem).exists() else ""
+    return name, ""
 
 
 def _recognise_rows(data: str) -> str:

@@ -49,6 +49,12 @@ def _parse_line(line: str, where: str, columns: Mapping[str, type]) -> dict:
         row = json.loads(line)
     except (ValueError, RecursionError) as e:
         raise InputError(f"{where}: expected a JSON object, found {line.strip()[:60]!r} ({e})") from None
+    check_columns(row, columns, where)
+    return row
+
+
+def check_columns(row: object, columns: Mapping[str, type], where: str) -> None:
+    """Raises InputError unless `row` is an object with `columns` of these types (object: any)."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
     if missing := sorted(columns.keys() - row.keys()):
@@ -56,7 +62,6 @@ def _parse_line(line: str, where: str, columns: Mapping[str, type]) -> dict:
     for name, kind in columns.items():
         if kind is not object and type(row[name]) is not kind:  # not isinstance: true is no label
             raise InputError(f"{where}: expected {name} to be {kind.__name__}, found {str(row[name])[:40]!r}")
-    return row
 
 
 def dump_line(row: dict) -> str:

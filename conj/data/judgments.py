@@ -11,6 +11,7 @@ from pathlib import Path
 
 from conj import InputError
 from conj.data.benchmarks import resolve_data
+from conj.data.files import check_columns
 from conj.data.manifest import read_manifest
 from conj.data.preprocess import load_prompts, make_row, next_copy
 from conj.data.readers import read_preferences, read_rows, swapped
@@ -185,15 +186,9 @@ def _select(prompts, judgments, subsets, limit) -> tuple[list[dict], list[dict]]
 
 
 def _parse(where: str, row, columns: dict[str, type], make: Callable):
-    """`make(row)`, with the row's place in any InputError."""
+    """`make(row)` of a row with these columns, with the row's place in any InputError."""
+    check_columns(row, columns, where)
     try:
-        if not isinstance(row, dict):
-            raise InputError(f"expected a JSON object, found {type(row).__name__}")
-        for name, kind in columns.items():
-            if name not in row:
-                raise InputError(f"missing column {name}; found {', '.join(sorted(row)) or 'none'}")
-            if kind is not object and type(row[name]) is not kind:  # not isinstance: true is no order
-                raise InputError(f"expected {name} to be {kind.__name__}, found {str(row[name])[:40]!r}")
         return make(row)
     except InputError as e:
         raise InputError(f"{where}: {e}") from None

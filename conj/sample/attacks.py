@@ -23,7 +23,7 @@ from conj.data.files import read_jsonl, write_atomic
 from conj.data.options import option, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
 from conj.data.prompts import judge_messages, judgment_text
-from conj.data.readers import describe_data
+from conj.data.readers import describe_data, swapped
 from conj.data.verdicts import PARSERS
 from conj.sample.engine import Completion, Decoding, EngineOptions, JudgeModel, Request, check_model, complete_by_vllm
 from conj.sample.report import percent, percent_interval
@@ -148,7 +148,7 @@ def judge_attacked(
 
     def judge(request: Request, completion: Completion) -> dict:
         verdict, rung = PARSERS[options.parser](completion.text)
-        choice = verdict if verdict is None or request.key["order"] == 1 else 3 - verdict
+        choice = swapped(verdict) if request.key["order"] == 2 else verdict
         made = {"text": completion.text, "verdict": verdict, "choice": choice}
         return made | {"label": labels[request.key["id"]], "rung": rung}
 

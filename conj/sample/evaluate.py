@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from conj.data import manifest
-from conj.data.benchmarks import resolve_data
+from conj.data.benchmarks import locate_data
 from conj.data.files import read_jsonl
 from conj.data.judgments import read_judgments_file
 from conj.data.options import option, require, require_each, run_command
@@ -91,6 +91,11 @@ class EvaluateOptions(EngineOptions, EndpointOptions):
             self.refuse("with --judgments no model is asked", "judge", "judge_text", "model", "name", "base_url",
                          "num_samples", "temperature", "verdict_probability", "parser")  # fmt: skip
         require_each(self, ("name",), NAME.fullmatch, "letters, digits, dots, dashes, plus signs and underscores")
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether only some rows or subsets of the data are asked for."""
+        return bool(self.subsets) or self.limit is not None
 
     def refuse(self, why: str, *names: str) -> None:
         """Raises InputError where one of these options is given: it would be ignored."""
@@ -182,7 +187,7 @@ def make_judgments(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[st
         found[path.stem.removeprefix("judgments_")] = Judged(
             prompts=[row for row in prompts if row["id"] in asked],
             rows=rows,
-            is_part=bool(options.subsets) or options.limit is not None or not asked.issuperset(labels),
+            is_part=options.takes_part or not asked.issuperset(labels),
             seconds_per_judgment=seconds_per_judgment(made),
         )
     return found, counts
@@ -254,7 +259,7 @@ def judge_prompts(
 
 
 def data_inputs(data: tuple[str, ...]) -> list[str]:
-    return describe_data([resolve_data(name)[0] for name in data])
+    return describe_data([locate_data(name)[0] for name in data])
 
 
 def describe_judge(judge: Judge) -> str:
@@ -292,12 +297,11 @@ def named_file(given: str) -> tuple[str, Path]:
 def read_files(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[str, int]]:
     """Judgments that others made, or that were made earlier, by name: no model is asked."""
     judged, counts = {}, Counter()
-    is_part = bool(options.subsets) or options.limit is not None
     for given in options.judgments:
         name, path = named_file(given)
         require(name not in judged, f"--judgments: two files are named {name}; expected NAME={path}")
         prompts, rows = read_judgments_file(path, options.data, options.seed, options.subsets, options.limit)
-        judged[name] = Judged(prompts=prompts, rows=rows, is_part=is_part)
+        judged[name] = Judged(prompts=prompts, rows=rows, is_part=options.takes_part)
         counts[f"judgments_{name}"] = len(rows)
     return judged, dict(counts)
 
