@@ -1,6 +1,7 @@
 """What the benchmarks share: the row that says where a figure was measured, the device's matmul ceiling, timing."""
 
 import platform
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -63,3 +64,19 @@ def matmul_ceiling(device: str, dtype: str, seconds: float = 2.0) -> float:
     size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(COMPUTE_DTYPES[dtype]) for _ in range(2))
     return 2 * size**3 / min(time_calls(lambda: a @ b, device, seconds=seconds))
+
+
+def require_quiet(ceilings: list[float], own: float = 0.0) -> float:
+    """The machine's own matmul ceiling in FLOP/s: `own`, measured when it was idle, or the best of `ceilings`.
+
+    `ceilings` are `matmul_ceiling`'s before, between and after the runs that a figure comes from. Exits with one line
+    where one is more than a tenth below the machine's own: others used the machine, and the figure would be theirs."""
+    own = max(own, *ceilings)
+    slow = [i for i, ceiling in enumerate(ceilings) if ceiling < 0.9 * own]
+    if slow:
+        seen = ", ".join(f"{ceiling / 1e9:.0f}" for ceiling in ceilings)
+        sys.exit(
+            f"error: the machine was busy, no figure is given: expected matmuls of at least {0.9 * own / 1e9:.0f} GFLOP/s "
+            f"beside every run, found {seen} ({len(slow)} of {len(ceilings)} too low)"
+        )
+    return own
