@@ -3,14 +3,18 @@
     python scripts/bench_train.py --device cpu --peer trl --json out.json
 
 Makes its own data (64 prompts of about 300 tokens, 4 pairs each, judgments of 40 to 120 tokens) and random models.
-conj runs `conj.train.reference` and the steps of `conj.train.dpo`; TRL runs `trainer.train()`. Each run is a
-process of its own, so that its peak memory is its own, and the two sides take turns, so that a slow minute of the
-machine hits both. The first step of every run is warm-up. Both start at the base model and take the same pairs, step
-by step, with the same optimizer: their losses after each step must agree, or the work was not equal.
+conj runs `conj.train.reference` and the steps of `conj.train.dpo`; TRL runs `trainer.train()`. Each run is a process of its
+own, so that its peak memory is its own. In a round every side takes its turn, and ratios are taken within a round. The
+first step of every run is warm-up. All start at the base model and take the same pairs, step by step (a prompt's pairs
+share a step), with the same optimizer: their losses after each step must agree, or the work was not equal.
 
 TRL runs as `DPOConfig()` gives it (`default`: batch of 8, reference model beside the policy, activation checkpointing)
 and in its best configuration (`best`: reference logprobs precomputed, the fastest batch size with and without
-activation checkpointing, found here first). On two CPU cores all of this takes about 40 minutes, nearly all of it TRL's.
+activation checkpointing, found here first). Off a GPU it scores every position, on one those of judgments alone; a CPU's
+figures should not be better than a GPU user's, so there each of the two runs as it is and with `judgment-only` logits.
+
+A figure is given only by a quiet machine: matmuls are timed around every round, and a round beside which they were more
+than a tenth slower than at the machine's best is taken again.
 """
 
 import argparse
@@ -25,7 +29,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from bench_common import QWEN2, ROOT, matmul_ceiling, resident_bytes, where_measured
+from bench_common import QWEN2, ROOT, matmul_ceiling, require_quiet, resident_bytes, where_measured
 from make_random_model import write_random_model
 
 SETTINGS = {"beta": 0.1, "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.0}
@@ -96,9 +100,8 @@ def run_conj(folder: Path, model: Path, share: str, args: argparse.Namespace) ->
     """`train_step` of `conj.train.dpo` on the first steps of its plan, without checkpoints and logs."""
     from safetensors.torch import load_file
 
-    from conj.model import backends
     from conj.train import dpo
-    from conj.train.sharding import build_sharded_model, distributed
+    from conj.train.sharding import distributed
 
     options = dpo.DPOOptions(
         run=folder / "run", model=model, share=share, dtype=args.dtype, pairs_per_step=args.pairs_per_step,
@@ -107,16 +110,22 @@ def run_conj(folder: Path, model: Path, share: str, args: argparse.Namespace) ->
     )  # fmt: skip
     pairs, _, plans = steps_of(options.run, model, share, args)
     with distributed() as world:
-        backends.select(world.device, kernels=args.kernels)
+        dpo.select_arithmetic(options, world.device)
         logps = load_file(options.run / "reference.safetensors")["logps"]
-        sharded = build_sharded_model(
-            model, world, args.dtype, recompute=args.activation_checkpointing, cpu_offload=args.cpu_offload
-        )
-        optimizer = dpo.build_optimizer(sharded, options)
-        rates = [dpo.learning_rate_at(step, args.steps, options) for step in range(args.steps)]
+        sharded, optimizer = dpo.build_policy(options, world)
+        batches = dpo.batches_of(pairs, logps, plans, world)
         rows = [
-            dpo.train_step(sharded, optimizer, pairs, logps, packs, lr, options, world)
-            for packs, lr in zip(plans, rates)
+            dpo.train_step(
+                sharded,
+                optimizer,
+                pairs,
+                packs,
+                batches,
+                dpo.learning_rate_at(step, args.steps, options),
+                options,
+                world,
+            )
+            for step, packs in enumerate(plans)
         ]
     return {
         "pairs_per_step": args.pairs_per_step,
@@ -145,12 +154,12 @@ def run_reference(folder: Path, model: Path, args: argparse.Namespace) -> dict:
 
 
 def steps_of(run: Path, model: Path, share: str, args: argparse.Namespace) -> tuple:
-    """The pairs, and the plan of `conj.train.dpo`: which pairs are in each step, and in which packs."""
+    """The pairs, the pairs of each step, those of a prompt together, and the packs of each step as `share` makes them."""
     from conj.data.packs import plan_packs, plan_steps
     from conj.train.reference import load_pairs
 
     pairs, _, usable = load_pairs(run, model, 6400)
-    steps = plan_steps(pairs, usable, pairs_per_step=args.pairs_per_step, share=share, seed="2021:0")[: args.steps]
+    steps = plan_steps(pairs, usable, pairs_per_step=args.pairs_per_step, share="prompt", seed="2021:0")[: args.steps]
     return pairs, steps, [plan_packs(pairs, s, max_tokens=args.max_tokens_per_pack, share=share) for s in steps]
 
 
@@ -168,11 +177,15 @@ def trl_tokenizer(folder: Path):
     return tokenizer
 
 
-def run_trl(folder: Path, model: Path, share: str, peer: dict, args: argparse.Namespace) -> dict:
+def run_trl(folder: Path, model: Path, logits: str, peer: dict, args: argparse.Namespace) -> dict:
     """`DPOTrainer.train()` on the same pairs in the same order, timed step by step.
 
     `peer` holds what differs from `DPOConfig()`'s defaults for speed; everything else here is output, the optimizer's
     numbers, which are conj's so that losses can be compared, and no max_length, or TRL would cut off judgments."""
+    if logits == "judgment-only":
+        import trl.trainer.utils
+
+        trl.trainer.utils._use_triton = lambda device: True  # chooses the positions there; tiles are torch's on a CPU
     batch = peer.get("per_device_train_batch_size", min(8, args.pairs_per_step))
     assert args.pairs_per_step % batch == 0
     import torch
@@ -183,7 +196,7 @@ def run_trl(folder: Path, model: Path, share: str, peer: dict, args: argparse.Na
     from conj.data.files import read_jsonl
 
     rows = read_jsonl(folder / "run" / "pairs.jsonl")
-    _, steps, _ = steps_of(folder / "run", model, share, args)
+    _, steps, _ = steps_of(folder / "run", model, "prompt", args)
     tokenizer = trl_tokenizer(model)
     times = []
 
@@ -251,17 +264,18 @@ def step_flops(pairs, packs: list, config) -> tuple[int, int]:
 
 
 def conj_step_flops(folder: Path, model: Path, share: str, args: argparse.Namespace) -> list[tuple[int, int]]:
-    """(executed, needed) FLOPs of each step. Needed is three times the forward; executed adds what is computed again:
-    the head's forward always, the blocks' with activation checkpointing."""
+    """(executed, needed) FLOPs of each step. Needed is three times the forward; executed adds what is computed again: on
+    a GPU the head's forward, and the blocks' with full activation checkpointing."""
     from conj.model.qwen2 import read_config
 
     pairs, _, plans = steps_of(folder / "run", model, share, args)
     forwards = [step_flops(pairs, packs, read_config(model)) for packs in plans]
-    recomputed = 4 if args.activation_checkpointing else 3
-    return [(recomputed * blocks + 4 * head, 3 * (blocks + head)) for blocks, head in forwards]
+    of_blocks = 4 if args.activation_checkpointing == "full" else 3
+    of_head = 4 if args.device == "cuda" else 3
+    return [(of_blocks * blocks + of_head * head, 3 * (blocks + head)) for blocks, head in forwards]
 
 
-def best_settings(folder: Path, model: Path, args: argparse.Namespace) -> dict:
+def best_settings(folder: Path, model: Path, logits: str, args: argparse.Namespace) -> dict:
     """TRL's fastest settings with stored reference logprobs, each tried on one step after a warm-up."""
     found = {}
     args = argparse.Namespace(**vars(args) | {"steps": 2})
@@ -269,66 +283,100 @@ def best_settings(folder: Path, model: Path, args: argparse.Namespace) -> dict:
         for checkpointing in (False, True):
             peer = {"precompute_ref_log_probs": True, "per_device_train_batch_size": batch}
             peer["gradient_checkpointing"] = checkpointing
-            result = isolated(run_trl, folder, model, "prompt", peer, args)
-            print(f"  trl, batch {batch}, checkpointing {checkpointing}:", end=" ")
-            print(in_short(result), flush=True)
+            result = isolated(run_trl, folder, model, logits, peer, args)
+            print(
+                f"  trl, logits {logits}, batch {batch}, checkpointing {checkpointing}: {in_short(result)}", flush=True
+            )
             if "error" not in result:
                 found[pairs_per_second(result)] = peer
     return found[max(found)] if found else {"precompute_ref_log_probs": True, "per_device_train_batch_size": 1}
 
 
-def compare(folder: Path, geometry: str, args: argparse.Namespace) -> Iterator[list[dict]]:
-    """Rows for one model, share by share: conj and every setting of the peer, in turns."""
+Side = tuple[str, str, str]  # ("conj", share, "") or ("trl", its settings' name, which logits it scores)
+
+
+def race(folder: Path, model: Path, peers: dict[Side, dict], args: argparse.Namespace) -> tuple[dict, list[float]]:
+    """{side: its result of each round}, and the matmul ceiling of each round: the lower of before and after."""
+    sides: list[Side] = [("conj", share, "") for share in args.share] + list(peers)
+    ceilings, results = [isolated(matmul_ceiling, args.device, args.dtype)], []
+    for _ in range(args.rounds * (1 if args.any_load else 3)):  # rounds of a busy machine are taken again
+        found = {}
+        for side in sides:
+            if side in peers:
+                found[side] = isolated(run_trl, folder, model, side[2], peers[side], args)
+            else:
+                found[side] = isolated(run_conj, folder, model, side[1], args)
+            print(f"  {' '.join(side)}: {in_short(found[side])}", flush=True)
+        ceilings.append(isolated(matmul_ceiling, args.device, args.dtype))
+        results.append((min(ceilings[-2:]), found))
+        quiet = [r for r in results if r[0] >= 0.9 * max(ceilings) or args.any_load]
+        print(f"  matmuls before and after: {ceilings[-2] / 1e9:.0f} and {ceilings[-1] / 1e9:.0f} GFLOP/s", flush=True)
+        if len(quiet) == args.rounds:
+            return {side: [found[side] for _, found in quiet] for side in sides}, [ceiling for ceiling, _ in quiet]
+    require_quiet([ceiling for ceiling, _ in results], max(ceilings))
+    raise AssertionError("unreachable: a round was not quiet")
+
+
+def compare(folder: Path, geometry: str, args: argparse.Namespace) -> Iterator[dict]:
+    """Rows of one model: each share of conj beside every setting of the peer."""
     model = folder / "model"
     reference = isolated(run_reference, folder / "run", model, args)
-    ceiling = isolated(matmul_ceiling, args.device, args.dtype)
-    peers = {"default": {}} if args.peer == "trl" else {}
-    if peers and "best" in args.settings:
-        peers["best"] = best_settings(folder, model, args)
+    if "error" in reference:
+        yield {"geometry": geometry, "error": reference["error"]}
+        return
+    peers: dict[Side, dict] = {}
+    for logits in (("as-is",) if args.device == "cuda" else args.logits) if args.peer == "trl" else ():
+        for name in args.settings:
+            peers["trl", name, logits] = best_settings(folder, model, logits, args) if name == "best" else {}
+    results, ceilings = race(folder, model, peers, args)
     for share in args.share:
-        results: dict[str, list[dict]] = {name: [] for name in ("conj", *peers)}
-        for _ in range(args.rounds):
-            for name in results:
-                extra = () if name == "conj" else (peers[name],)
-                results[name].append(isolated(run_trl if extra else run_conj, folder, model, share, *extra, args))
-                print(f"  share {share}, {name}: {in_short(results[name][-1])}", flush=True)
-        ours = results["conj"]
+        ours = results["conj", share, ""]
         row = {
-            "geometry": geometry, "vocab_size": GEOMETRIES[geometry]["vocab_size"], "share": share,
-            "dtype": args.dtype, "pairs_per_step": args.pairs_per_step, "steps": args.steps, "rounds": args.rounds,
+            "geometry": geometry, "vocab_size": GEOMETRIES[geometry]["vocab_size"], "share": share, "dtype": args.dtype,
+            "pairs_per_step": args.pairs_per_step, "steps": args.steps, "rounds": args.rounds, "matmul_ceiling": min(ceilings),
+            "any_load": args.any_load,
+            "settings_conj": {name: getattr(args, name) for name in ("max_tokens_per_pack", "activation_checkpointing")},
         }  # fmt: skip
-        if failed := next((r["error"] for r in [reference, *ours] if "error" in r), None):
-            yield [row | {"error": failed}]
+        if failed := next((r["error"] for r in ours if "error" in r), None):
+            yield row | {"error": failed}
             continue
-        seconds = [sum(result["step_seconds"][1:]) for result in ours]
         flops = conj_step_flops(folder, model, share, args)
-        executed, needed = (statistics.median(sum(f[i] for f in flops[1:]) / s for s in seconds) for i in (0, 1))
+        executed, needed = (
+            statistics.median(
+                sum(f[i] for f in flops[1:]) / sum(r["step_seconds"][1:]) / ceiling
+                for r, ceiling in zip(ours, ceilings)
+            )
+            for i in (0, 1)
+        )
         row |= {
             "pairs_per_second_conj": statistics.median(map(pairs_per_second, ours)),
-            "unique_tokens_per_second_conj": statistics.median(sum(r["tokens"][1:]) / s for r, s in zip(ours, seconds)),
-            "matmul_ceiling_flops_per_second": ceiling,
-            "hardware_flops_utilisation_conj": executed / ceiling,
-            "model_flops_utilisation_conj": needed / ceiling,
+            "unique_tokens_per_second_conj": statistics.median(
+                sum(r["tokens"][1:]) / sum(r["step_seconds"][1:]) for r in ours
+            ),
+            "hardware_flops_utilisation_conj": executed,
+            "model_flops_utilisation_conj": needed,
             "peak_memory_bytes_conj": max(r["peak_memory_bytes"] for r in ours),
             "reference_seconds_per_pair_conj": reference["seconds"] / (args.prompts * args.pairs_per_prompt),
             "loss_conj": ours[0]["losses"][-1], "losses_conj": ours[0]["losses"],
         }  # fmt: skip
-        yield [row | beside(ours, results[name], name, peers[name]) for name in peers] or [row]
+        yield from (row | beside(ours, results[side], side, peers[side]) for side in peers)
+        if not peers:
+            yield row
 
 
-def beside(ours: list[dict], theirs: list[dict], name: str, settings: dict) -> dict:
+def beside(ours: list[dict], theirs: list[dict], side: Side, settings: dict) -> dict:
     """What a row says of a peer: its figures, and ours divided by its, round by round."""
+    start = {"peer": side[1], "logits": side[2], "peer_settings": settings}
     if failed := next((r["error"] for r in theirs if "error" in r), None):
-        return {"peer": name, "peer_settings": settings, "peer_error": failed}
+        return start | {"peer_error": failed}
     ratios = [pairs_per_second(a) / pairs_per_second(b) for a, b in zip(ours, theirs)]
     peak = max(r["peak_memory_bytes"] for r in theirs)
-    return {
-        "peer": name,
-        "peer_settings": settings,
+    return start | {
         "pairs_per_second_peer": statistics.median(map(pairs_per_second, theirs)),
         "peak_memory_bytes_peer": peak,
         "ratio_pairs_per_second": statistics.median(ratios),
-        "ratios_pairs_per_second": ratios,
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
         "ratio_peak_memory": max(r["peak_memory_bytes"] for r in ours) / peak,
         "loss_peer": theirs[0]["losses"][-1],
         "losses_peer": theirs[0]["losses"],
@@ -349,20 +397,24 @@ def in_short(result: dict) -> str:
 
 
 def print_table(rows: list[dict]) -> None:
-    print("| model | share | TRL | conj pairs/s | TRL pairs/s | ratio | peak memory, conj / TRL | losses differ by |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| model | dtype | share | TRL | its logits | its settings | conj pairs/s | TRL pairs/s | ratio | peak memory | losses differ by |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         if "error" in row:
-            print(f"| {row['geometry']} | {row['share']} | | {row['error']} | | | | |")
+            print(f"| {row['geometry']} | | | | | | {row['error']} | | | | |")
             continue
-        start = (
-            f"| {row['geometry']} | {row['share']} | {row.get('peer', 'none')} | {row['pairs_per_second_conj']:.2f} | "
-        )
+        settings = ", ".join(f"{name} {value}" for name, value in row.get("peer_settings", {}).items())
+        line = [row["geometry"], row["dtype"], row["share"], row.get("peer", "none"), row.get("logits", ""), settings]
+        line.append(f"{row['pairs_per_second_conj']:.2f}")
         if "ratio_pairs_per_second" in row:
-            print(f"{start}{row['pairs_per_second_peer']:.2f} | {row['ratio_pairs_per_second']:.1f} | "
-                  f"{row['ratio_peak_memory']:.2f} | {row['largest_loss_difference']:.1e} |")  # fmt: skip
+            ratio = f"{row['ratio_pairs_per_second']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})"
+            line += [f"{row['pairs_per_second_peer']:.2f}", ratio, f"{row['ratio_peak_memory']:.2f}"]
+            line.append(f"{row['largest_loss_difference']:.1e}")
         else:
-            print(f"{start}{row.get('peer_error', '–')} | | | |")
+            line += [row.get("peer_error", "–"), "", "", ""]
+        print("| " + " | ".join(line) + " |")
 
 
 def main() -> None:
@@ -374,9 +426,14 @@ def main() -> None:
     parser.add_argument(
         "--settings", nargs="+", choices=("default", "best"), default=["default", "best"], help="of TRL"
     )
+    parser.add_argument(
+        "--logits", nargs="+", choices=("as-is", "judgment-only"), default=["as-is", "judgment-only"],
+        help="positions that TRL scores on a CPU: all, as it does, or those of judgments, as it does on a GPU",
+    )  # fmt: skip
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 2], help="of TRL, to find its best among")
-    parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES, default=["20M", "large-vocabulary"], help="models")
-    parser.add_argument("--share", nargs="+", choices=("prompt", "pair", "none"), default=["prompt", "pair"])
+    parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES, default=["20M"], help="models")
+    shares = ("prompt", "pair", "none")
+    parser.add_argument("--share", nargs="+", choices=shares, default=shares, help="of conj")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of forward and backward, both sides")
     parser.add_argument("--prompts", type=int, default=64, help="prompts in pairs.jsonl")
     parser.add_argument("--pairs-per-prompt", type=int, default=4)
@@ -384,12 +441,19 @@ def main() -> None:
     parser.add_argument("--judgment-tokens", type=int, nargs=2, default=(40, 120), help="fewest and most")
     parser.add_argument("--pairs-per-step", type=int, default=8, help="pairs an optimizer step takes, both sides")
     parser.add_argument("--max-tokens-per-pack", type=int, default=16384, help="of conj")
-    parser.add_argument("--activation-checkpointing", action="store_true", help="of conj")
+    parser.add_argument(
+        "--activation-checkpointing", choices=("none", "selective", "full"), default="none", help="of conj"
+    )
     parser.add_argument("--cpu-offload", action="store_true", help="of conj")
     parser.add_argument("--kernels", choices=("triton", "compile", "torch"), help="of conj; by default the device's")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps a run; the first is warm-up")
-    parser.add_argument("--rounds", type=int, default=1, help="turns of each side")
-    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
+    parser.add_argument(
+        "--any-load",
+        action="store_true",
+        help="for dry runs: also rows of a busy machine, which say that they are any_load",
+    )
+    parser.add_argument("--json", type=Path, help="file to write the rows to; rows of other models and dtypes stay")
     args = parser.parse_args()
     if args.steps < 2:
         parser.error("--steps: expected at least 2, the first is warm-up")
@@ -403,16 +467,24 @@ def main() -> None:
             if "error" in made:
                 sys.exit(f"error: no model of {geometry}: {made['error']}")
             write_pairs(folder / "run", args)
-            for found in compare(folder, geometry, args):
-                rows += [row | where for row in found]
+            for row in compare(folder, geometry, args):
+                rows.append(row | where)
                 if args.json:
-                    args.json.write_text(json.dumps(rows, indent=1) + "\n")
+                    add_row(args.json, rows[-1])
     print_table(rows)
     unequal = [r for r in rows if r.get("largest_loss_difference", 0) > LOSS_TOLERANCE[args.dtype]]
     if unequal or any("error" in row for row in rows):
         sys.exit(
             f"error: {len(unequal)} comparisons with unequal losses; conj failed: {any('error' in r for r in rows)}"
         )
+
+
+def add_row(path: Path, row: dict) -> None:
+    """Puts a row into a file of them, in place of the one of the same comparison."""
+    what = ("geometry", "dtype", "share", "peer", "logits")
+    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = [r for r in rows if [r.get(k) for k in what] != [row.get(k) for k in what]]
+    path.write_text(json.dumps([*rows, row], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,6 @@ def slowly(function):
 
 
 if __name__ == "__main__":
-    dpo.clip_gradients = slowly(dpo.clip_gradients)
+    dpo.gradient_norm = slowly(dpo.gradient_norm)
     with ending_process():
         run_command(dpo.main, dpo.DPOOptions, "")

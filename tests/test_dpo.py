@@ -8,6 +8,7 @@ import pytest
 import torch
 from bench_train import trl_tokenizer
 from conftest import ROOT, assert_one_line_error, command, kill_when, num_lines, random_pairs, write_model
+from count_step import READS, LiveBytes
 from safetensors.torch import load_file, save_file
 
 from conj import InputError
@@ -15,9 +16,9 @@ from conj.data.files import read_jsonl, write_jsonl
 from conj.data.manifest import hash_input, manifest_path, write_sealed
 from conj.data.options import build_parser
 from conj.data.packs import plan_packs
-from conj.train import dpo, reference
+from conj.train import dpo, optimizer, reference
 from conj.train.checkpoint import list_checkpoints
-from conj.train.dpo import DPOOptions, learning_rate_at, run_packs, train_step
+from conj.train.dpo import DPOOptions, batches_of, learning_rate_at, train_step
 from conj.train.reference import ReferenceOptions, load_pairs
 from conj.train.sharding import build_sharded_model, distributed
 
@@ -63,6 +64,11 @@ def perturbed(folder, base) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def metrics_of_packs(model, pairs, logps, packs, options, world) -> dict:
+    values = dpo.run_packs(model, pairs, packs, batches_of(pairs, logps, [packs], world), options, world)
+    return dpo.summary(values, pairs, packs)
+
+
 def trl_loss_and_gradients(policy, base, rows, folder):
     """One batch through TRL's DPOTrainer, in fp32, nothing cut."""
     pytest.importorskip("trl", reason="the independent trainer is not installed (pip install -e '.[dev]')")
@@ -98,8 +104,8 @@ def test_loss_and_every_gradient_of_a_step_equal_an_independent_trainer(share, r
     pairs, logps = load(run_folder, untied_model)
     with distributed() as world:
         model = build_sharded_model(tmp_path / "policy", world, "fp32")
-        metrics = run_packs(model, pairs, logps, packs_of(pairs, list(range(12)), options), options, world)
-        found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+        metrics = metrics_of_packs(model, pairs, logps, packs_of(pairs, list(range(12)), options), options, world)
+        found = {name: p.grad for name, p in model.named_parameters()}
     assert metrics["loss"] == pytest.approx(expected_loss, rel=1e-4) and abs(metrics["loss"] - math.log(2)) > 0.01
     assert found.keys() == expected.keys()
     for name in expected:
@@ -116,10 +122,10 @@ def test_at_step_0_every_margin_is_exactly_0(share, dtype, run_folder, tied_mode
     with distributed() as world, torch.no_grad():
         model = build_sharded_model(tied_model, world, dtype)
         for pair in range(len(pairs)):
-            metrics = run_packs(model, pairs, logps, packs_of(pairs, [pair], options), options, world)
+            metrics = metrics_of_packs(model, pairs, logps, packs_of(pairs, [pair], options), options, world)
             assert metrics["margin"] == metrics["chosen_reward"] == metrics["rejected_reward"] == 0.0
             assert metrics["loss"] == torch.nn.functional.softplus(torch.tensor(0.0)).item()
-        metrics = run_packs(model, pairs, logps, packs_of(pairs, range(len(pairs)), options), options, world)
+        metrics = metrics_of_packs(model, pairs, logps, packs_of(pairs, range(len(pairs)), options), options, world)
         assert metrics["margin"] == 0.0
         assert metrics["loss"] == torch.nn.functional.softplus(torch.tensor(0.0)).item()
 
@@ -131,7 +137,7 @@ def test_a_reference_off_by_one_ulp_moves_the_margin(ready, tied_model):
     with distributed() as world, torch.no_grad():
         model = build_sharded_model(tied_model, world, "fp32")
         options = dpo_options(ready, tied_model)
-        metrics = run_packs(model, pairs, logps, packs_of(pairs, [0], options), options, world)
+        metrics = metrics_of_packs(model, pairs, logps, packs_of(pairs, [0], options), options, world)
     assert metrics["margin"] != 0.0
 
 
@@ -236,13 +242,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_pairs(ready, ti
     with distributed() as world:
         model = build_sharded_model(tied_model, world, "fp32")
         optimizer = dpo.build_optimizer(model, options)
-        before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
+        before = {name: p.clone() for name, p in model.named_parameters()}
         packs = packs_of(pairs, [0, first_of_next], options)
-        metrics = train_step(model, optimizer, pairs, logps, packs, 1e-3, options, world)
-        assert all(torch.equal(p.full_tensor(), before[name]) for name, p in model.named_parameters())
+        metrics = train_step(
+            model, optimizer, pairs, packs, batches_of(pairs, logps, [packs], world), 1e-3, options, world
+        )
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
         assert metrics["skipped"] and metrics["not_finite_ids"] == [pairs.ids[first_of_next]]
-        train_step(model, optimizer, pairs, logps, packs_of(pairs, [0], options), 1e-3, options, world)
-        assert not any(torch.equal(p.full_tensor(), before[name]) for name, p in model.named_parameters())
+        packs = packs_of(pairs, [0], options)
+        train_step(model, optimizer, pairs, packs, batches_of(pairs, logps, [packs], world), 1e-3, options, world)
+        assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_the_nll_term_is_the_mean_negative_logprob_of_chosen_tokens(ready, tied_model):
@@ -252,7 +261,9 @@ def test_the_nll_term_is_the_mean_negative_logprob_of_chosen_tokens(ready, tied_
         losses = []
         for alpha in (0.0, 0.5):
             options = dpo_options(ready, tied_model, nll_alpha=alpha)
-            losses.append(run_packs(model, pairs, logps, packs_of(pairs, [0, 1], options), options, world)["loss"])
+            losses.append(
+                metrics_of_packs(model, pairs, logps, packs_of(pairs, [0, 1], options), options, world)["loss"]
+            )
     nll = sum(-logps[i, 0].item() / len(pairs.judgments[i][0]) for i in (0, 1)) / 2
     assert losses[1] - losses[0] == pytest.approx(0.5 * nll, rel=1e-5)
 
@@ -270,13 +281,60 @@ def test_clipping_scales_the_gradient_to_the_norm_it_says(ready, tied_model):
     with distributed() as world:
         model = build_sharded_model(tied_model, world, "fp32")
         options = dpo_options(ready, tied_model)
-        run_packs(model, pairs, logps, packs_of(pairs, [0, 1, 2, 3], options), options, world)
-        gradients = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}
-        norm = dpo.clip_gradients(model, 1e-3, world)
+        metrics_of_packs(model, pairs, logps, packs_of(pairs, [0, 1, 2, 3], options), options, world)
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        norm = dpo.gradient_norm(model, world).item()
+        dpo.clip_gradients(model, norm, 1e-3)
         expected = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
         assert norm == pytest.approx(expected, rel=1e-12) and norm > 1e-3
         for name, p in model.named_parameters():
-            torch.testing.assert_close(p.grad.full_tensor(), gradients[name] * (1e-3 / expected))
+            torch.testing.assert_close(p.grad, gradients[name] * (1e-3 / expected))
+
+
+def test_nothing_in_a_pack_waits_for_the_device(ready, tied_model):
+    """A value read by the host, in forward, loss or backward, would stop a GPU until the next pack is launched."""
+    pairs, logps = load(ready, tied_model)
+    options = dpo_options(ready, tied_model, nll_alpha=0.1)
+    packs = packs_of(pairs, range(12), options)
+    with distributed() as world:
+        model = build_sharded_model(tied_model, world, "fp32")
+        with LiveBytes() as live:
+            values = dpo.run_packs(model, pairs, packs, batches_of(pairs, logps, [packs], world), options, world)
+        assert live.ops["aten.mm"] and not any(live.ops[name] for name in READS)
+        with LiveBytes() as live:  # negative control
+            values.sum().item()
+        assert live.ops[READS[0]] == 1
+
+
+@pytest.mark.parametrize("audit_mode", [False, True])
+def test_the_norm_is_that_of_all_gradients(audit_mode, ready, tied_model, monkeypatch):
+    """In pieces that do not divide a gradient, and row by row as audit mode takes it."""
+    monkeypatch.setattr(optimizer, "NORM_PIECE", 1000)
+    with distributed() as world:
+        model = build_sharded_model(tied_model, world, "fp32")
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        expected = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+        found = optimizer.gradient_norm(model, world, audit_mode=audit_mode)
+        assert found.dtype == torch.float64 and found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_one_rank_holds_each_weight_and_gradient_once(ready, tied_model):
+    """FSDP2 would gather a second copy of the weights, and reduce the gradients in a third."""
+    pairs, logps = load(ready, tied_model)
+    options = dpo_options(ready, tied_model)
+    packs = packs_of(pairs, range(4), options)
+    with distributed() as world, LiveBytes() as live:
+        model = build_sharded_model(tied_model, world, "fp32")
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        dpo.run_packs(model, pairs, packs, batches_of(pairs, logps, [packs], world), options, world)
+        live.now()
+        shapes = [tuple(p.shape) for p in model.parameters()]
+        own |= {p.grad.untyped_storage()._cdata for p in model.parameters()}
+        weights = sum(p.nbytes for p in model.parameters())
+        others = [size for key, (_, size) in live.storages.items() if key not in own]
+    assert len(own) == 2 * len(shapes) and sum(others) < 0.1 * weights
 
 
 def one_ulp(path) -> None:
@@ -393,5 +451,5 @@ def test_a_sharded_model_of_several_files_trains(run_folder, tmp_path):
     """The 7B base comes in several files; each rank reads its rows from all of them."""
     base = write_model(tmp_path / "sharded", tied=False, max_shard_size="100KB")
     make_reference(run_folder, base)
-    dpo.main(dpo_options(run_folder, base, max_steps=2, activation_checkpointing=True))
+    dpo.main(dpo_options(run_folder, base, max_steps=2, activation_checkpointing="full"))
     assert [row["step"] for row in metrics_of(run_folder)] == [1, 2]

@@ -12,7 +12,7 @@ from conj.model import backends
 from conj.model.attention import attention, build_segments
 from conj.model.weights import load_model
 from conj.train import dpo, reference
-from conj.train.batch import collate
+from conj.train.batch import collate, to_device
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +40,7 @@ def attention_and_gradients(name: str, dtype: torch.dtype, deterministic: bool =
         torch.randn(total, heads, 64, generator=generator).to(GPU, dtype).requires_grad_() for heads in (14, 2, 2)
     ]
     upstream = torch.randn(total, 14, 64, generator=generator).to(GPU, dtype)
-    output = attention(*inputs, build_segments(LENGTHS, PREFIX, GPU))
+    output = attention(*inputs, to_device(build_segments(LENGTHS, PREFIX), GPU))
     return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
 
 
@@ -70,7 +70,7 @@ def packed_logps(model, pairs, share: str, max_tokens: int) -> torch.Tensor:
     logps = torch.zeros(len(pairs), 2)
     with torch.no_grad():
         for pack in plan_packs(pairs, range(len(pairs)), max_tokens=max_tokens, share=share):
-            batch = collate(pairs, pack, GPU)
+            batch = to_device(collate(pairs, pack), GPU)
             logps[batch.pair_numbers] = batch.pair_logps(model(*batch.inputs)).cpu()
     return logps
 
@@ -98,7 +98,7 @@ def test_a_gpu_scores_as_a_cpu_does(kernels, tmp_path):
     model = load_model(folder)
     expected = torch.zeros(len(pairs), 2)
     for pack in plan_packs(pairs, range(len(pairs)), max_tokens=9000, share="prompt"):
-        batch = collate(pairs, pack, torch.device("cpu"))
+        batch = collate(pairs, pack)
         expected[batch.pair_numbers] = batch.pair_logps(model(*batch.inputs)).detach()
     backends.select(GPU, kernels=kernels)
     found = packed_logps(load_model(folder, dtype=torch.bfloat16, device=GPU), pairs, "prompt", 9000)
@@ -115,7 +115,7 @@ def test_the_shipped_judge_trains_on_one_gpu(cpu_offload, tmp_path):
     dpo.main(
         dpo.DPOOptions(
             **common, learning_rate=1e-4, num_train_epochs=3, pairs_per_step=8, deterministic=True,
-            activation_checkpointing=cpu_offload, cpu_offload=cpu_offload,
+            activation_checkpointing="full" if cpu_offload else "selective", cpu_offload=cpu_offload,
         )
     )  # fmt: skip
     rows = read_jsonl(tmp_path / "metrics.jsonl")

@@ -32,7 +32,7 @@ from conj.model import backends  # noqa: E402
 from conj.model.logprob import empty_statistics, linear_logprob_reference, logprobs_and_lse  # noqa: E402
 from conj.model.ops import rms_norm_reference, rope_reference  # noqa: E402
 from conj.model.weights import load_model  # noqa: E402
-from conj.train.batch import collate  # noqa: E402
+from conj.train.batch import collate, to_device  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -556,7 +556,7 @@ def logps_and_gradients(folder: Path, pairs) -> tuple[Tensor, dict[str, Tensor]]
     """Every pair's logprobs, in one pack, and every parameter's gradient under signed weights."""
     model = load_model(folder, device=DEVICE)
     (pack,) = plan_packs(pairs, range(len(pairs)), max_tokens=10**6, share="prompt")
-    batch = collate(pairs, pack, torch.device(DEVICE))
+    batch = to_device(collate(pairs, pack), torch.device(DEVICE))
     logps = batch.pair_logps(model(*batch.inputs))
     upstream = normal(*logps.shape).to(DEVICE)
     found = torch.autograd.grad((logps * upstream).sum(), list(model.parameters()))

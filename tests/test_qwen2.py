@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_pairs, write_model
+from count_step import LiveBytes
 from transformers import AutoModelForCausalLM
 
-from conj.data.packs import Group, plan_packs, tokenize_pairs
+from conj.data.packs import Group, group_tokens, plan_packs, tokenize_pairs
 from conj.data.prompts import JudgeTokenizer
 from conj.model import attention as attention_module
 from conj.model import backends
 from conj.model.attention import attention, build_segments, key_rows
+from conj.model.qwen2 import read_config
 from conj.model.weights import load_model
 from conj.train.batch import collate
 
@@ -36,13 +38,13 @@ def test_logits_equal_transformers(tied, tied_model, untied_model):
     folder = tied_model if tied else untied_model
     ids = torch.tensor(JudgeTokenizer.load(folder).encode_text(real_text())[:700])
     expected = AutoModelForCausalLM.from_pretrained(folder)(ids[None]).logits[0]
-    found = load_model(folder).logits(ids, torch.arange(len(ids)), build_segments([len(ids)], [None], CPU))
+    found = load_model(folder).logits(ids, torch.arange(len(ids)), build_segments([len(ids)], [None]))
     assert relative_error(found, expected) < 1e-5
 
 
 def test_rope_theta_of_the_config_is_used(tmp_path):
     """A default theta in place of the config's changes every position but the first."""
-    ids, positions, segments = torch.arange(50) + 7, torch.arange(50), build_segments([50], [None], CPU)
+    ids, positions, segments = torch.arange(50) + 7, torch.arange(50), build_segments([50], [None])
     logits = {}
     for theta in (1e4, 1e6):
         folder = write_model(tmp_path / str(theta), rope_parameters={"rope_type": "default", "rope_theta": theta})
@@ -63,7 +65,7 @@ def separate_logps(model, pairs) -> torch.Tensor:  # (N, 2)
     for prompt, judgments in zip((pairs.prompts[p] for p in pairs.prompt_of), pairs.judgments):
         for judgment in judgments:
             ids = torch.tensor([*prompt, *judgment])
-            logits = model.logits(ids, torch.arange(len(ids)), build_segments([len(ids)], [None], CPU))
+            logits = model.logits(ids, torch.arange(len(ids)), build_segments([len(ids)], [None]))
             rows.append(logits.float().log_softmax(-1)[:-1].gather(1, ids[1:, None])[len(prompt) - 1 :].sum())
     return torch.stack(rows).view(-1, 2)
 
@@ -71,7 +73,7 @@ def separate_logps(model, pairs) -> torch.Tensor:  # (N, 2)
 def packed_logps(model, pairs, share: str, max_tokens: int = 3000) -> torch.Tensor:
     logps = torch.zeros(len(pairs), 2)
     for pack in plan_packs(pairs, range(len(pairs)), max_tokens=max_tokens, share=share):
-        batch = collate(pairs, pack, CPU)
+        batch = collate(pairs, pack)
         logps = logps.index_copy(0, torch.tensor(batch.pair_numbers), batch.pair_logps(model(*batch.inputs)))
     return logps
 
@@ -104,10 +106,10 @@ def test_packed_equals_separate_fails_on_a_leaking_mask(leak, untied_model, pair
     """Negative control: the check above sees a mask that lets judgments look ahead, or at another prompt."""
     right = attention_module.build_segments
 
-    def leaking(lengths, prefix, device):
-        segments = right(lengths, prefix, device)
+    def leaking(lengths, prefix):
+        segments = right(lengths, prefix)
         if leak == "prefix":
-            return right(lengths, [p if p is None else 0 for p in prefix], device)
+            return right(lengths, [p if p is None else 0 for p in prefix])
         segments.masks[:] = [mask if mask is None else torch.ones_like(mask) for mask in segments.masks]
         return segments
 
@@ -156,17 +158,51 @@ def test_a_pairs_logprob_is_bitwise_independent_of_its_pack(dtype, untied_model,
 
 def logps_of(model, pairs, packs) -> list[tuple[list[int], torch.Tensor]]:
     """Of each pack: its pair numbers and their logprobs, (P, 2)."""
-    batches = [collate(pairs, pack, CPU) for pack in packs]
+    batches = [collate(pairs, pack) for pack in packs]
     return [(batch.pair_numbers, batch.pair_logps(model(*batch.inputs))) for batch in batches]
 
 
-def test_recomputed_activations_give_the_same_gradients(untied_model, pairs):
+def with_checkpointing(model, how: str):
+    for layer in model.model.layers:
+        layer.activation_checkpointing = how
+    return model
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputed_activations_give_the_same_gradients(how, untied_model, pairs):
     model = load_model(untied_model)
     kept = gradients(model, packed_logps(model, pairs, "prompt"))
-    for layer in model.model.layers:
-        layer.recompute = True
-    recomputed = gradients(model, packed_logps(model, pairs, "prompt"))
+    recomputed = gradients(with_checkpointing(model, how), packed_logps(model, pairs, "prompt"))
     assert all(torch.equal(recomputed[name], kept[name]) for name in kept)
+
+
+def test_masters_in_fp32_compute_as_weights_in_bf16_do(untied_model, pairs):
+    """One rank has no FSDP2 that casts its weights: blocks do it themselves, and again in backward."""
+    halves, masters = load_model(untied_model, torch.bfloat16), load_model(untied_model)
+    masters.model.dtype = torch.bfloat16
+    expected, found = (packed_logps(model, pairs, "prompt") for model in (halves, masters))
+    assert torch.equal(found, expected)
+    expected, found = gradients(halves, expected), gradients(masters, found)
+    found.pop("model.embed_tokens.weight")  # summed over equal tokens in fp32
+    assert all(torch.equal(found[name], expected[name].float()) for name in found)
+
+
+def kept_bytes(model, pairs, how: str) -> int:
+    """Bytes that one forward of all pairs leaves for its backward."""
+    with_checkpointing(model, how)
+    with LiveBytes() as live:
+        logps = packed_logps(model, pairs, "none", 100_000)
+    return live.now() - logps.untyped_storage().nbytes()
+
+
+def test_selective_recomputation_keeps_no_result_of_an_elementwise_step(untied_model, pairs):
+    """Of each block, in fp32 with torch's kernels: two norms before and after their weights, silu and SwiGLU's product."""
+    model, config = load_model(untied_model), read_config(untied_model)
+    none, selective, full = (kept_bytes(model, pairs, how) for how in ("none", "selective", "full"))
+    tokens = sum(group_tokens(pairs, Group(prompt=p, pairs=[i], split=True)) for i, p in enumerate(pairs.prompt_of))
+    remade = config.num_hidden_layers * tokens * (4 * config.hidden_size + 2 * config.intermediate_size) * 4
+    assert none - selective == remade > 0.3 * none > 0
+    assert full < 0.5 * selective
 
 
 def test_compiled_blocks_equal_eager_ones_in_packs_of_any_length(untied_model, pairs, monkeypatch):
@@ -204,14 +240,14 @@ def test_gathered_keys_of_the_varlen_backends_equal_segment_by_segment():
         scores = torch.einsum("qnh,knh->nqk", queries, keys) / 8**0.5
         visible = torch.ones(len(queries), len(keys)).tril(len(keys) - len(queries)).bool()
         outputs.append(torch.einsum("nqk,knh->qnh", scores.masked_fill(~visible, -torch.inf).softmax(-1), values))
-    found = attention(q, k, v, build_segments(lengths, prefix, CPU))
+    found = attention(q, k, v, build_segments(lengths, prefix))
     torch.testing.assert_close(found, torch.cat(outputs), rtol=1e-5, atol=1e-5)
     assert k_lengths == [5, 8, 9, 6, 8]
 
 
 def test_the_empty_pack_has_a_graph_and_zero_gradients(untied_model, pairs):
     """A rank without a pack still takes part in every collective of forward and backward."""
-    model, batch = load_model(untied_model), collate(pairs, None, CPU)
+    model, batch = load_model(untied_model), collate(pairs, None)
     logps = batch.pair_logps(model(*batch.inputs))
     logps.sum().backward()
     assert logps.shape == (0, 2)
@@ -220,5 +256,5 @@ def test_the_empty_pack_has_a_graph_and_zero_gradients(untied_model, pairs):
 
 def test_groups_are_not_changed_by_collate(pairs):
     group = Group(prompt=0, pairs=[0])
-    collate(pairs, [group], CPU)
+    collate(pairs, [group])
     assert group == Group(prompt=0, pairs=[0])

@@ -38,12 +38,12 @@ class Segments:
     max_seqlen_k: int = 0
 
 
-def build_segments(lengths: list[int], prefix: list[int | None], device: torch.device) -> Segments:
-    """Segments with what the chosen backend needs, built once a pack and read by every layer."""
+def build_segments(lengths: list[int], prefix: list[int | None]) -> Segments:
+    """Segments with what the chosen backend needs, built once a pack, on the CPU, and read by every layer."""
     assert all(p is None or (p < i and prefix[p] is None) for i, p in enumerate(prefix))
     if backends.current.attention == "sdpa":
         masks = [
-            None if p is None else torch.ones(n, lengths[p] + n, dtype=torch.bool).tril(lengths[p]).to(device)
+            None if p is None else torch.ones(n, lengths[p] + n, dtype=torch.bool).tril(lengths[p])
             for n, p in zip(lengths, prefix)
         ]
         return Segments(lengths=lengths, prefix=prefix, masks=masks)
@@ -51,9 +51,9 @@ def build_segments(lengths: list[int], prefix: list[int | None], device: torch.d
     return Segments(
         lengths=lengths,
         prefix=prefix,
-        keys=build_gather(rows, sum(lengths), device),
-        cu_seqlens_q=_cumulative(lengths, device),
-        cu_seqlens_k=_cumulative(k_lengths, device),
+        keys=build_gather(rows, sum(lengths)),
+        cu_seqlens_q=_cumulative(lengths),
+        cu_seqlens_k=_cumulative(k_lengths),
         max_seqlen_q=max(lengths),
         max_seqlen_k=max(k_lengths),
     )
@@ -66,8 +66,8 @@ def key_rows(lengths: list[int], prefix: list[int | None]) -> tuple[Tensor, list
     return torch.cat(pieces), [len(piece) for piece in pieces]
 
 
-def _cumulative(lengths: list[int], device: torch.device) -> Tensor:
-    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32, non_blocking=True)
+def _cumulative(lengths: list[int]) -> Tensor:
+    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
 
 
 def attention(

@@ -3,7 +3,8 @@
 `linear_logprob` walks the vocabulary in blocks of columns, and the tokens in blocks of rows. A block of logits lives
 for one matmul, forward and again backward; the forward keeps a running log-sum-exp (Milakov and Gimelshein, arXiv
 1805.02867), the backward turns the block into its own gradient. So peak memory is one block beside the gradients of
-`hidden` and of the weight, whatever T and V are. Blocks of columns come first in the backward: a block of the weight's
+`hidden` and of the weight, whatever T and V are. On a CPU, where the head of a small model is a large part of its work, the
+first blocks up to KEPT_BYTES are kept and not multiplied again. Blocks of columns come first in the backward: a block of the weight's
 gradient is then summed in fp32 over all tokens and rounded once, where walking the tokens first would read and write
 the whole (V, D) gradient for each block of rows.
 
@@ -15,6 +16,8 @@ The split of the columns does not depend on T, and rows do not meet: a row's bit
 as the matmuls keep that. On CPUs they were seen to; a GPU's library may choose another kernel for another T.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +25,8 @@ from torch import Tensor
 from conj.model import backends
 
 BLOCK = {"cpu": (1024, 2048), "cuda": (8192, 8192)}  # rows, columns of logits held at a time: 8 MiB, 256 MiB in fp32
+
+KEPT_BYTES = {"cpu": 64 << 20, "cuda": 0}  # of logits, from forward to backward
 
 
 def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -40,7 +45,7 @@ def linear_logprob(
     targets: Tensor,  # (T,) int64, each in [0, V)
 ) -> Tensor:  # (T,) fp32, nats
     """log softmax(hidden @ weight.T) at each row's target; differentiable in hidden and weight."""
-    return _LinearLogprob.apply(hidden, weight, targets)
+    return _LinearLogprob.apply(hidden, weight, targets, KEPT_BYTES[hidden.device.type] * torch.is_grad_enabled())
 
 
 def selected_logprob(
@@ -53,13 +58,14 @@ def selected_logprob(
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        statistics = empty_statistics(hidden)
-        num_rows, num_columns = BLOCK[hidden.device.type]
-        for columns in _slices(len(weight), num_columns):
-            for rows in _slices(len(hidden), num_rows):
-                block = _matmul(hidden[rows], weight[columns].T)
-                update_statistics(block, targets[rows], columns.start, *(s[rows] for s in statistics))
+    def forward(ctx, hidden, weight, targets, room):
+        statistics, ctx.kept = empty_statistics(hidden), {}
+        for columns, rows in _blocks(hidden, weight):
+            block = _matmul(hidden[rows], weight[columns].T)
+            update_statistics(block, targets[rows], columns.start, *(s[rows] for s in statistics))
+            if block.nbytes <= room:
+                room -= block.nbytes
+                ctx.kept[columns.start, rows.start] = block
         logprobs, lse = logprobs_and_lse(*statistics)
         ctx.save_for_backward(hidden, weight, targets, lse)
         return logprobs
@@ -70,21 +76,21 @@ class _LinearLogprob(torch.autograd.Function):
         upstream = upstream.contiguous()
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.empty_like(weight) if len(hidden) else torch.zeros_like(weight)
-        num_rows, num_columns = BLOCK[hidden.device.type]
-        one_block = len(hidden) <= num_rows  # the matmul itself then sums over all tokens
-        for columns in _slices(len(weight), num_columns):
-            column_sum = None if one_block else torch.zeros_like(weight[columns], dtype=torch.float32)
-            for rows in _slices(len(hidden), num_rows):
-                block = _matmul(hidden[rows], weight[columns].T)
-                block = grad_of_block(block, targets[rows], columns.start, lse[rows], upstream[rows], weight.dtype)
-                _add_matmul(grad_hidden[rows], block, weight[columns])
-                if one_block:
-                    torch.mm(block.T, hidden, out=grad_weight[columns])
-                else:
-                    _add_matmul(column_sum, block.T, hidden[rows])
-            if not one_block:
+        one_block = len(hidden) <= BLOCK[hidden.device.type][0]  # the matmul itself then sums over all tokens
+        for columns, rows in _blocks(hidden, weight):
+            block = ctx.kept.get((columns.start, rows.start))
+            block = _matmul(hidden[rows], weight[columns].T) if block is None else block
+            block = grad_of_block(block, targets[rows], columns.start, lse[rows], upstream[rows], weight.dtype)
+            _add_matmul(grad_hidden[rows], block, weight[columns])
+            if one_block:
+                torch.mm(block.T, hidden, out=grad_weight[columns])
+                continue
+            if rows.start == 0:
+                column_sum = torch.zeros_like(weight[columns], dtype=torch.float32)
+            _add_matmul(column_sum, block.T, hidden[rows])
+            if rows.stop == len(hidden):
                 grad_weight[columns] = column_sum
-        return grad_hidden.to(hidden.dtype), grad_weight, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 
 class _SelectedLogprob(torch.autograd.Function):
@@ -102,8 +108,12 @@ class _SelectedLogprob(torch.autograd.Function):
         return grad_of_block(logits, targets, 0, lse, upstream.contiguous(), logits.dtype), None
 
 
-def _slices(length: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+def _blocks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(columns, rows) of each block of logits, columns first."""
+    num_rows, num_columns = BLOCK[hidden.device.type]
+    for column in range(0, len(weight), num_columns):
+        for row in range(0, len(hidden), num_rows):
+            yield slice(column, min(column + num_columns, len(weight))), slice(row, min(row + num_rows, len(hidden)))
 
 
 def empty_statistics(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conj.model import backends
+from conj.model.recompute import note, recomputed
 
 
 def _use_triton() -> bool:
@@ -19,22 +20,27 @@ def _use_triton() -> bool:
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * recomputed(_normalized, x, eps)
+
+
+def _normalized(x: Tensor, eps: float) -> Tensor:
     y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return weight * y.to(x.dtype)
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (T, D), (D,) -> (T, D)
     """Root mean square norm over the last dimension (arXiv 1910.07467), in fp32 inside."""
-    return _RMSNorm.apply(x, weight, eps) if _use_triton() else rms_norm_reference(x, weight, eps)
+    return recomputed(_RMSNorm.apply if _use_triton() else rms_norm_reference, x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + delta, and its RMS norm: (T, D), (T, D), (D,) -> (norm (T, D), sum (T, D))."""
-    if _use_triton():
-        return _AddRMSNorm.apply(x, delta, weight, eps)
-    x = x + delta
-    return rms_norm_reference(x, weight, eps), x
+    if not _use_triton():
+        total = x + delta
+        return rms_norm(total, weight, eps), total
+    norm, total = _AddRMSNorm.apply(x, delta, weight, eps)
+    note(norm, _RMSNorm.apply, total, weight, eps)
+    return norm, total
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -111,7 +117,11 @@ class _Rope(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # (T, F), (T, F) -> (T, F)
     """silu(gate) * up (arXiv 2002.05202)."""
-    return _SwiGLU.apply(gate, up) if _use_triton() else F.silu(gate) * up
+    return recomputed(_SwiGLU.apply if _use_triton() else swiglu_reference, gate, up)
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    return recomputed(F.silu, gate) * up
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -138,16 +148,12 @@ class Gather:
     starts: Tensor | None = None  # (T + 1,) int64: row t's takers are takers[starts[t]:starts[t + 1]]
 
 
-def build_gather(index: Tensor, num_rows: int, device: torch.device) -> Gather:
-    """A gather of `index` (on the CPU) from `num_rows` rows."""
+def build_gather(index: Tensor, num_rows: int) -> Gather:
+    """A gather of `index` from `num_rows` rows, on the CPU as `index` is."""
     if not _use_triton():
-        return Gather(index=index.to(device))
+        return Gather(index=index)
     starts = F.pad(torch.bincount(index, minlength=num_rows).cumsum(0), (1, 0))
-    return Gather(
-        index=index.to(device, non_blocking=True),
-        takers=index.argsort(stable=True).to(device, non_blocking=True),
-        starts=starts.to(device, non_blocking=True),
-    )
+    return Gather(index=index, takers=index.argsort(stable=True), starts=starts)
 
 
 def gather_rows(x: Tensor, gather: Gather) -> Tensor:  # (T, C) -> (G, C)

@@ -21,7 +21,10 @@ from conj.model import backends
 from conj.model.attention import Segments, attention
 from conj.model.logprob import linear_logprob
 from conj.model.ops import Gather, add_rms_norm, gather_rows, rms_norm, rope, rope_tables, swiglu
+from conj.model.recompute import cast, recomputing
 
+# What backward finds of a block: all that it needs; all but what elementwise steps make again; the block's input alone.
+ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -99,6 +102,13 @@ def read_config(folder: Path) -> Qwen2Config:
     return config
 
 
+class Linear(nn.Linear):
+    """Computes in its input's dtype, whatever its weights are kept in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, cast(self.weight, x.dtype), None if self.bias is None else cast(self.bias, x.dtype))
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -106,11 +116,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, cast(self.weight, x.dtype), self.eps)
 
     def after(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of x + delta, and that sum."""
-        return add_rms_norm(x, delta, self.weight, self.eps)
+        return add_rms_norm(x, delta, cast(self.weight, x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -118,10 +128,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=True)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, q_size, bias=True)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=True)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=True)
+        self.o_proj = Linear(q_size, config.hidden_size, bias=False)
 
     def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, D) -> (T, N, H), (T, K, H), (T, K, H), rotated by their positions."""
@@ -132,9 +142,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -147,12 +157,16 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self.recompute = False  # activation checkpointing: keep only the block's input, run it again in backward
+        self.activation_checkpointing = "none"  # one of ACTIVATION_CHECKPOINTING
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
+        casts = self.input_layernorm.weight.dtype != x.dtype
+        if not torch.is_grad_enabled() or (self.activation_checkpointing == "none" and not casts):
+            return self._block(x, cos, sin, segments)
+        if self.activation_checkpointing == "full":
             return checkpoint(self._block, x, cos, sin, segments, use_reentrant=False, preserve_rng_state=False)
-        return self._block(x, cos, sin, segments)
+        with recomputing(activations=self.activation_checkpointing == "selective"):
+            return self._block(x, cos, sin, segments)
 
     def _block(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         before, after = _before_attention, _after_attention
@@ -181,12 +195,14 @@ class Backbone(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
+        self.dtype: torch.dtype | None = None  # of computation; by default the weights'
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, positions: Tensor, segments: Segments) -> Tensor:
         x = self.embed_tokens(input_ids)  # (T, D)
+        x = x.to(self.dtype or x.dtype)
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, segments)
@@ -201,9 +217,7 @@ class Qwen2(nn.Module):
         self.config = config
         self.model = Backbone(config)
         # A tied head is no parameter of its own, so that parameters and checkpoint keys match one to one.
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:  # (V, D)
@@ -218,8 +232,9 @@ class Qwen2(nn.Module):
         targets: Tensor,  # (M,) int64: those next tokens
     ) -> Tensor:  # (M,) fp32 logprobs in nats
         hidden = self.model(input_ids, positions, segments)
-        return linear_logprob(gather_rows(hidden, predict), self.head_weight, targets)
+        return linear_logprob(gather_rows(hidden, predict), cast(self.head_weight, hidden.dtype), targets)
 
     def logits(self, input_ids: Tensor, positions: Tensor, segments: Segments) -> Tensor:  # (T, V)
         """All logits, for tests and inspection; training never holds them."""
-        return F.linear(self.model(input_ids, positions, segments), self.head_weight)
+        hidden = self.model(input_ids, positions, segments)
+        return F.linear(hidden, cast(self.head_weight, hidden.dtype))

@@ -38,14 +38,15 @@ from conj.train.compare import STEP_FIELDS, compare_runs, first_difference
 from conj.train.dpo import (
     DPOOptions,
     Plan,
+    batches_of,
     build_policy,
     dpo_loss,
-    learning_rate_at,
     make_plan,
     select_arithmetic,
     step_order,
     train_step,
 )
+from conj.train.optimizer import learning_rate_at
 from conj.train.reference import PAIR_COLUMNS, check_reference, compute_logps
 from conj.train.sharding import World, build_sharded_model, distributed, ending_process
 
@@ -248,10 +249,12 @@ def replay(run: TrainedRun, folder: Path, num_steps: int, world: World) -> Itera
         load_checkpoint(saved[start], model, optimizer)
     before = {} if run.is_here else {name: t.clone() for name, t in training_state(model, optimizer).items()}
     differing, compared = [], 0
+    steps = run.plan.steps[start : start + num_steps]
+    batches = batches_of(run.plan.pairs, run.plan.reference, steps, world)
     for step in tqdm(range(start + 1, start + num_steps + 1), desc="replay", unit="step", disable=not world.is_main):
         row, packs = run.log[step - 1], run.plan.steps[step - 1]
         lr = learning_rate_at(step - 1, run.num_steps, run.options)
-        metrics = train_step(model, optimizer, run.plan.pairs, run.plan.reference, packs, lr, run.options, world)
+        metrics = train_step(model, optimizer, run.plan.pairs, packs, batches, lr, run.options, world)
         metrics["step"] = step
         tolerance = 0.0 if run.is_here else TOLERANCE[run.options.dtype]
         if name := first_difference(row, metrics, STEP_FIELDS, tolerance):

@@ -1,7 +1,11 @@
-"""A pack of groups as tensors: what the model reads, and where each pair's logprobs lie in what it gives."""
+"""A pack of groups as tensors: what the model reads, and where each pair's logprobs lie in what it gives.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Packs are made one ahead, by a thread, and go to the device from pinned memory: no copy waits for the work before it.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +23,9 @@ class Batch:
     predict: Gather  # (M,) rows of T
     targets: Tensor  # (M,) int64
     lengths: list[int]  # (2P,) tokens of chosen, rejected, chosen, …; they sum to M
+    num_tokens: Tensor  # (P, 2) fp32: the same
     pair_numbers: list[int]  # (P,)
+    reference: Tensor | None = None  # (P, 2) fp32 stored logprobs
 
     @property
     def inputs(self) -> tuple:
@@ -32,8 +38,37 @@ class Batch:
         return torch.stack([piece.sum() for piece in logprobs.split(self.lengths)]).view(-1, 2)
 
 
-def collate(pairs: TokenizedPairs, pack: list[Group] | None, device: torch.device) -> Batch:
-    """A pack's tensors. None gives the empty pack: one token, nothing predicted."""
+def batches_ahead(
+    pairs: TokenizedPairs,
+    packs: Iterable[list[Group] | None],
+    device: torch.device,
+    reference: Tensor | None = None,  # (N, 2) fp32, of all pairs
+) -> Iterator[Batch]:
+    """Each pack's tensors on the device. While one is used, a thread makes the next."""
+    with ThreadPoolExecutor(1) as thread:
+        coming: Future | None = None
+        for pack in packs:
+            made = coming
+            coming = thread.submit(collate, pairs, pack, reference)
+            if made:
+                yield to_device(made.result(), device)
+        if coming:
+            yield to_device(coming.result(), device)
+
+
+def to_device(value, device: torch.device):
+    """The tensors of a dataclass, or of one inside it, copied without a wait."""
+    if isinstance(value, Tensor) and device.type == "cuda":
+        return value.pin_memory().to(device, non_blocking=True)
+    if isinstance(value, list):
+        return [to_device(v, device) for v in value]
+    if is_dataclass(value):
+        return replace(value, **{f.name: to_device(getattr(value, f.name), device) for f in fields(value)})
+    return value
+
+
+def collate(pairs: TokenizedPairs, pack: list[Group] | None, reference: Tensor | None = None) -> Batch:
+    """A pack's tensors, on the CPU. None gives the empty pack: one token, nothing predicted."""
     ids, positions, lengths, prefix, predict, targets, judgment_lengths, numbers = [], [], [], [], [], [], [], []
 
     def add_segment(tokens: Sequence[int], first_position: int, prefix_segment: int | None) -> None:
@@ -58,15 +93,14 @@ def collate(pairs: TokenizedPairs, pack: list[Group] | None, device: torch.devic
     if not ids:
         add_segment([0], 0, None)
 
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
-
     return Batch(
-        input_ids=tensor(ids),
-        positions=tensor(positions),
-        segments=build_segments(lengths, prefix, device),
-        predict=build_gather(torch.tensor(predict, dtype=torch.int64), len(ids), device),
-        targets=tensor(targets),
+        input_ids=torch.tensor(ids),
+        positions=torch.tensor(positions),
+        segments=build_segments(lengths, prefix),
+        predict=build_gather(torch.tensor(predict, dtype=torch.int64), len(ids)),
+        targets=torch.tensor(targets, dtype=torch.int64),
         lengths=judgment_lengths,
+        num_tokens=torch.tensor(judgment_lengths, dtype=torch.float32).view(-1, 2),
         pair_numbers=numbers,
+        reference=None if reference is None else reference[numbers],
     )

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from conj import InputError
@@ -41,7 +42,8 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     Creates moments that AdamW has not made yet, so that a fresh optimizer can be filled from a checkpoint."""
     state = {}
     for name, parameter in model.named_parameters():
-        assert isinstance(parameter, DTensor), f"{name} is not sharded: a forward without backward left it gathered"
+        sharded = isinstance(parameter, DTensor) or not isinstance(model, FSDPModule)
+        assert sharded, f"{name} is not sharded: a forward without backward left it gathered"
         moments = optimizer.state[parameter]
         if not moments:
             moments["step"] = torch.zeros((), device=parameter.device)  # where the fused AdamW wants it

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -32,10 +33,11 @@ from conj.data.manifest import begin, finish, identity
 from conj.data.options import option, require, require_each, run_command
 from conj.data.packs import Group, TokenizedPairs, deal, group_tokens, pairs_of, plan_packs, plan_steps
 from conj.model import backends
-from conj.model.qwen2 import DTYPES
-from conj.model.weights import export_model, local_rows, local_tensor
-from conj.train.batch import Batch, collate
+from conj.model.qwen2 import ACTIVATION_CHECKPOINTING, DTYPES
+from conj.model.weights import export_model
+from conj.train.batch import Batch, batches_ahead, to_device
 from conj.train.checkpoint import Saver, find_checkpoint, load_checkpoint
+from conj.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
 from conj.train.reference import check_reference, load_pairs, load_reference, reference_key
 from conj.train.sharding import (
     ComputeOptions,
@@ -44,10 +46,11 @@ from conj.train.sharding import (
     distributed,
     ending_process,
     leave_on_sigterm,
+    reshard,
 )
 
 NUM_SPOT_CHECKS = 8  # pairs whose stored reference is computed again before training starts
-ROWS_AT_ONCE = 1024  # of a gradient, copied to float64 for the norm
+COLUMNS = ("loss", "chosen_reward", "rejected_reward", "margin", "accuracy")  # of each pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +84,10 @@ class DPOOptions(ComputeOptions):
         "prompt",
         help="who shares one encoding of a prompt: all its pairs (they then share a step), the two judgments of a pair, none",
     )
-    activation_checkpointing: bool = option(
-        False, help="keep only each block's input, compute the rest again in backward"
+    activation_checkpointing: Literal[ACTIVATION_CHECKPOINTING] = option(
+        "none",
+        help="what backward computes again: nothing; selective: results of elementwise steps (a third of a block's "
+        "memory, for a few percent of a step); full: all but each block's input",
     )
     cpu_offload: bool = option(False, help="keep master weights, gradients and optimizer state in host memory")
     deterministic: bool = option(False, help="a backward of attention that sums in a fixed order; slower on a GPU")
@@ -108,6 +113,11 @@ class DPOOptions(ComputeOptions):
         )
         require_each(self, above_0, lambda value: value > 0, "more than 0")
         require_each(self, ("nll_alpha", "weight_decay"), lambda value: value >= 0, "0 or more")
+        compiled = self.kernels == "compile" and self.activation_checkpointing == "selective"
+        require(
+            not compiled,
+            "--activation-checkpointing: expected none or full, found selective; --kernels compile chooses by itself what it makes again",
+        )
         require_each(self, ("warmup_ratio", "adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "0 to below 1")
 
 
@@ -119,84 +129,38 @@ def dpo_loss(logps: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Ten
     return F.softplus(rewards[:, 1] - rewards[:, 0]), rewards.detach()
 
 
-def mean_chosen_nll(batch: Batch, logps: Tensor) -> Tensor:
-    """(P,): negative logprob per token of each chosen judgment."""
-    return -logps[:, 0] / torch.tensor(batch.lengths[::2], device=logps.device)
-
-
-def learning_rate_at(step: int, num_steps: int, options: DPOOptions) -> float:
-    """Linear warm-up, then half a cosine to zero. `step` counts from 0."""
-    num_warmup = math.ceil(options.warmup_ratio * num_steps)
-    if step < num_warmup:
-        return options.learning_rate * (step + 1) / num_warmup
-    return options.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / (num_steps - num_warmup)))
-
-
-def build_optimizer(model: nn.Module, options: DPOOptions) -> torch.optim.AdamW:
-    """AdamW on the fp32 master weights: bf16 ones would not move at learning rates near 5e-7."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # Fused: one pass over memory, and no temporary copies of all gradients. On a CPU it rounds the last elements of a
-    # shard otherwise than the others (seen, torch 2.13): where shards end must not matter in audit mode.
-    kind = {"foreach": True} if options.audit_mode else {"fused": True}
-    betas = (options.adam_beta1, options.adam_beta2)
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=betas, **kind)
-
-
-@torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float, world: World) -> float:
-    """Scales all gradients so that their norm over all ranks is at most `max_norm`; returns the norm before.
-
-    Summed in float64, row by row and then over all rows in one order: its bits do not depend on which rank holds which
-    rows. Gradients that are not finite are left as they are."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    gradients = [local_tensor(p.grad) for p in parameters]
-    squares = torch.zeros(sum(len(p) for p in parameters), dtype=torch.float64, device=gradients[0].device)
-    first = 0
-    for parameter, gradient in zip(parameters, gradients):
-        start = first + local_rows(parameter).start
-        for rows in gradient.flatten(1).split(ROWS_AT_ONCE) if gradient.ndim > 1 else [gradient[:, None]]:
-            # float64 before the square: each square is exact, and few rows are copied at a time.
-            squares[start : start + len(rows)] = rows.double().square().sum(dim=1)
-            start += len(rows)
-        first += len(parameter)
-    norm = world.sum(squares).sum().sqrt().item()
-    if math.isfinite(norm) and norm > max_norm:
-        torch._foreach_mul_(gradients, max_norm / norm)
-    return norm
-
-
 def run_packs(
-    model: nn.Module, pairs: TokenizedPairs, reference: Tensor, packs: list, options: DPOOptions, world: World
-) -> dict:
-    """Forward, and backward unless gradients are off, of the packs, spread over the ranks.
+    model: nn.Module, pairs: TokenizedPairs, packs: list, batches: Iterator[Batch], options: DPOOptions, world: World
+) -> Tensor:
+    """Forward, and backward unless gradients are off, of the packs, spread over the ranks; this one's are next in `batches`.
 
-    Returns means over the pairs: loss, chosen_reward, rejected_reward, margin, accuracy; num_pairs and num_tokens; and
-    not_finite_ids, if a pair's loss is not finite. Each pair has its own place in what the ranks add up, so the means
-    do not depend on who computed which."""
+    Returns (members of the packs, len(COLUMNS)) fp32 of all ranks, on the device and not read: nothing here waits for
+    it. Each pair has its own place in what the ranks add up, so means do not depend on who computed which."""
     members = pairs_of(packs)
     place = {pair: i for i, pair in enumerate(members)}
-    values = torch.zeros(len(members), 5, device=world.device)
-    turns = list(deal(packs, world.rank, world.size))
-    for turn, pack in enumerate(turns, 1):
-        batch = collate(pairs, pack, world.device)
-        reference_logps = reference[batch.pair_numbers].to(world.device)
+    rows, columns = [], []
+    num_turns = -(-len(packs) // world.size)
+    for turn, batch in enumerate(islice(batches, num_turns), 1):
         logps = batch.pair_logps(model(*batch.inputs))  # (P, 2)
-        losses, rewards = dpo_loss(logps, reference_logps, options.beta)
-        if options.nll_alpha:
-            losses = losses + options.nll_alpha * mean_chosen_nll(batch, logps)
+        losses, rewards = dpo_loss(logps, batch.reference, options.beta)
+        if options.nll_alpha:  # the mean negative logprob of the chosen judgment's tokens
+            losses = losses - options.nll_alpha * logps[:, 0] / batch.num_tokens[:, 0]
         if torch.is_grad_enabled():
             if options.audit_mode:  # gradients of a step meet once, in float64, and are rounded once
-                model.set_requires_gradient_sync(turn == len(turns))
+                model.set_requires_gradient_sync(turn == num_turns)
             (losses.sum() / len(members)).backward()
         margins = rewards[:, 0] - rewards[:, 1]
-        columns = torch.stack([losses.detach(), *rewards.unbind(1), margins, (margins > 0).float()], dim=1)
-        rows = torch.tensor([place[pair] for pair in batch.pair_numbers], dtype=torch.int64)
-        values[rows.to(world.device)] = columns  # stays on the device: reading it would wait for the backward
-    values = world.sum(values).cpu()
-    names = ("loss", "chosen_reward", "rejected_reward", "margin", "accuracy")
-    metrics = dict(zip(names, values.double().mean(dim=0).tolist()))
+        rows += [place[pair] for pair in batch.pair_numbers]
+        columns.append(torch.stack([losses.detach(), *rewards.unbind(1), margins, (margins > 0).float()], dim=1))
+    values = torch.zeros(len(members), len(COLUMNS), device=world.device)
+    values[to_device(torch.tensor(rows, dtype=torch.int64), world.device)] = torch.cat(columns)
+    return world.sum(values)
+
+
+def summary(values: Tensor, pairs: TokenizedPairs, packs: list) -> dict:
+    """Means over the pairs of what `run_packs` gave, read; num_pairs, num_tokens; and not_finite_ids, if there are any."""
+    members = pairs_of(packs)
+    metrics = dict(zip(COLUMNS, values.double().mean(dim=0).tolist()))
     metrics |= {"num_pairs": len(members), "num_tokens": sum(group_tokens(pairs, g) for pack in packs for g in pack)}
     not_finite = (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()
     return metrics | ({"not_finite_ids": sorted({pairs.ids[members[i]] for i in not_finite})} if not_finite else {})
@@ -206,8 +170,8 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     pairs: TokenizedPairs,
-    reference: Tensor,
     packs: list,
+    batches: Iterator[Batch],
     lr: float,
     options: DPOOptions,
     world: World,
@@ -215,11 +179,16 @@ def train_step(
     """One optimizer step on the pairs of `packs`. A step whose loss or gradient is not finite changes nothing and is
     reported: `skipped` is true, and `not_finite_ids` names the pairs, all of the step if no loss tells which."""
     started = time.perf_counter()
-    metrics = run_packs(model, pairs, reference, packs, options, world)
-    grad_norm = clip_gradients(model, options.max_grad_norm, world)
+    values = run_packs(model, pairs, packs, batches, options, world)
+    norm = gradient_norm(model, world, audit_mode=options.audit_mode)
+    *values, grad_norm = torch.cat(
+        [values.double().flatten(), norm[None]]
+    ).tolist()  # the step's one wait for the device
+    metrics = summary(torch.tensor(values).view(-1, len(COLUMNS)), pairs, packs)
     for group in optimizer.param_groups:
         group["lr"] = lr
     if math.isfinite(grad_norm) and "not_finite_ids" not in metrics:
+        clip_gradients(model, grad_norm, options.max_grad_norm)
         optimizer.step()
     else:
         ids = sorted({pairs.ids[i] for i in pairs_of(packs)})
@@ -229,6 +198,12 @@ def train_step(
     speed = {f"{unit}_per_second": metrics[f"num_{unit}"] / seconds for unit in ("pairs", "tokens")}
     metrics |= {"grad_norm": grad_norm, "lr": lr, "order": step_order(packs), "num_ranks": world.size}
     return metrics | {"step_seconds": seconds} | speed
+
+
+def batches_of(pairs: TokenizedPairs, reference: Tensor, steps: list, world: World) -> Iterator[Batch]:
+    """This rank's batches of all `steps`, in the order in which their packs are run; the next is made ahead."""
+    packs = (pack for packs in steps for pack in deal(packs, world.rank, world.size))
+    return batches_ahead(pairs, packs, world.device, reference)
 
 
 def step_order(packs: list[list[Group]]) -> str:
@@ -241,8 +216,9 @@ def evaluate_pairs(
     model: nn.Module, pairs: TokenizedPairs, reference: Tensor, packs: list, options: DPOOptions, world: World
 ) -> dict[str, float]:
     """Loss, margin and accuracy on held-out pairs, each named `eval_…`."""
-    metrics = run_packs(model, pairs, reference, packs, options, world)
-    model.reshard()  # FSDP2 leaves the root gathered until a backward that does not come; checkpoints need its shards
+    batches = batches_of(pairs, reference, [packs], world)
+    metrics = summary(run_packs(model, pairs, packs, batches, options, world).cpu(), pairs, packs)
+    reshard(model)
     return {f"eval_{name}": metrics[name] for name in ("loss", "margin", "accuracy", "num_pairs")}
 
 
@@ -329,7 +305,7 @@ def select_arithmetic(options: DPOOptions, device: torch.device) -> None:
 def build_policy(options: DPOOptions, world: World) -> tuple[nn.Module, torch.optim.AdamW]:
     """The model to be trained, at the base's weights, and its optimizer."""
     model = build_sharded_model(
-        options.model, world, options.dtype, recompute=options.activation_checkpointing,
+        options.model, world, options.dtype, activation_checkpointing=options.activation_checkpointing,
         cpu_offload=options.cpu_offload, reduce_dtype=torch.float64 if options.audit_mode else torch.float32,
     )  # fmt: skip
     return model, build_optimizer(model, options)
@@ -370,10 +346,10 @@ def main(options: DPOOptions) -> None:
             leave_on_sigterm() as asked_to_leave,
             tqdm(total=len(steps), desc="dpo", unit="step", initial=num_done, disable=not world.is_main) as bar,
         ):
-            leaving = False
+            leaving, batches = False, batches_of(pairs, reference, steps[num_done:], world)
             for step in range(num_done + 1, len(steps) + 1):
                 lr = learning_rate_at(step - 1, len(steps), options)
-                metrics = train_step(model, optimizer, pairs, reference, steps[step - 1], lr, options, world)
+                metrics = train_step(model, optimizer, pairs, steps[step - 1], batches, lr, options, world)
                 if plan.eval_packs and (step % options.eval_every == 0 or step == len(steps)):
                     metrics |= evaluate_pairs(model, pairs, reference, plan.eval_packs, options, world)
                 log(step, metrics)

@@ -29,8 +29,8 @@ from conj.data.prompts import JudgeTokenizer
 from conj.model import backends, qwen2
 from conj.model.weights import check_model_folder, weight_files
 from conj.train import batch as batch_module
-from conj.train.batch import collate
-from conj.train.sharding import ComputeOptions, World, build_sharded_model, distributed, ending_process
+from conj.train.batch import batches_ahead
+from conj.train.sharding import ComputeOptions, World, build_sharded_model, distributed, ending_process, reshard
 
 WHERE = {"code", "backends", "torch", "device"}  # fields of the key that say where it was made, not from what
 # Nats; tells another model's logprobs from those of other kernels in bf16, which round by the shapes of a pack.
@@ -65,7 +65,10 @@ def reference_key(
 ) -> dict[str, str]:
     """Everything the reference logprobs depend on, field by field."""
     code = hashlib.sha256()
-    sources = [Path(qwen2.__file__).with_name(f"{n}.py") for n in ("qwen2", "attention", "logprob", "ops", "kernels")]
+    sources = [
+        Path(qwen2.__file__).with_name(f"{n}.py")
+        for n in ("qwen2", "attention", "logprob", "ops", "recompute", "kernels")
+    ]
     for path in (*sources, Path(batch_module.__file__)):
         code.update(path.read_bytes())
     return {
@@ -118,10 +121,9 @@ def load_reference(
 def compute_logps(model: nn.Module, pairs: TokenizedPairs, packs: list, world: World) -> Tensor:  # (N, 2) fp32
     """Logprobs of the pairs of `packs`, chosen and rejected, from all ranks; 0 for other pairs."""
     found = torch.zeros(len(pairs), 2)
-    for pack in deal(packs, world.rank, world.size):
-        batch = collate(pairs, pack, world.device)
+    for batch in batches_ahead(pairs, deal(packs, world.rank, world.size), world.device):
         found[batch.pair_numbers] = batch.pair_logps(model(*batch.inputs)).cpu()
-    model.reshard()  # FSDP2 leaves the root gathered until a backward that does not come
+    reshard(model)
     return world.sum(found)  # one rank has each value, the others add zero
 
 

@@ -1,5 +1,6 @@
 """Processes, and a model spread over them: FSDP2 with the same code on one CPU process, one GPU, or many of either."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from conj import InputError
 from conj.data.files import first_line
 from conj.data.options import option
 from conj.model import backends
-from conj.model.qwen2 import Qwen2, read_config
+from conj.model.qwen2 import Qwen2, Qwen2Config, read_config
 from conj.model.weights import load_weights
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -62,8 +63,10 @@ class World:
         return total.to(values.device)
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds on any rank."""
-        return bool(self.sum(torch.tensor(int(flag))))
+        """Whether it holds on any rank. Asked by way of gloo: no wait for a GPU's work."""
+        total = torch.tensor(int(flag))
+        dist.all_reduce(total)
+        return bool(total)
 
     def describe(self) -> dict:
         """What a run's bits depend on beside versions of packages."""
@@ -86,6 +89,15 @@ class World:
         return box[0]
 
 
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed. By itself it gives blocks of 32 MiB and more back at once, and each step has the kernel
+    fault its tensors in again, page by page. Other C libraries are left as they are."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+    for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20)) if mallopt else ():
+        mallopt(name, value)
+
+
 @contextmanager
 def distributed() -> Iterator[World]:
     """The process group that torchrun describes, or one of this process alone: NCCL on GPUs, gloo on CPUs."""
@@ -94,6 +106,8 @@ def distributed() -> Iterator[World]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     store = dist.HashStore()
     if "RANK" in os.environ:
         # torchrun keeps its store when it restarts workers, and with it the addresses of those that are gone: without a
@@ -166,18 +180,29 @@ def leave_on_sigterm() -> Iterator[Event]:
         os.close(reader)
 
 
-def build_sharded_model(
-    folder: Path,
+def build_sharded_model(folder: Path, world: World, dtype: str, **settings) -> Qwen2:
+    """`shard_model` of a model folder, filled with its weights.
+
+    Reference and policy are both built here, so their arithmetic is the same and step 0 is exact."""
+    model = shard_model(read_config(folder), world, dtype, **settings)
+    load_weights(model, folder)
+    return model
+
+
+def shard_model(
+    config: Qwen2Config,
     world: World,
     dtype: str,
     *,
-    recompute: bool = False,
+    activation_checkpointing: str = "none",
     cpu_offload: bool = False,
     reduce_dtype: torch.dtype = torch.float32,
 ) -> Qwen2:
-    """Qwen2 with fp32 master weights sharded over all ranks, computing in `dtype`, gradients summed in `reduce_dtype`.
+    """Qwen2 with fp32 master weights spread over all ranks, computing in `dtype`, gradients summed in `reduce_dtype`.
+    Memory is there, values are not.
 
-    Reference and policy are both built here, so their arithmetic is the same and step 0 is exact. With `cpu_offload`
+    One rank that holds everything has nothing to gather or to reduce, and FSDP2 would copy each weight twice and each
+    gradient three times: there blocks cast their weights themselves and autograd adds the gradients up. With `cpu_offload`
     master weights, gradients and optimizer state stay in the host's memory."""
     if world.device.type == "cuda" and dtype == "fp32" and backends.current.attention != "sdpa":
         raise InputError(
@@ -186,15 +211,21 @@ def build_sharded_model(
     if cpu_offload and world.device.type == "cpu":
         raise InputError("--cpu-offload: expected a GPU, found a CPU")
     with torch.device("meta"):
-        model = Qwen2(read_config(folder))
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    settings = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[dtype], reduce_dtype=reduce_dtype),
-        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
-    }
+        model = Qwen2(config)
+    model.model.dtype = COMPUTE_DTYPES[dtype]
     for layer in model.model.layers:
-        layer.recompute = recompute
+        layer.activation_checkpointing = activation_checkpointing
+    if world.size > 1 or cpu_offload or reduce_dtype != torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[dtype], reduce_dtype=reduce_dtype)
+        _fully_shard(
+            model, world, mp_policy=policy, offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+        )
+    return model.to_empty(device="cpu" if cpu_offload else world.device)
+
+
+def _fully_shard(model: Qwen2, world: World, **settings) -> None:
+    settings["mesh"] = init_device_mesh(world.device.type, (world.size,))
+    for layer in model.model.layers:
         fully_shard(layer, **settings)
     if model.lm_head is not None:  # a group of its own: reduced apart from the head, gradients take half the memory
         fully_shard(model.model.embed_tokens, **settings)
@@ -204,6 +235,9 @@ def build_sharded_model(
     for module in (m for m in model.modules() if isinstance(m, FSDPModule) and world.size > 1):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    model.to_empty(device="cpu" if cpu_offload else world.device)
-    load_weights(model, folder)
-    return model
+
+
+def reshard(model: Qwen2) -> None:
+    """After a forward without backward, which FSDP2 leaves the root gathered for: checkpoints need its shards."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
