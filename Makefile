@@ -15,7 +15,7 @@ test: setup  ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu and not slow"
 
 test-oldest: .venv-oldest/done  ## those without vLLM, on Python 3.12 and the oldest versions that setup.py allows
-	.venv-oldest/bin/python -m pytest -m "not gpu and not slow and not vllm" $(TESTS)
+	PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest -m "not gpu and not slow and not vllm" $(TESTS)
 
 .venv-oldest/done: setup.py  # 5 GB: on PyPI the oldest torch has a build for CUDA alone, which pins its triton
 	$(PYTHON312) -m venv --clear .venv-oldest
