@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,15 @@ from test_dpo import dpo_options, make_reference, metrics_of
 
 from conj.data.files import write_jsonl
 from conj.data.manifest import hash_input, read_sealed, write_sealed
-from conj.train import dpo
-from conj.train.checkpoint import check_checkpoint, find_checkpoint, list_checkpoints, read_tensors
+from conj.train import checkpoint, dpo
+from conj.train.checkpoint import (
+    check_checkpoint,
+    copy_by_chunks,
+    copy_to_host,
+    find_checkpoint,
+    list_checkpoints,
+    read_tensors,
+)
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +135,101 @@ def test_another_seed_writes_other_bits(trained, tied_model, tmp_path):
     make_reference(run, tied_model)
     dpo.main(dpo_options(run, tied_model, max_steps=4, seed=1))
     assert hash_input(run / "model") != hash_input(trained / "model")
+
+
+def test_a_slow_disk_changes_no_bits_and_saves_share_their_memory(trained, tied_model, tmp_path, monkeypatch):
+    """Steps go on while a checkpoint is written, and the next one is copied to where the writer reads from."""
+    run, written, save_file = tmp_path / "run", [], checkpoint.save_file
+
+    def save_slowly(state, path):
+        written.append({name: tensor.data_ptr() for name, tensor in state.items()})
+        time.sleep(1)  # longer than a step
+        save_file(state, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_slowly)
+    write_jsonl(run / "pairs.jsonl", random_pairs(30))
+    make_reference(run, tied_model)
+    dpo.main(dpo_options(run, tied_model, max_steps=4, save_every=1, keep_checkpoints=3))
+    for name in ("step-00000002", "step-00000003", "step-00000004"):
+        file = f"checkpoints/{name}/rank-00000.safetensors"
+        assert hash_input(run / file) == hash_input(trained / file), name
+    assert len(written) == 4 and all(pointers == written[0] for pointers in written)
+
+
+def odd_state(device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Sizes from no bytes to several chunks of 64, dtypes from 1 to 8 bytes."""
+    torch.manual_seed(0)
+    sizes = {"one": (), "none": (0, 5), "odd": (7, 3), "a chunk": (16,), "chunks": (32, 2), "more": (3, 11, 13)}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "int64": torch.int64, "bool": torch.bool}
+    return {
+        f"{size} {dtype}": (torch.randn(sizes[size]) * 9).to(dtypes[dtype]).to(device)
+        for size in sizes
+        for dtype in dtypes
+    }
+
+
+def blank(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.full(tensor.shape, 1, dtype=tensor.dtype) for name, tensor in state.items()}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name].cpu()) for name in a)
+
+
+class LateDevice:
+    """Fills a chunk at the last moment, when it is waited for, as a device might."""
+
+    def __init__(self):
+        self.under_way = self.most = 0
+
+    def send(self, source: torch.Tensor, chunk: torch.Tensor):
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+
+        def wait():
+            self.under_way -= 1
+            chunk.copy_(source)
+
+        return wait
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 4096])
+@pytest.mark.parametrize("num_chunks", [1, 2, 3])
+def test_copies_by_chunks_keep_every_bit(chunk_bytes, num_chunks):
+    """Chunks smaller than a tensor, equal to one, not dividing it, larger than all; as many as there are under way."""
+    state, device = odd_state(), LateDevice()
+    host = blank(state)
+    chunks = [torch.zeros(chunk_bytes, dtype=torch.uint8) for _ in range(num_chunks)]
+    copy_by_chunks([(state[name], host[name]) for name in state], chunks, device.send)
+    assert same_bits(host, state) and device.most == num_chunks and device.under_way == 0
+
+
+def test_a_chunk_that_is_emptied_before_it_is_full_is_seen():
+    """Negative control: nobody waits for the device, and the bits are others."""
+    state = odd_state()
+    host = blank(state)
+    chunks = [torch.zeros(64, dtype=torch.uint8) for _ in range(2)]
+    copy_by_chunks([(state[name], host[name]) for name in state], chunks, lambda source, chunk: lambda: None)
+    assert not same_bits(host, state)
+
+
+def test_a_cpus_state_is_copied_as_it_is_whatever_its_strides():
+    state = {"transposed": torch.randn(5, 3).T, **odd_state()}
+    host = blank(state)
+    copy_to_host(state, host)
+    assert same_bits(host, state)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine")
+@pytest.mark.parametrize("chunk_bytes", [64, 2**20])
+def test_a_gpus_state_is_copied_as_the_work_before_leaves_it(chunk_bytes, monkeypatch):
+    """The step that makes the state may still run when the copy is asked for."""
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk_bytes)
+    state = {"large": torch.zeros(2**20 + 1 if chunk_bytes > 64 else 100, device="cuda"), **odd_state("cuda")}
+    host, a = blank(state), torch.randn(4096, 4096, device="cuda")
+    for _ in range(50):
+        b = a @ a  # a tenth of a second or so
+    state["large"] += 1 + 0 * b[0, 0]
+    copy_to_host(state, host)
+    assert same_bits(host, state) and (host["large"] == 1).all()

@@ -58,10 +58,11 @@ kernels, blockwise = load("conj/model/kernels.py"), load("benchmarks/blockwise_l
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    """Triton's interpreter, for the time of a test, with two repairs.
+    """Triton's interpreter, for the time of a test, with three repairs.
 
     tl.max, tl.sum and their like are kernels too, compiled ones from triton's first import on: interpreted here. bf16,
-    for the interpreter, is a bit pattern in 16 bits, cut off instead of rounded and multiplied as an integer."""
+    for the interpreter, is a bit pattern in 16 bits, cut off instead of rounded and multiplied as an integer. A bound of
+    `range` is an array of one number, of which numpy 2.4 makes no int and Triton 3.6 asks for one (3.7 does not)."""
     if not INTERPRETED:
         return
     for name, function in vars(tl.standard).copy().items():
@@ -71,7 +72,7 @@ def interpreter(monkeypatch):
             if vars(tl).get(name) is function:
                 monkeypatch.setattr(tl, name, interpreted)
     convert, builder = triton_interpreter._convert_float, triton_interpreter.InterpreterBuilder
-    dot = builder.create_dot
+    dot, patch = builder.create_dot, triton_interpreter._patch_lang_tensor
 
     def convert_rounding(x, source, target, rounding_mode):
         if (source, target) == (tl.float32, tl.bfloat16):
@@ -82,7 +83,12 @@ def interpreter(monkeypatch):
         operands = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return dot(self, *operands, *rest)
 
+    def patch_and_index(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
     monkeypatch.setattr(triton_interpreter, "_convert_float", convert_rounding)
+    monkeypatch.setattr(triton_interpreter, "_patch_lang_tensor", patch_and_index)
     monkeypatch.setattr(builder, "create_dot", dot_in_fp32)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
 

@@ -12,9 +12,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
 
@@ -34,6 +35,7 @@ from conj.train.sharding import PeerFailed, World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, beside each parameter's fp32 master weight
 MANIFEST = "manifest.json"
+CHUNK_BYTES = 128 * 2**20  # of pinned memory; a GPU's state crosses through two of them
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -54,11 +56,54 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     return state
 
 
+def copy_to_host(state: dict[str, Tensor], host: dict[str, Tensor]) -> None:
+    """Fills the tensors of `host` with those of `state`, contiguous ones of the same names, shapes and dtypes.
+
+    All is there when this returns. A GPU's are taken as its current stream leaves them, through two chunks of pinned
+    memory: a copy to any other memory is staged by the driver too, and blocks; here the two halves of it overlap."""
+    if not any(tensor.is_cuda for tensor in state.values()):
+        for name, tensor in state.items():
+            host[name].copy_(tensor)
+        return
+    chunks = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]  # torch keeps them
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+
+    def send(piece: Tensor, chunk: Tensor) -> Callable[[], None]:
+        with torch.cuda.stream(stream):
+            chunk.copy_(piece, non_blocking=True)
+        return stream.record_event().synchronize
+
+    copy_by_chunks([(tensor, host[name]) for name, tensor in state.items()], chunks, send)
+
+
+def copy_by_chunks(copies: list[tuple[Tensor, Tensor]], chunks: list[Tensor], send: Callable) -> None:
+    """Copies each source to its target, both contiguous: while one of `chunks` fills, the one before it is emptied.
+
+    `send(bytes, chunk)` starts to fill a chunk, and returns the function that waits for it."""
+    as_bytes = ([t.view(-1).view(torch.uint8).split(len(chunks[0])) for t in pair] for pair in copies)
+    filling = deque()
+
+    def empty_oldest() -> None:
+        wait, chunk, target = filling.popleft()
+        wait()
+        target.copy_(chunk)
+
+    for i, (source, target) in enumerate(pieces for pair in as_bytes for pieces in zip(*pair)):
+        if len(filling) == len(chunks):
+            empty_oldest()
+        chunk = chunks[i % len(chunks)][: len(source)]
+        filling.append((send(source, chunk), chunk, target))
+    while filling:
+        empty_oldest()
+
+
 @dataclass(kw_only=True)
 class Saver:
     """Writes checkpoints in a thread of each rank while training goes on, one at a time.
 
-    A step waits only for the copy of the state to host memory: 12 bytes a parameter, over all ranks."""
+    A step waits only for the copy of the state to host memory: 12 bytes a parameter, over all ranks. It is kept from the
+    first save on: fresh memory would cost a page fault for every 4 KiB, at each."""
 
     folder: Path
     world: World
@@ -66,21 +111,25 @@ class Saver:
     keep: int  # newest checkpoints to keep
     error: Exception | None = None  # of this rank's last write
     _thread: Thread | None = None
+    _host: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Starts `folder/step-…`, after which older ones but for the `keep` newest are deleted. Collective.
 
         `step` is the number of steps done."""
-        self.wait()
+        self.wait()  # also since the writer reads the host's copy
         beside = self.folder / f"step-{step:08d}.part"
         if self.world.is_main:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
         dist.barrier()
-        state = {key: t.to("cpu", copy=True).contiguous() for key, t in training_state(model, optimizer).items()}
+        state = training_state(model, optimizer)
+        if not self._host:
+            self._host = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in state.items()}
+        copy_to_host(state, self._host)
         offsets = {name: local_rows(p).start for name, p in model.named_parameters()}
         num_updates = int(next(iter(optimizer.state.values()))["step"])  # fewer than steps if one was not finite
-        self._thread = Thread(target=self._write, args=(beside, step, num_updates, state, offsets), daemon=True)
+        self._thread = Thread(target=self._write, args=(beside, step, num_updates, offsets), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -99,10 +148,10 @@ class Saver:
     def is_writing(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def _write(self, beside: Path, step: int, num_updates: int, state: dict[str, Tensor], offsets: dict) -> None:
+    def _write(self, beside: Path, step: int, num_updates: int, offsets: dict) -> None:
         try:
             name = f"rank-{self.world.rank:05d}.safetensors"
-            save_file(state, beside / name)  # straight to disk: a serialized copy would double the memory
+            save_file(self._host, beside / name)  # straight to disk: a serialized copy would double the memory
             _sync(beside / name)
             entry = {"name": name, "sha256": sha256_file(beside / name), "first_row": offsets}
             write_atomic(beside / f"{name}.json", json.dumps(entry).encode())

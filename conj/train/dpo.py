@@ -367,6 +367,7 @@ def main(options: DPOOptions) -> None:
         if leaving and step < len(steps):
             print(f"rank {world.rank}: left on SIGTERM after step {step}, saved; the same command goes on from there")
             sys.exit(128 + signal.SIGTERM)
+        del saver  # and with it the host's copy of the state: the export wants memory too
 
         # A folder that transformers and vLLM open as it is, in the base model's dtype.
         dtype = DTYPES[model.config.dtype]
