@@ -248,7 +248,7 @@ def test_parallelism_reaches_vllm(tied_model, monkeypatch):
         seen.update(arguments)
         raise ValueError("enough seen")
 
-    platform = SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: False))
+    platform = SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: False, device_type="cuda"))
     distributed = SimpleNamespace(cleanup_dist_env_and_memory=None)
     for name, module in ("vllm.platforms", platform), ("vllm.distributed", distributed):
         monkeypatch.setitem(sys.modules, name, module)
