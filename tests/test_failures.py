@@ -16,7 +16,7 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
 STACK = (
     "\nException raised from create at NCCLUtils.cpp:77 (most recent call first):\nframe #0: Connection closed by peer"
 )
-# As torch 2.8 to 2.13, NCCL and gloo write them; what must be in the line.
+# As torch, NCCL and gloo write them (torch's NCCLUtils.cpp, and reports of users); what must be in the line.
 OWN = {
     "shared memory": (
         NCCL + "unhandled system error" + VERSION + "ncclSystemError: System call (e.g. socket, malloc) or external "
@@ -28,6 +28,14 @@ OWN = {
         NCCL + "unhandled cuda error" + VERSION + "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
         "Cuda failure 35 'CUDA driver version is insufficient for CUDA runtime version'",
         ("Cuda failure 35 'CUDA driver version is insufficient", "update it"),
+    ),
+    "aborted, with its reason": (
+        "NCCL communicator was aborted on rank 1.  Original reason for failure was: "
+        + NCCL
+        + "unhandled cuda error"
+        + VERSION
+        + "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'",
+        ("Cuda failure 2 'out of memory'", "NCCL_DEBUG=WARN"),
     ),
     "invalid argument": (
         NCCL + "unhandled cuda error" + VERSION + "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"

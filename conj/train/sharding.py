@@ -110,7 +110,7 @@ def explain_failure(error: Exception) -> tuple[bool, str] | None:
 
     Of NCCL's text the first line says where it was raised, and the next three what happened."""
     text = " ".join(str(error).partition("Exception raised from")[0].split())  # what follows is a stack of C++
-    lower = text.lower()
+    lower = text.lower().rpartition("original reason for failure was:")[2]
     if isinstance(error, PeerFailed) or any(part in lower for part in PEER_IS_GONE):
         return True, text
     for part, advice in ADVICE.items():
