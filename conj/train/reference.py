@@ -152,7 +152,7 @@ def rounding_bound(logps: Tensor, lengths: Tensor, logit_size: float, dtype: str
 
 @torch.no_grad()
 def measure_logits(model: nn.Module, pairs: TokenizedPairs, packs: list, world: World) -> float:
-    """How far logits lie below the log of their sum: the rms over tokens, nats, of those of another token of the text."""
+    """The size of logits, nats: the rms logprob, over the judgments' tokens, of another token of the text."""
     total = torch.zeros(2)
     for pack in deal(packs, world.rank, world.size):
         batch = collate(pairs, pack, world.device)

@@ -18,7 +18,6 @@ that. To see small shifts, w_t leaves out what errors share with those of transf
 hardly moves, for either reason) and is clipped, since a few tokens err by far more than the rest.
 """
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,28 +53,30 @@ def second_opinion(options: DPOOptions, plan: Plan, sample: list[int], world: Wo
 
     def logps(folder: Path) -> tuple[list[Tensor], list[Tensor], list[Tensor], nn.Module]:
         """By conj, by transformers in the same dtype and precisely, and that last model."""
-        model = build_sharded_model(folder, world, options.dtype)
-        ours = token_logps(model, plan.pairs, packs, sample, world)
+        ours = token_logps(build_sharded_model(folder, world, options.dtype), plan.pairs, packs, sample, world)
         same = transformers_logps(load_transformers(folder, options.dtype, precise=False), judgments, folder.name)
         precise = load_transformers(folder, options.dtype, precise=True)
         return ours, same, transformers_logps(precise, judgments, f"{folder.name}, precisely"), precise
 
-    def compare(found: Tensor, same_dtype: Tensor, truth: Tensor) -> tuple[bool, str]:
-        ratio, allowed = error_ratio(found, same_dtype, truth), ALLOWED[options.dtype]
-        said = f"error {ratio:.2f} times that of transformers in {options.dtype}, allowed {allowed:g}"
-        return ratio <= allowed, f"{said} ({len(sample)} pairs)"
+    def compare(found: Tensor, same_dtype: Tensor, truth: Tensor, unit: str) -> tuple[bool, str]:
+        ours, theirs = ((x - truth).double().square().mean().sqrt().item() for x in (found, same_dtype))
+        times = ALLOWED[options.dtype]
+        said = f"rms error {ours:.1e} nats a {unit}, that of transformers in {options.dtype} {theirs:.1e}"
+        return ours <= times * theirs, f"{said}, allowed {times:g} times that ({len(sample)} pairs)"
 
     *base, precise = logps(options.model)
     stored = plan.reference[sample].flatten()
     base[0] = [_with_sum(*values) for values in zip(base[0], stored, base[2])]
-    holds, found = compare(*map(torch.cat, base))
+    holds, found = compare(*map(torch.cat, base), "token")
     prompts = [plan.pairs.prompt_of[pair] for pair in sample for _ in range(2)]
     norm, size, most = trend(precise, judgments, prompts, *base)
+    del precise
     yield "reference by transformers", holds and size <= most, f"{found}; along {norm} {size:.1f}, allowed {most:.1f}"
 
     trained = logps(options.run / "model")[:3]
     policy, reference = ([torch.stack([t.sum() for t in x]).view(-1, 2) for x in by] for by in (trained, base))
-    yield "loss by transformers", *compare(*(dpo_loss(p, r, options.beta)[0] for p, r in zip(policy, reference)))
+    losses = (dpo_loss(p, r, options.beta)[0] for p, r in zip(policy, reference))
+    yield "loss by transformers", *compare(*losses, "pair")
 
 
 def _official_ids(options: DPOOptions, pairs: TokenizedPairs, sample: list[int]) -> dict[int, list[tuple]]:
@@ -137,12 +138,6 @@ def _logps(model: nn.Module, prompt: list[int], judgment: list[int]) -> Tensor:
     logits = model(torch.tensor([prompt + judgment]), logits_to_keep=len(judgment) + 1).logits[0, :-1]
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     return logits.log_softmax(-1).gather(1, torch.tensor(judgment)[:, None])[:, 0]
-
-
-def error_ratio(found: Tensor, same_dtype: Tensor, truth: Tensor) -> float:
-    """The rms error of `found`, in that of transformers in the same dtype."""
-    errors = [(x - truth).double().square().mean().sqrt().item() for x in (found, same_dtype)]
-    return errors[0] / errors[1] if errors[1] else math.inf if errors[0] else 0.0
 
 
 def trend(
