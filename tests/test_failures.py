@@ -115,7 +115,7 @@ def test_other_errors_keep_their_traceback():
 def test_one_process_ends_with_the_line_and_its_error(monkeypatch):
     """It leaves no group behind, and does not end a process that called it."""
     with (
-        pytest.raises(SystemExit, match="rank 0: failed: CUDA out of memory.* take less") as raised,
+        pytest.raises(SystemExit, match="rank 0: failed: CUDA out of memory.* takes less") as raised,
         distributed("cpu"),
     ):
         raise torch.OutOfMemoryError(OWN["memory"][0])

@@ -43,8 +43,9 @@ class Machine:
     flash_attn: str | None = None  # None: not installed; "": it works; else why its import fails
 
 
-def this_machine() -> Machine:
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+def this_machine(device: str) -> Machine:
+    """Its facts, as far as a choice with this `device` reads them: a run on the CPU asks nothing of CUDA."""
+    num_gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
     return Machine(
         num_gpus=num_gpus,
         capability=min(map(torch.cuda.get_device_capability, range(num_gpus)), default=(0, 0)),
@@ -125,7 +126,7 @@ def select(
     deterministic: bool = False,
 ) -> Backends:
     """Sets `current` to what `choose` gives here, and torch's own switches with it. Raises InputError as `choose` does."""
-    chosen = choose(this_machine(), device=device.type, dtype=dtype, attention=attention, kernels=kernels)
+    chosen = choose(this_machine(device.type), device=device.type, dtype=dtype, attention=attention, kernels=kernels)
     vars(current).update(vars(chosen) | {"deterministic": deterministic})
     if current.device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has given NaN on DPO of Qwen2.5 (trl#7181)

@@ -96,7 +96,7 @@ ADVICE = {  # and in one of this rank's own: what helps
     "driver version is insufficient": "the NVIDIA driver is older than this torch's CUDA: update it or take another torch",
     "no kernel image is available": "this torch is not built for this GPU: take another build, or --device cpu",
     "busy or unavailable": "another process holds the GPU",
-    "cuda out of memory": "--activation-checkpointing and a smaller --max-tokens-per-pack take less",
+    "cuda out of memory": "a smaller --max-tokens-per-pack takes less, and in training --activation-checkpointing",
     "connectfullmesh": "set GLOO_SOCKET_IFNAME to the network interface by which the ranks reach each other",
     "unable to resolve hostname": "set GLOO_SOCKET_IFNAME to a network interface, such as lo",
     "ncclsystemerror": "NCCL_DEBUG=WARN says more; NCCL_SOCKET_IFNAME names the network interface",
@@ -125,7 +125,7 @@ def distributed(device: str = "auto") -> Iterator[World]:
 
     Raises InputError for a `device` that is not here, or not for as many ranks. A rank whose collective or CUDA fails
     prints one line and ends: the cause where it is its own, else that another rank is gone, which says why itself."""
-    on_gpu = backends.choose_device(backends.this_machine(), device) == "cuda"
+    on_gpu = backends.choose_device(backends.this_machine(device), device) == "cuda"
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         yield _join(on_gpu, rank, size)
@@ -138,9 +138,8 @@ def distributed(device: str = "auto") -> Iterator[World]:
         print(line, file=sys.stderr, flush=True)
         os._exit(1)  # not by way of destroy_process_group, which may wait for the others
     finally:
-        if dist.is_initialized() and (
-            size == 1 or sys.exc_info()[0] is None
-        ):  # one that fails does not wait for others
+        # A rank that fails does not wait here for the others.
+        if dist.is_initialized() and (size == 1 or sys.exc_info()[0] is None):
             dist.destroy_process_group()
 
 
