@@ -73,7 +73,7 @@ def time_steps(folder: Path, ranks: int, threads: int, steps: int, *more) -> flo
 
 def time_saving(folder: Path, blocks: int) -> None:
     """Writes to `saving.json` what a checkpoint adds to its block, and how long the step waits for it: medians."""
-    with distributed() as world:
+    with distributed("cpu") as world:
         options = dpo.DPOOptions(
             run=folder / "run", model=folder / "model", dtype="fp32", pairs_per_step=2, max_tokens_per_pack=1024
         )
@@ -85,6 +85,7 @@ def time_saving(folder: Path, blocks: int) -> None:
         model, optimizer = dpo.build_policy(options, world)
         saver = Saver(folder=folder / "checkpoints", world=world, identity="", keep=2)
         seconds, waits = {True: [], False: []}, []
+        batches = dpo.batches_of(pairs, reference, steps * (2 * blocks + 2), world)
         for number in range(2 * blocks + 2):
             saves = number % 2 == 0
             started = time.perf_counter()
@@ -92,7 +93,7 @@ def time_saving(folder: Path, blocks: int) -> None:
                 saver.save(number, model, optimizer)
                 waits.append(time.perf_counter() - started)
             for packs in steps:
-                dpo.train_step(model, optimizer, pairs, reference, packs, 1e-6, options, world)
+                dpo.train_step(model, optimizer, pairs, packs, batches, 1e-6, options, world)
             saver.wait()
             seconds[saves].append(time.perf_counter() - started)
     differences = [a - b for a, b in zip(seconds[True][1:], seconds[False][1:])]  # the first of each warms up

@@ -105,11 +105,11 @@ def run_conj(folder: Path, model: Path, share: str, args: argparse.Namespace) ->
 
     options = dpo.DPOOptions(
         run=folder / "run", model=model, share=share, dtype=args.dtype, pairs_per_step=args.pairs_per_step,
-        warmup_ratio=0.0, max_tokens_per_pack=args.max_tokens_per_pack, kernels=args.kernels,
+        warmup_ratio=0.0, max_tokens_per_pack=args.max_tokens_per_pack, kernels=args.kernels, device=args.device,
         activation_checkpointing=args.activation_checkpointing, cpu_offload=args.cpu_offload, **SETTINGS,
     )  # fmt: skip
     pairs, _, plans = steps_of(options.run, model, share, args)
-    with distributed() as world:
+    with distributed(args.device) as world:
         dpo.select_arithmetic(options, world.device)
         logps = load_file(options.run / "reference.safetensors")["logps"]
         sharded, optimizer = dpo.build_policy(options, world)
@@ -146,6 +146,7 @@ def run_reference(folder: Path, model: Path, args: argparse.Namespace) -> dict:
             run=folder,
             model=model,
             dtype=args.dtype,
+            device=args.device,
             kernels=args.kernels,
             max_tokens_per_pack=args.max_tokens_per_pack,
         )

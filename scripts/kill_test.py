@@ -93,7 +93,7 @@ def save_aim(run: Path, number: int, file: str, delay: float) -> Aim:
 def kill_training(args: argparse.Namespace, out: Path) -> list[dict]:
     rng, base, undisturbed = random.Random(args.seed), ROOT / "demo" / "base", out / "undisturbed-run"
     make_pairs(out / "start", 60, rng)
-    shared = ["--model", base, "--dtype", "fp32", "--max-tokens-per-pack", "2000"]
+    shared = ["--model", base, "--device", args.device, "--dtype", "fp32", "--max-tokens-per-pack", "2000"]
     run_command([sys.executable, "-m", "conj.train.reference", "--run", out / "start", *shared], out / "log")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
     options = [*shared, "--learning-rate", "1e-3", "--pairs-per-step", "6", "--eval-every", "10"]
@@ -198,6 +198,9 @@ def main() -> int:
         if name == "train":
             sub.add_argument("--inside-save", type=int, default=20, help="kills that must land inside a save")
             sub.add_argument("--ranks", type=int, default=2, help="number of processes")
+            sub.add_argument(
+                "--device", choices=("cpu", "cuda"), default="cpu", help="cuda takes a GPU for each process"
+            )
         else:
             sub.add_argument("--limit", type=int, default=40, help="number of prompts")
     once = parsers.add_parser("once")

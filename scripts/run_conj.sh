@@ -6,13 +6,14 @@
 #       --test-data HuggingFaceH4/ultrafeedback_binarized:test_prefs --nproc-per-node 8 --dpo "--learning-rate 5e-7"
 #
 # Options: --run DIR, --model PATH, --data PATH… (training preferences), --test-data PATH… (benchmarks), --seed N,
+# --device auto|cpu|cuda (default auto: a GPU if there is one; of the sampling stages, what vLLM is built for),
 # --nproc-per-node N (processes of stages 5 and 6, default 1), and further options of a stage as one quoted string:
 # --preprocess, --repeated, --hinted, --pairs, --reference, --dpo, --evaluate.
 set -euo pipefail
 
 fail() { echo "error: $1" >&2; exit 2; }
 
-run="" model="" seed=2021 nproc=1
+run="" model="" seed=2021 nproc=1 device=auto
 data=() test_data=()
 declare -A extra=([preprocess]="" [repeated]="" [hinted]="" [pairs]="" [reference]="" [dpo]="" [evaluate]="")
 while [ $# -gt 0 ]; do
@@ -27,12 +28,14 @@ while [ $# -gt 0 ]; do
         --run) run="$1" ;;
         --model) model="$1" ;;
         --seed) seed="$1" ;;
+        --device) device="$1" ;;
         --nproc-per-node) nproc="$1" ;;
         --preprocess | --repeated | --hinted | --pairs | --reference | --dpo | --evaluate) extra[${option#--}]="$1" ;;
         *) fail "$option: no such option; see $0 --help" ;;
     esac
     shift
 done
+[[ "$device" =~ ^(auto|cpu|cuda)$ ]] || fail "--device: expected auto, cpu or cuda, found $device"
 [[ "$nproc" =~ ^[1-9][0-9]*$ ]] || fail "--nproc-per-node: expected a number from 1 up, found $nproc"
 [ -n "$run" ] || fail "--run: expected a run folder, found none"
 [ -n "$model" ] || fail "--model: expected a base model folder, found none"
@@ -53,9 +56,10 @@ train() { # one process, or torchrun (whose parser wants --run-dir for --run)
 }
 
 stage preprocess python -m conj.data.preprocess --run "$run" --seed "$seed" --data "${data[@]}"
-stage repeated python -m conj.sample.repeated --run "$run" --seed "$seed" --model "$model"
-stage hinted python -m conj.sample.hinted --run "$run" --seed "$seed" --model "$model"
+stage repeated python -m conj.sample.repeated --run "$run" --seed "$seed" --model "$model" --device "$device"
+stage hinted python -m conj.sample.hinted --run "$run" --seed "$seed" --model "$model" --device "$device"
 stage pairs python -m conj.data.pairs --run "$run" --seed "$seed"
-stage reference train conj.train.reference --run-dir "$run" --model "$model"
-stage dpo train conj.train.dpo --run-dir "$run" --seed "$seed" --model "$model"
-stage evaluate python -m conj.sample.evaluate --run "$run" --seed "$seed" --model "$model" --data "${test_data[@]}"
+stage reference train conj.train.reference --run-dir "$run" --model "$model" --device "$device"
+stage dpo train conj.train.dpo --run-dir "$run" --seed "$seed" --model "$model" --device "$device"
+stage evaluate python -m conj.sample.evaluate --run "$run" --seed "$seed" --model "$model" --device "$device" \
+    --data "${test_data[@]}"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -129,8 +130,14 @@ def run_folder(tmp_path) -> Path:
     return run
 
 
+def on_cpu(line: Sequence) -> list:
+    """A module and its arguments; training stages say that they mean the CPU, also where a GPU is visible."""
+    return [line[0], *(("--device", "cpu") if line[0].startswith("conj.train") else ()), *line[1:]]
+
+
 def command(*arguments, ranks: int | None = None, **options) -> subprocess.CompletedProcess:
     """Runs `python -m ARGUMENTS`, or torchrun with `ranks` processes, as a user would."""
+    arguments = on_cpu(arguments)
     launch = [] if ranks is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     if ranks is not None:
         arguments = ["--run-dir" if a == "--run" else a for a in arguments]
@@ -142,7 +149,7 @@ def command(*arguments, ranks: int | None = None, **options) -> subprocess.Compl
 def kill_when(line: list, ready_to_kill, seconds: float = 120) -> None:
     """Starts a command and kills it (SIGKILL) once `ready_to_kill()` holds."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", *map(str, line)], env=env, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", *map(str, on_cpu(line))], env=env, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + seconds
     while not ready_to_kill() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -19,8 +19,8 @@ ALLOWED = {
     "sample": {"sample", "data"},
 }
 ENGINE = (
-    "model max_new_tokens max_model_len max_num_seqs dtype tensor_parallel_size pipeline_parallel_size data_parallel_size "
-    "gpu_memory_utilization "
+    "model max_new_tokens max_model_len max_num_seqs device dtype tensor_parallel_size pipeline_parallel_size "
+    "data_parallel_size gpu_memory_utilization "
 )
 SAMPLING = ENGINE + "run temperature top_p top_k repetition_penalty seed "
 OPTIONS = {
@@ -28,9 +28,9 @@ OPTIONS = {
     "conj.sample.repeated": SAMPLING + "n parser",
     "conj.sample.hinted": SAMPLING,
     "conj.data.pairs": "run max_right_vs_wrong max_right_vs_unparsed max_hinted pair_types chosen_length rationale eval_fraction seed",
-    "conj.train.reference": "dtype attention kernels run model max_length max_tokens_per_pack save_every",
+    "conj.train.reference": "device dtype attention kernels run model max_length max_tokens_per_pack save_every",
     "conj.train.dpo": (
-        "dtype attention kernels run model beta nll_alpha learning_rate adam_beta1 adam_beta2 weight_decay warmup_ratio max_grad_norm "
+        "device dtype attention kernels run model beta nll_alpha learning_rate adam_beta1 adam_beta2 weight_decay warmup_ratio max_grad_norm "
         "num_train_epochs max_steps pairs_per_step max_length max_tokens_per_pack pack_multiple share "
         "activation_checkpointing cpu_offload deterministic audit_mode eval_every save_every keep_checkpoints seed"
     ),
@@ -40,7 +40,7 @@ OPTIONS = {
         + "run data subsets limit judge "
         "judge_text name judgments parser num_samples temperature verdict_probability seed num_resamples"
     ),
-    "conj.train.audit": "run model num_pairs replay reference against seed",
+    "conj.train.audit": "run model device num_pairs replay reference against seed",
     "conj.sample.attacks": ENGINE + "run data subsets limit parser seed num_resamples",
     "conj.sample.judge": ENGINE + "question answer_1 answer_2",
 }

@@ -58,7 +58,7 @@ def run(trained, tmp_path) -> Path:
 def audited(run: Path, **options) -> tuple[bool, dict[str, Check]]:
     """Whether the audit ends well, and its checks by name."""
     try:
-        audit.main(AuditOptions(run=run, **options))
+        audit.main(AuditOptions(run=run, device="cpu", **options))
         ended_well = True
     except SystemExit as e:
         assert e.code == 1
@@ -237,7 +237,7 @@ def test_a_pair_with_its_judgments_swapped_is_found_at_its_step(run, trained):
     _, checks = audited(run, replay=8)
     assert broken(checks) == ["replay of steps 1 to 8"]
     options = dpo_options(run, trained[1], num_train_epochs=2, max_steps=STEPS)
-    with distributed() as world:
+    with distributed("cpu") as world:
         plan = dpo.make_plan(options, world)
     first = next(i for i, packs in enumerate(plan.steps, 1) if swapped in pairs_of(packs))
     assert checks["replay of steps 1 to 8"].found.startswith(f"step {first}: ")

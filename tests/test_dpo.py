@@ -26,12 +26,13 @@ TIMES = {"step_seconds", "pairs_per_second", "tokens_per_second", "num_ranks"}  
 
 
 def dpo_options(run, model, **changes) -> DPOOptions:
-    settings = dict(run=run, model=model, dtype="fp32", learning_rate=1e-3, pairs_per_step=6, max_tokens_per_pack=2000)
-    return DPOOptions(**settings | changes)
+    settings = dict(run=run, model=model, device="cpu", dtype="fp32", learning_rate=1e-3, pairs_per_step=6)
+    return DPOOptions(**settings | {"max_tokens_per_pack": 2000} | changes)
 
 
 def make_reference(run, model, **changes) -> None:
-    reference.main(ReferenceOptions(**dict(run=run, model=model, dtype="fp32", max_tokens_per_pack=900) | changes))
+    settings = dict(run=run, model=model, device="cpu", dtype="fp32", max_tokens_per_pack=900)
+    reference.main(ReferenceOptions(**settings | changes))
 
 
 def load(run, model) -> tuple:
@@ -102,7 +103,7 @@ def test_loss_and_every_gradient_of_a_step_equal_an_independent_trainer(share, r
     make_reference(run_folder, untied_model)
     options = dpo_options(run_folder, untied_model, share=share)
     pairs, logps = load(run_folder, untied_model)
-    with distributed() as world:
+    with distributed("cpu") as world:
         model = build_sharded_model(tmp_path / "policy", world, "fp32")
         metrics = metrics_of_packs(model, pairs, logps, packs_of(pairs, list(range(12)), options), options, world)
         found = {name: p.grad for name, p in model.named_parameters()}
@@ -119,7 +120,7 @@ def test_at_step_0_every_margin_is_exactly_0(share, dtype, run_folder, tied_mode
     make_reference(run_folder, tied_model, dtype=dtype)
     options = dpo_options(run_folder, tied_model, share=share, dtype=dtype, max_tokens_per_pack=3100)
     pairs, logps = load(run_folder, tied_model)
-    with distributed() as world, torch.no_grad():
+    with distributed("cpu") as world, torch.no_grad():
         model = build_sharded_model(tied_model, world, dtype)
         for pair in range(len(pairs)):
             metrics = metrics_of_packs(model, pairs, logps, packs_of(pairs, [pair], options), options, world)
@@ -134,14 +135,15 @@ def test_a_reference_off_by_one_ulp_moves_the_margin(ready, tied_model):
     """Negative control of the test above: the exactness it asserts is not that of a comparison which cannot fail."""
     pairs, logps = load(ready, tied_model)
     logps[0, 0] = torch.nextafter(logps[0, 0], torch.tensor(0.0))
-    with distributed() as world, torch.no_grad():
+    with distributed("cpu") as world, torch.no_grad():
         model = build_sharded_model(tied_model, world, "fp32")
         options = dpo_options(ready, tied_model)
         metrics = metrics_of_packs(model, pairs, logps, packs_of(pairs, [0], options), options, world)
     assert metrics["margin"] != 0.0
 
 
-ARGUMENTS = ["--dtype", "fp32", "--learning-rate", "1e-3", "--pairs-per-step", "6", "--max-tokens-per-pack", "1200"]
+ARGUMENTS = ["--device", "cpu", "--dtype", "fp32", "--learning-rate", "1e-3", "--pairs-per-step", "6"]
+ARGUMENTS += ["--max-tokens-per-pack", "1200"]
 
 
 def test_two_ranks_and_one_give_the_same_20_step_loss_curve(ready, tied_model, tmp_path):
@@ -239,7 +241,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_pairs(ready, ti
     pairs, logps = load(ready, tied_model)
     first_of_next = pairs.prompt_of.index(1)
     logps[first_of_next] = torch.inf
-    with distributed() as world:
+    with distributed("cpu") as world:
         model = build_sharded_model(tied_model, world, "fp32")
         optimizer = dpo.build_optimizer(model, options)
         before = {name: p.clone() for name, p in model.named_parameters()}
@@ -256,7 +258,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_pairs(ready, ti
 
 def test_the_nll_term_is_the_mean_negative_logprob_of_chosen_tokens(ready, tied_model):
     pairs, logps = load(ready, tied_model)
-    with distributed() as world, torch.no_grad():
+    with distributed("cpu") as world, torch.no_grad():
         model = build_sharded_model(tied_model, world, "fp32")
         losses = []
         for alpha in (0.0, 0.5):
@@ -278,7 +280,7 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tmp_path):
 
 def test_clipping_scales_the_gradient_to_the_norm_it_says(ready, tied_model):
     pairs, logps = load(ready, tied_model)
-    with distributed() as world:
+    with distributed("cpu") as world:
         model = build_sharded_model(tied_model, world, "fp32")
         options = dpo_options(ready, tied_model)
         metrics_of_packs(model, pairs, logps, packs_of(pairs, [0, 1, 2, 3], options), options, world)
@@ -296,7 +298,7 @@ def test_nothing_in_a_pack_waits_for_the_device(ready, tied_model):
     pairs, logps = load(ready, tied_model)
     options = dpo_options(ready, tied_model, nll_alpha=0.1)
     packs = packs_of(pairs, range(12), options)
-    with distributed() as world:
+    with distributed("cpu") as world:
         model = build_sharded_model(tied_model, world, "fp32")
         with LiveBytes() as live:
             values = dpo.run_packs(model, pairs, packs, batches_of(pairs, logps, [packs], world), options, world)
@@ -310,7 +312,7 @@ def test_nothing_in_a_pack_waits_for_the_device(ready, tied_model):
 def test_the_norm_is_that_of_all_gradients(audit_mode, ready, tied_model, monkeypatch):
     """In pieces that do not divide a gradient, and row by row as audit mode takes it."""
     monkeypatch.setattr(optimizer, "NORM_PIECE", 1000)
-    with distributed() as world:
+    with distributed("cpu") as world:
         model = build_sharded_model(tied_model, world, "fp32")
         generator = torch.Generator().manual_seed(0)
         for parameter in model.parameters():
@@ -325,7 +327,7 @@ def test_one_rank_holds_each_weight_and_gradient_once(ready, tied_model):
     pairs, logps = load(ready, tied_model)
     options = dpo_options(ready, tied_model)
     packs = packs_of(pairs, range(4), options)
-    with distributed() as world, LiveBytes() as live:
+    with distributed("cpu") as world, LiveBytes() as live:
         model = build_sharded_model(tied_model, world, "fp32")
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         dpo.run_packs(model, pairs, packs, batches_of(pairs, logps, [packs], world), options, world)

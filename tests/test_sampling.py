@@ -240,6 +240,16 @@ def test_every_request_has_a_seed_of_its_own():
     assert len(seeds) == 64 and all(0 <= seed < 2**63 for seed in seeds)
 
 
+def stub_vllm(monkeypatch, device_type: str, engine_args=None) -> None:
+    """A vLLM that is built for `device_type`; empty: for GPUs, where there is none."""
+    platform = SimpleNamespace(is_cpu=lambda: device_type == "cpu", device_type=device_type)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    monkeypatch.setitem(sys.modules, "vllm.distributed", SimpleNamespace(cleanup_dist_env_and_memory=None))
+    monkeypatch.setitem(
+        sys.modules, "vllm", SimpleNamespace(EngineArgs=engine_args, LLMEngine=SimpleNamespace(from_engine_args=None))
+    )
+
+
 def test_parallelism_reaches_vllm(tied_model, monkeypatch):
     """An option that is lost on the way leaves a large model on one GPU, where it does not fit."""
     seen = {}
@@ -248,17 +258,26 @@ def test_parallelism_reaches_vllm(tied_model, monkeypatch):
         seen.update(arguments)
         raise ValueError("enough seen")
 
-    platform = SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: False))
-    distributed = SimpleNamespace(cleanup_dist_env_and_memory=None)
-    for name, module in ("vllm.platforms", platform), ("vllm.distributed", distributed):
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(
-        sys.modules, "vllm", SimpleNamespace(EngineArgs=engine_args, LLMEngine=SimpleNamespace(from_engine_args=None))
-    )
-    options = EngineOptions(model=tied_model, tensor_parallel_size=4, pipeline_parallel_size=3)
+    stub_vllm(monkeypatch, "cuda", engine_args)
+    options = EngineOptions(model=tied_model, device="cuda", tensor_parallel_size=4, pipeline_parallel_size=3)
     with pytest.raises(InputError, match="enough seen"), running_engine(check_model(tied_model, None), options):
         pass
     assert (seen["tensor_parallel_size"], seen["pipeline_parallel_size"], seen["dtype"]) == (4, 3, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("built_for", "device", "said"),
+    [
+        ("cpu", "cuda", "--device: expected auto or cpu, which the vLLM that is installed is built for, found cuda"),
+        ("cuda", "cpu", "--device: expected auto or cuda, which the vLLM that is installed is built for, found cpu"),
+        ("", "auto", "--device: the vLLM that is installed is built for GPUs, and finds none"),
+    ],
+)
+def test_a_device_that_vllm_is_not_built_for_is_refused(built_for, device, said, tied_model, monkeypatch):
+    stub_vllm(monkeypatch, built_for)
+    options = EngineOptions(model=tied_model, device=device)
+    with pytest.raises(InputError, match=said), running_engine(check_model(tied_model, None), options):
+        pass
 
 
 # ---- Where completions come from ----

@@ -1,9 +1,11 @@
-"""Which kernels run: one choice for the process, as torch.backends' are.
+"""Which device and which kernels: one choice for the process, as torch.backends' are.
 
 Policy and reference must run the same arithmetic, so the choice is made once, before a model is built, and its
-`describe()` is part of the reference's key. Deterministic backward is not: it changes gradients only.
+`describe()` is part of the reference's key. Deterministic backward is not: it changes gradients only. `choose` is the
+whole decision, a function of what is asked for and of facts about the machine; tests/test_backends.py holds its table.
 """
 
+import importlib
 import os
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,13 +14,17 @@ from importlib.util import find_spec
 import torch
 
 from conj import InputError
+from conj.data.files import first_line
 
+DEVICES = ("auto", "cpu", "cuda")
 ATTENTION = ("flash_attn", "varlen", "sdpa")
 KERNELS = ("triton", "compile", "torch")
+OLDEST_CARD = (8, 0)  # compute capability from which on flash attention and Triton's kernels run
 
 
 @dataclass(kw_only=True)
 class Backends:
+    device: str = "cpu"  # or cuda
     attention: str = "sdpa"  # one of ATTENTION
     kernels: str = "torch"  # one of KERNELS
     deterministic: bool = False  # backward of attention
@@ -27,24 +33,102 @@ class Backends:
 current = Backends()
 
 
-def select(
-    device: torch.device, *, attention: str | None = None, kernels: str | None = None, deterministic: bool = False
-) -> Backends:
-    """Sets `current`. None takes the fastest that the device and the installed packages allow.
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a choice depends on."""
 
-    Raises InputError for a backend that cannot run here: nothing is silently replaced by another."""
-    on_gpu = device.type == "cuda"
-    if not on_gpu and attention not in (None, "sdpa"):
-        raise InputError(f"--attention: expected sdpa on a CPU, found {attention}")
-    if not on_gpu and kernels == "triton":
-        raise InputError("--kernels: expected torch or compile on a CPU, found triton")
-    if attention == "flash_attn" and not find_spec("flash_attn"):
-        raise InputError("--attention: flash_attn is not installed; varlen runs flash attention from inside torch")
-    default_attention = "sdpa" if not on_gpu else "flash_attn" if find_spec("flash_attn") else "varlen"
-    current.attention = attention or default_attention
-    current.kernels = kernels or ("triton" if on_gpu else "torch")
-    current.deterministic = deterministic
-    if on_gpu:
+    num_gpus: int = 0  # that this process sees
+    capability: tuple[int, int] = (0, 0)  # compute capability of the oldest of them
+    num_local_ranks: int = 1  # processes of this run on this machine
+    flash_attn: str | None = None  # None: not installed; "": it works; else why its import fails
+
+
+def this_machine(device: str) -> Machine:
+    """Its facts, as far as a choice with this `device` reads them: a run on the CPU asks nothing of CUDA."""
+    num_gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    return Machine(
+        num_gpus=num_gpus,
+        capability=min(map(torch.cuda.get_device_capability, range(num_gpus)), default=(0, 0)),
+        num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        flash_attn=_try_flash_attn() if num_gpus else None,
+    )
+
+
+def _try_flash_attn() -> str | None:
+    """See Machine.flash_attn. A build for another torch or CUDA is found by find_spec, and fails when it is loaded."""
+    if not find_spec("flash_attn"):
+        return None
+    try:
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError, RuntimeError) as e:
+        return first_line(e)
+    return ""
+
+
+def choose_device(machine: Machine, device: str = "auto") -> str:
+    """cpu or cuda. Raises InputError where that is not to be had."""
+    if device == "cpu" or (device == "auto" and not machine.num_gpus):
+        return "cpu"
+    if not machine.num_gpus:
+        raise InputError("--device: expected auto or cpu, since no GPU is visible to torch, found cuda")
+    if machine.num_local_ranks > machine.num_gpus:
+        raise InputError(
+            f"--nproc_per_node: expected at most {machine.num_gpus}, a visible GPU for each process, found "
+            f"{machine.num_local_ranks}; or --device cpu"
+        )
+    return "cuda"
+
+
+def choose(
+    machine: Machine,
+    *,
+    device: str = "auto",
+    dtype: str = "bf16",
+    attention: str | None = None,
+    kernels: str | None = None,
+) -> Backends:
+    """What runs on `machine`. None takes the fastest that device, dtype and installed packages allow.
+
+    Raises InputError for what cannot run there: nothing that was asked for is replaced by another."""
+    device = choose_device(machine, device)
+    if device == "cpu":
+        if attention not in (None, "sdpa"):
+            raise InputError(f"--attention: expected sdpa on a CPU, found {attention}")
+        if kernels == "triton":
+            raise InputError("--kernels: expected torch or compile on a CPU, found triton")
+        return Backends(device=device, kernels=kernels or "torch")
+    too_old = machine.capability < OLDEST_CARD
+    if attention is None:
+        attention = "sdpa" if dtype == "fp32" else "varlen" if machine.flash_attn is None else "flash_attn"
+    kernels = kernels or ("torch" if too_old else "triton")
+    if attention != "sdpa" and dtype == "fp32":
+        raise InputError(
+            f"--attention: expected sdpa with --dtype fp32, found {attention}: flash attention takes half precision"
+        )
+    if too_old and (attention != "sdpa" or kernels == "triton"):
+        raise InputError(
+            f"the GPU has compute capability {'.'.join(map(str, machine.capability))}, too old for {attention} "
+            f"attention with {kernels} kernels, which need 8.0; choose --dtype fp32 --attention sdpa --kernels torch, or "
+            "--device cpu"
+        )
+    if attention == "flash_attn" and machine.flash_attn != "":
+        fault = f"cannot be imported ({machine.flash_attn})" if machine.flash_attn else "is not installed"
+        raise InputError(f"--attention: flash_attn {fault}; --attention varlen is flash attention from inside torch")
+    return Backends(device=device, attention=attention, kernels=kernels)
+
+
+def select(
+    device: torch.device,
+    *,
+    dtype: str = "bf16",
+    attention: str | None = None,
+    kernels: str | None = None,
+    deterministic: bool = False,
+) -> Backends:
+    """Sets `current` to what `choose` gives here, and torch's own switches with it. Raises InputError as `choose` does."""
+    chosen = choose(this_machine(device.type), device=device.type, dtype=dtype, attention=attention, kernels=kernels)
+    vars(current).update(vars(chosen) | {"deterministic": deterministic})
+    if current.device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has given NaN on DPO of Qwen2.5 (trl#7181)
         # Without it deterministic mode refuses cuBLAS; set in either mode, so that the forward is the same in both.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

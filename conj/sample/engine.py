@@ -68,6 +68,9 @@ class EngineOptions:
         None, help="longest prompt + judgment, tokens; by default the model's, up to 8192"
     )
     max_num_seqs: int = option(256, help="number of judgments written at the same time", affects_result=False)
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", help="auto: what the installed vLLM is built for; another is refused", affects_result=False
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", help="auto: float32 on a CPU, else bfloat16"
     )
@@ -280,7 +283,7 @@ def _rows_made(artefact: Path, requests: list[Request], outcome: str) -> dict[st
 def running_engine(model: JudgeModel, options: EngineOptions) -> Iterator:
     """A vLLM engine, shut down in the end so that another model can take its place.
 
-    Raises InputError when vLLM is not installed."""
+    Raises InputError when vLLM is not installed, or not for `options.device`."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(logging.ERROR)
@@ -291,6 +294,12 @@ def running_engine(model: JudgeModel, options: EngineOptions) -> Iterator:
             from vllm.platforms import current_platform
     except ImportError as e:
         raise InputError(f"sampling needs vLLM, which cannot be imported ({e}); scripts/setup.sh installs it") from None
+    built_for = current_platform.device_type  # empty: built for GPUs, and sees none
+    require(bool(built_for), "--device: the vLLM that is installed is built for GPUs, and finds none")
+    if options.device not in ("auto", built_for):
+        raise InputError(
+            f"--device: expected auto or {built_for}, which the vLLM that is installed is built for, found {options.device}"
+        )
     arguments = {
         "model": str(model.folder),
         "skip_tokenizer_init": True,

@@ -205,7 +205,7 @@ def find_models(options: EvaluateOptions, judge: Judge) -> dict[str, JudgeModel 
         bool(NAME.fullmatch(name)), f"judge {judge.name!r}: expected a name of {NAME.pattern}; give it one by --name"
     )
     if judge.backend == "openai":
-        options.refuse(f"judge {judge.name} is behind an endpoint", "model", "max_model_len", "dtype",
+        options.refuse(f"judge {judge.name} is behind an endpoint", "model", "max_model_len", "device", "dtype",
                         "tensor_parallel_size", "pipeline_parallel_size")  # fmt: skip
         return {name: None}
     options.refuse(f'judge {judge.name} runs on vLLM; a judge file with backend = "openai" asks an endpoint',

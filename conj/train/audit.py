@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from conj import InputError
@@ -32,6 +31,7 @@ from conj.data.files import read_jsonl, write_atomic
 from conj.data.manifest import ARTEFACTS, hash_input, list_artefacts, manifest_path, read_manifest
 from conj.data.options import option, require, require_each, run_command
 from conj.data.packs import plan_packs
+from conj.model import backends
 from conj.model.weights import local_rows, weight_files
 from conj.train.checkpoint import check_checkpoint, list_checkpoints, load_checkpoint, read_tensors, training_state
 from conj.train.compare import STEP_FIELDS, compare_runs, first_difference
@@ -40,30 +40,30 @@ from conj.train.dpo import (
     Plan,
     batches_of,
     build_policy,
-    dpo_loss,
     make_plan,
     select_arithmetic,
     step_order,
     train_step,
 )
 from conj.train.optimizer import learning_rate_at
-from conj.train.reference import PAIR_COLUMNS, check_reference, compute_logps
+from conj.train.reference import check_reference
+from conj.train.second_opinion import second_opinion
 from conj.train.sharding import World, build_sharded_model, distributed, ending_process
 
 # Elsewhere than where a run was made, numbers round otherwise: relative to themselves for losses and norms, and for
 # weights to the distance that the replayed steps moved them.
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 MOVED_TOLERANCE = 0.1
-TRANSFORMERS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # nats a token: another implementation, and fp32 beside bf16
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditOptions:
     run: Path = option(help="run folder; audit.json is written there")
     model: Path | None = option(None, help="base model; by default the folder that the run's manifest names")
+    device: Literal[backends.DEVICES] = option("auto", help="auto: a GPU if one is visible")
     num_pairs: int = option(64, help="pairs whose logprobs are computed again for step 0 and --reference")
     replay: int | None = option(None, help="optimizer steps to take again and compare")
-    reference: bool = option(False, help="have transformers compute logprobs and losses of the pairs in fp32")
+    reference: bool = option(False, help="have transformers compute logprobs and losses of the pairs, more precisely")
     against: Path | None = option(None, help="another run folder; find where the two part")
     seed: int = option(0, help="seed of the choice of pairs")
 
@@ -194,7 +194,7 @@ def check_step_0(run: TrainedRun, options: AuditOptions, world: World) -> str:
     exact, sample = run.is_here and world.device.type == "cpu", draw_pairs(run, options)
     packs = plan_packs(run.plan.pairs, sample, max_tokens=run.options.max_tokens_per_pack, share=run.options.share)
     model = build_sharded_model(run.options.model, world, run.options.dtype)
-    check_reference(model, run.plan.pairs, run.plan.reference, packs, world, exact=exact)
+    check_reference(model, run.plan.pairs, run.plan.reference, packs, world, run.options.dtype, exact=exact)
     margin = run.log[0]["margin"]
     require(margin == 0 or not exact, f"metrics.jsonl: step 1: expected a margin of 0, found {margin}")
     return f"{len(sample)} pairs have the stored logprobs {'bit for bit' if exact else 'within rounding'}"
@@ -294,71 +294,6 @@ def _first_moved(
     return None
 
 
-def check_with_transformers(run: TrainedRun, options: AuditOptions, world: World) -> Iterator[Check]:
-    """A sample's logprobs and losses by another implementation: ids by the official chat template, whole sequences one
-    by one, fp32."""
-    from transformers import AutoTokenizer  # seconds to import
-
-    plan, sample = run.plan, draw_pairs(run, options)
-    rows = read_jsonl(options.run / "pairs.jsonl", PAIR_COLUMNS)
-    tokenizer = AutoTokenizer.from_pretrained(run.options.model)
-    expected_ids = {
-        pair: [_official_ids(tokenizer, rows[pair], side) for side in ("chosen", "rejected")] for pair in sample
-    }
-    others = [
-        pair
-        for pair in sample
-        for prompt in [plan.pairs.prompts[plan.pairs.prompt_of[pair]]]
-        if [([*prompt], [*ids]) for ids in plan.pairs.judgments[pair]] != expected_ids[pair]
-    ]
-    # Text that holds control tokens is text to conj and control to the official template: no fault of the run.
-    sample = [pair for pair in sample if pair not in others]
-    yield Check(
-        "ids by transformers", "holds" if sample else "BROKEN", f"{len(sample)} pairs the same, {len(others)} others"
-    )
-
-    base = _transformers_logps(run.options.model, expected_ids, sample)
-    stored, lengths = plan.reference[sample], torch.tensor([[len(j) for j in plan.pairs.judgments[p]] for p in sample])
-    yield _compare("reference by transformers", (stored - base).abs() / lengths, run.options.dtype, "nats a token")
-
-    trained = options.run / "model"
-    policy = _transformers_logps(trained, expected_ids, sample)
-    packs = plan_packs(plan.pairs, sample, max_tokens=run.options.max_tokens_per_pack, share=run.options.share)
-    ours = compute_logps(build_sharded_model(trained, world, run.options.dtype), plan.pairs, packs, world)[sample]
-    losses = [dpo_loss(logps, reference, run.options.beta)[0] for logps, reference in ((ours, stored), (policy, base))]
-    difference = (losses[0] - losses[1]).abs() / (run.options.beta * lengths.sum(dim=1))
-    yield _compare("loss by transformers", difference, run.options.dtype, "of beta a token")
-
-
-def _compare(name: str, differences: Tensor, dtype: str, unit: str) -> Check:
-    largest = differences.max().item()
-    found = (
-        f"differs by up to {largest:.2g} {unit}, allowed {TRANSFORMERS_TOLERANCE[dtype]:g} ({len(differences)} pairs)"
-    )
-    return Check(name, "holds" if largest <= TRANSFORMERS_TOLERANCE[dtype] else "BROKEN", found)
-
-
-def _official_ids(tokenizer, row: dict, side: str) -> tuple[list[int], list[int]]:
-    """Prompt and judgment of a row of pairs.jsonl as the official chat template gives them."""
-    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-    judgment = tokenizer(row[side][0]["content"], add_special_tokens=False)["input_ids"]
-    return tokenizer(prompt, add_special_tokens=False)["input_ids"], [*judgment, tokenizer.eos_token_id]
-
-
-@torch.no_grad()
-def _transformers_logps(folder: Path, ids: dict, sample: list[int]) -> Tensor:  # (N, 2) fp32
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    logps = []
-    for prompt, judgment in (
-        sides for pair in tqdm(sample, desc=f"transformers {folder.name}", unit="pair") for sides in ids[pair]
-    ):
-        logits = model(torch.tensor([prompt + judgment]), logits_to_keep=len(judgment) + 1).logits[0, :-1]
-        logps.append(-F.cross_entropy(logits, torch.tensor(judgment), reduction="sum"))
-    return torch.stack(logps).view(-1, 2)
-
-
 def report(checks: list[Check], run: Path) -> bool:
     """Prints a line a check and writes `audit.json`. Returns whether nothing is broken."""
     broken = [check for check in checks if check.outcome == "BROKEN"]
@@ -374,7 +309,7 @@ def report(checks: list[Check], run: Path) -> bool:
 
 def main(options: AuditOptions) -> None:
     """The checks in the order of the chain; those that run the model come last, and only on a chain that holds."""
-    with distributed() as world:
+    with distributed(options.device) as world:
         checks = world.on_main(lambda: check_chain(options.run, options.model))
         holds = all(check.outcome == "holds" for check in checks)
         why = "the chain is broken" if not holds else "there is no trained model yet"
@@ -390,7 +325,8 @@ def main(options: AuditOptions) -> None:
                 if options.replay:
                     checks += replay(run, options.run, options.replay, world)
                 if options.reference:
-                    checks += check_with_transformers(run, options, world)
+                    opinion = second_opinion(run.options, run.plan, draw_pairs(run, options), world)
+                    checks += [Check(name, "holds" if holds else "BROKEN", found) for name, holds, found in opinion]
         else:
             checks.append(Check("training", "unchecked", why))
         if options.against:

@@ -295,7 +295,7 @@ def make_plan(options: DPOOptions, world: World, *, elsewhere: bool = False) -> 
 def select_arithmetic(options: DPOOptions, device: torch.device) -> None:
     """Which kernels run, and in audit mode those whose sums have one order."""
     backends.select(
-        device, attention=options.attention, kernels=options.kernels,
+        device, dtype=options.dtype, attention=options.attention, kernels=options.kernels,
         deterministic=options.deterministic or options.audit_mode,
     )  # fmt: skip
     if options.audit_mode and device.type == "cpu":
@@ -315,7 +315,7 @@ def main(options: DPOOptions) -> None:
     """From pairs and reference logprobs to `model/`, top to bottom."""
     started = time.perf_counter()
     artefact, checkpoints = options.run / "model", options.run / "checkpoints"
-    with distributed() as world:
+    with distributed(options.device) as world:
         select_arithmetic(options, world.device)
         plan = make_plan(options, world)
         pairs, reference, steps = plan.pairs, plan.reference, plan.steps
@@ -338,7 +338,7 @@ def main(options: DPOOptions) -> None:
             spot = random.Random(options.seed).sample(usable, min(NUM_SPOT_CHECKS, len(usable)))
             alone = [[Group(prompt=pairs.prompt_of[pair], pairs=[pair])] for pair in spot]
             # A GPU's kernels round by the shapes of a pack; on a CPU a pair's bits do not depend on it.
-            check_reference(model, pairs, reference, alone, world, exact=world.device.type == "cpu")
+            check_reference(model, pairs, reference, alone, world, options.dtype, exact=world.device.type == "cpu")
 
         saver = Saver(folder=checkpoints, world=world, identity=run_identity, keep=options.keep_checkpoints)
         with (

@@ -19,7 +19,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from conj import InputError
-from conj.data.files import first_line
 from conj.data.options import option
 from conj.model import backends
 from conj.model.qwen2 import Qwen2, Qwen2Config, read_config
@@ -37,9 +36,10 @@ class PeerFailed(Exception):
 class ComputeOptions:
     """What decides the bits of a forward pass; stored reference and training must have the same."""
 
+    device: Literal[backends.DEVICES] = option("auto", help="auto: a GPU if one is visible", affects_result=False)
     dtype: Literal["bf16", "fp32"] = option("bf16", help="dtype of forward and backward; master weights are fp32")
     attention: Literal[backends.ATTENTION] | None = option(
-        None, help="attention kernel; by default flash_attn if installed, else varlen, and on a CPU sdpa"
+        None, help="attention kernel; by default flash_attn if installed, else varlen, and on a CPU or in fp32 sdpa"
     )
     kernels: Literal[backends.KERNELS] | None = option(
         None, help="norm, RoPE, SwiGLU and logprob kernels; by default triton, and on a CPU torch, their reference"
@@ -98,13 +98,66 @@ def keep_freed_memory() -> None:
         mallopt(name, value)
 
 
+PEER_IS_GONE = (  # what stands in an error of gloo or NCCL when it is another rank that failed
+    "connection closed by", "connection reset by", "broken pipe", "ncclremoteerror", "timed out waiting",
+    "collective operation timeout", "communicator was aborted",
+)  # fmt: skip
+ADVICE = {  # and in one of this rank's own: what helps
+    "/dev/shm/nccl": "NCCL needs more shared memory; a container gets it by --shm-size=8g or --ipc=host",
+    "duplicate gpu detected": "--nproc_per_node is at most the number of GPUs",
+    "driver version is insufficient": "the NVIDIA driver is older than this torch's CUDA: update it or take another torch",
+    "no kernel image is available": "this torch is not built for this GPU: take another build, or --device cpu",
+    "busy or unavailable": "another process holds the GPU",
+    "cuda out of memory": "a smaller --max-tokens-per-pack takes less, and in training --activation-checkpointing",
+    "connectfullmesh": "set GLOO_SOCKET_IFNAME to the network interface by which the ranks reach each other",
+    "unable to resolve hostname": "set GLOO_SOCKET_IFNAME to a network interface, such as lo",
+    "ncclsystemerror": "NCCL_DEBUG=WARN says more; NCCL_SOCKET_IFNAME names the network interface",
+    "nccl error": "NCCL_DEBUG=WARN says more",
+}
+
+
+def explain_failure(error: Exception) -> tuple[bool, str] | None:
+    """Whether another rank's end is behind an error, and the error in one line, with what helps if that is known; None
+    for an error that is neither a collective's nor a known one of CUDA's.
+
+    Of NCCL's text the first line says where it was raised, and the next three what happened."""
+    text = " ".join(str(error).partition("Exception raised from")[0].split())  # what follows is a stack of C++
+    lower = text.lower().rpartition("original reason for failure was:")[2]
+    if isinstance(error, PeerFailed) or any(part in lower for part in PEER_IS_GONE):
+        return True, text
+    for part, advice in ADVICE.items():
+        if part in lower:
+            return False, f"{text}; {advice}"
+    return (False, text) if "gloo" in lower or "nccl" in lower else None
+
+
 @contextmanager
-def distributed() -> Iterator[World]:
-    """The process group that torchrun describes, or one of this process alone: NCCL on GPUs, gloo on CPUs."""
-    use_gpu = torch.cuda.is_available()
+def distributed(device: str = "auto") -> Iterator[World]:
+    """The process group that torchrun describes, or one of this process alone: NCCL on GPUs, gloo on CPUs.
+
+    Raises InputError for a `device` that is not here, or not for as many ranks. A rank whose collective or CUDA fails
+    prints one line and ends: the cause where it is its own, else that another rank is gone, which says why itself."""
+    on_gpu = backends.choose_device(backends.this_machine(device), device) == "cuda"
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_gpu else torch.device("cpu")
-    if use_gpu:
+    try:
+        yield _join(on_gpu, rank, size)
+    except (RuntimeError, PeerFailed) as e:
+        if (why := explain_failure(e)) is None:
+            raise
+        line = f"rank {rank}: {'left, since another rank is gone' if why[0] else 'failed'}: {why[1]}"
+        if size == 1:
+            raise SystemExit(line) from e
+        print(line, file=sys.stderr, flush=True)
+        os._exit(1)  # not by way of destroy_process_group, which may wait for the others
+    finally:
+        # A rank that fails does not wait here for the others.
+        if dist.is_initialized() and (size == 1 or sys.exc_info()[0] is None):
+            dist.destroy_process_group()
+
+
+def _join(on_gpu: bool, rank: int, size: int) -> World:
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
@@ -115,19 +168,9 @@ def distributed() -> Iterator[World]:
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     # gloo beside NCCL: with --cpu-offload parameters lie on the host.
-    backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=30), store=store, rank=rank, world_size=size)
-    try:
-        yield World(rank=rank, size=size, device=device)
-    except (RuntimeError, PeerFailed) as e:
-        # gloo and NCCL raise when a peer is gone: that is no cause, and one is enough.
-        if isinstance(e, PeerFailed) or (size > 1 and any(word in str(e).lower() for word in ("gloo", "nccl"))):
-            print(f"rank {rank}: left, since another rank is gone: {first_line(e)}", file=sys.stderr, flush=True)
-            os._exit(1)  # not by way of destroy_process_group, which may wait for the others
-        raise
-    finally:
-        if size == 1 or sys.exc_info()[0] is None:  # a rank that fails does not wait here for the others
-            dist.destroy_process_group()
+    return World(rank=rank, size=size, device=device)
 
 
 @contextmanager
@@ -204,10 +247,6 @@ def shard_model(
     One rank that holds everything has nothing to gather or to reduce, and FSDP2 would copy each weight twice and each
     gradient three times: there blocks cast their weights themselves and autograd adds the gradients up. With `cpu_offload`
     master weights, gradients and optimizer state stay in the host's memory."""
-    if world.device.type == "cuda" and dtype == "fp32" and backends.current.attention != "sdpa":
-        raise InputError(
-            "--dtype: expected bf16, found fp32: flash attention takes half precision; --attention sdpa both"
-        )
     if cpu_offload and world.device.type == "cpu":
         raise InputError("--cpu-offload: expected a GPU, found a CPU")
     with torch.device("meta"):
