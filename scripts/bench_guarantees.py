@@ -37,7 +37,7 @@ from conj.train.sharding import distributed
 
 SAVE_EVERY = dpo.DPOOptions.__dataclass_fields__["save_every"].default
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COMMON = ("--dtype", "fp32", "--max-tokens-per-pack", 1024)
+COMMON = ("--device", "cpu", "--dtype", "fp32", "--max-tokens-per-pack", 1024)
 SHORT_STEPS = 4  # of a block, 2 pairs each
 
 
