@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed packag
 
 from conj.model import logprob, ops
 from conj.model.attention import key_rows
+from conj.train.batch import to_device
 
 SIZES = QWEN2 | {"tiny": {"D": 64, "F": 160, "N": 4, "K": 2, "H": 16, "V": 5000}}
 EPS = 1e-6
@@ -227,7 +228,7 @@ def gather_rows(size: dict, T: int, like: tuple, compiled: bool) -> Problem:
         prefix += [None, *[len(lengths)] * 8]
         lengths += [group - 8 * judgment, *[judgment] * 8]
     index, _ = key_rows(lengths, prefix)
-    gather, x = ops.build_gather(index, T, torch.device(like[0])), _normal(T, C, like=like)
+    gather, x = to_device(ops.build_gather(index, T), torch.device(like[0])), _normal(T, C, like=like)
     ours, eager = lambda x, index: ops.gather_rows(x, gather), lambda x, index: F.embedding(index, x)
     candidates, moved = _compared(ours, eager, like[0], compiled), (T + len(index)) * C * x.element_size()
     upstream = {"rows": _normal(len(index), C, like=like).detach()}
