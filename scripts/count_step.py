@@ -94,9 +94,7 @@ class _Attention(torch.autograd.Function):
 def nothing_runs(launches: Counter):
     """Tensors without values; Triton kernels are counted by name."""
     with (
-        FakeTensorMode(
-            allow_non_fake_inputs=True
-        ),  # on the "cpu": a build of torch for CPUs has no autograd for others
+        FakeTensorMode(allow_non_fake_inputs=True),  # on the "cpu": a build of torch for CPUs has no autograd for others
         mock.patch.dict(logprob.BLOCK, cpu=logprob.BLOCK["cuda"]),
         mock.patch.dict(logprob.KEPT_BYTES, cpu=logprob.KEPT_BYTES["cuda"]),
         mock.patch.object(backends, "current", backends.Backends(attention="varlen", kernels="triton")),
@@ -165,9 +163,7 @@ def main() -> None:
         rope_theta=1e6, tie_word_embeddings=size["tie"], max_position_embeddings=32768, dtype="bfloat16",
     )  # fmt: skip
     pairs, pack = uniform_pack(args.tokens, args.prompt_tokens, args.judgment_tokens, args.pairs_per_prompt)
-    print(
-        "| `--activation-checkpointing` | kept, GiB | peak with gradients, GiB | dtype casts | Triton launches | host waits |"
-    )
+    print("| `--activation-checkpointing` | kept, GiB | peak with gradients, GiB | dtype casts | Triton launches | host waits |")
     print("|---|---|---|---|---|---|")
     for how in ACTIVATION_CHECKPOINTING:
         row = count_pack(config, how, pairs, pack)

@@ -102,7 +102,8 @@ def train(s: Setup, name: str, geometry: str, shares: list[str]) -> list:
     size += ["--pairs-per-step", 24, "--steps", 3, "--rounds", 1, "--batch-sizes", 4]
     if s.tiny:
         size = ["--geometry", "1M", "--prompts", 4, "--pairs-per-prompt", 2, "--pairs-per-step", 4, "--steps", 2]
-        size, shares = [*size, "--rounds", 1, "--batch-sizes", 4], shares[:1]
+        size += ["--rounds", 1, "--batch-sizes", 4, "--any-load", "--logits", "as-is"]
+        shares = shares[:1]
     peer = "trl" if {"trl", "datasets"} <= s.packages else "none"
     return s.script("bench_train", *size, "--share", *shares, "--peer", peer, "--json", s.out / name)
 

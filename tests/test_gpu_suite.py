@@ -117,6 +117,9 @@ def test_asked_to_leave_it_takes_its_phase_along(tmp_path):
         below = descendants(process.pid) if log.exists() else []
     process.terminate()
     assert below and process.wait(20) == 128 + 15
+    deadline = time.monotonic() + 10  # what is killed takes a moment to be gone
+    while any(is_alive(pid) for pid in below) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not any(is_alive(pid) for pid in below)
 
 
