@@ -14,6 +14,7 @@ from conj.data.manifest import describe_code
 from conj.train.sharding import COMPUTE_DTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
+CARRIED_COMMIT = ROOT / ".wheels" / "commit"  # gpu_suite.sh --help: for a machine to which no .git travels
 QWEN2 = {  # arXiv 2407.10671, table 1: hidden, mlp, query heads, key heads, head size, vocabulary, layers
     "0.5B": {"D": 896, "F": 4864, "N": 14, "K": 2, "H": 64, "V": 151936, "L": 24, "tie": True},
     "1.5B": {"D": 1536, "F": 8960, "N": 12, "K": 2, "H": 128, "V": 151936, "L": 28, "tie": True},
@@ -31,6 +32,8 @@ def where_measured(device: str) -> dict[str, str]:
         name = f"{models[0].partition(': ')[2]}, {torch.get_num_threads()} threads" if models else platform.machine()
     code = describe_code()
     commit = (code["git"]["commit"] or "unknown")[:7] + ("-dirty" if code["git"]["dirty"] else "")
+    if commit == "unknown" and CARRIED_COMMIT.exists():
+        commit = CARRIED_COMMIT.read_text().strip()
     peers = {name: version(name) for name in ("triton", "trl") if find_spec(name)}
     return {"device": name, **code["versions"], **peers, "commit": commit}
 
@@ -80,3 +83,25 @@ def require_quiet(ceilings: list[float], own: float = 0.0) -> float:
             f"beside every run, found {seen} ({len(slow)} of {len(ceilings)} too low)"
         )
     return own
+
+
+def step_flops(pairs, packs: list, config) -> tuple[int, int]:
+    """FLOPs of one forward through the blocks, and through the head, elementwise work left out.
+
+    A token takes 2 x (parameters of the blocks' matrices); a query takes 4 x N x H for every key it sees; a predicted
+    token takes 2 x D x V."""
+    from conj.data.packs import group_tokens
+
+    c = config
+    heads_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    block = c.hidden_size * (2 * heads_size + 2 * kv_size + 3 * c.intermediate_size)
+    blocks = head = 0
+    for group in (g for pack in packs for g in pack):
+        prompt = len(pairs.prompts[group.prompt])
+        judgments = [len(ids) for pair in group.pairs for ids in pairs.judgments[pair]]
+        copies = len(judgments) if group.split else 1
+        keys_seen = copies * prompt * (prompt + 1) // 2
+        keys_seen += sum((n - 1) * prompt + (n - 1) * n // 2 for n in judgments)
+        blocks += c.num_hidden_layers * (2 * block * group_tokens(pairs, group) + 4 * heads_size * keys_seen)
+        head += 2 * c.hidden_size * c.vocab_size * sum(judgments)
+    return blocks, head

@@ -1,10 +1,9 @@
 """The kernels beside their peers: checked against fp64 first, then time, memory and share of the device's ceiling.
 
-    python scripts/bench_kernels.py --device cuda --dtype bf16 --json kernels.json --plot kernels.png
-    python scripts/bench_kernels.py --device cuda --only linear_logprob --models 7B --tokens 4096
+    python scripts/bench_kernels.py --device cuda --dtype bf16 --json kernels.json
+    python scripts/bench_kernels.py --device cuda --only linear_logprob --models 7B --tokens 4096 --modes both
     python scripts/bench_kernels.py --device cpu --dtype fp32 --tiny
     python scripts/bench_kernels.py --device cpu --dtype fp32 --memory 1024 64
-    python scripts/bench_kernels.py --from kernels.json --plot kernels.png
 
 Gate: on 64 tokens, outputs and gradients against an fp64 oracle, half of the targets likely, upstream gradients signed
 and different for each token. A candidate whose relative error is above 4 times that of torch eager in the same dtype
@@ -14,14 +13,9 @@ Time: candidates take turns (A, B, C, A, B, C, ...). `forward` runs without a gr
 that is not timed; `both` as in training. On a GPU each call follows a flushed cache and half a millisecond of waiting,
 in which launches queue up as they do in training, and its own events take its time.
 
-FLOPs of linear_logprob: a matmul is 2 T D V. One forward and two backward is the least (`minimal`); who does not keep
-the logits makes them again (`executed` counts that, so it shows how well the matmuls run, and `minimal` how well the
-time is spent). Ceiling: the best of many square matmuls. Bytes are what any algorithm moves, each tensor once, e bytes
-an element, forward + backward:
-
-    linear_logprob    (T D + V D) e + 2 (T D + V D) e     add_rms_norm  4 T D e + 4 T D e
-    selected_logprob  T V e + 2 T V e                     swiglu        3 T F e + 5 T F e
-    gather_rows       (T + G) C e + (T + G) C e           rope          2 T (N + K + 1) H e, twice
+Ceiling: the best of many square matmuls. Of linear_logprob's FLOPs, `minimal` counts one forward and two backward
+matmuls and shows how well the time is spent; `executed` adds those that make the logits again, and shows how well the
+matmuls run. The least bytes of each operation: kernel_problems.py.
 
 Peak memory is beyond the inputs: on a GPU the allocator's. `--memory T D` takes linear_logprob alone, over V, beyond the
 inputs and their gradients; on a CPU each call has a process of its own, and the kernel's high-water mark is read.
@@ -31,7 +25,6 @@ import argparse
 import importlib.metadata
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import statistics
@@ -39,234 +32,33 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from bench_common import QWEN2, ROOT, matmul_ceiling, resident_bytes, synchronize, where_measured
+from bench_common import QWEN2, matmul_ceiling, resident_bytes, synchronize, where_measured
+from kernel_problems import (
+    OPERATIONS,
+    PEERS,
+    SIZES,
+    Candidate,
+    Problem,
+    linear_logprob,
+    linear_logprob_candidates,
+    skipped,
+)
 from torch import Tensor
 
-sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
-
-from conj.model import backends, logprob, ops
-from conj.model.attention import key_rows
+from conj.data.files import write_atomic
+from conj.model import backends
 from conj.train.sharding import COMPUTE_DTYPES
 
 MODES = ("forward", "backward", "both")
-TINY = {"tiny": {"D": 64, "F": 160, "N": 4, "K": 2, "H": 16, "V": 5000}}
 VOCABULARIES = (32768, 65536, 131072, 262144)
 HEADER = ("mode", "candidate", "error", "p50 ms", "p20 to p80", "peak MiB", "% of ceiling", "GB/s")
-CANDIDATES = (
-    "conj",
-    "torch eager",
-    "torch.compile",
-    "torch chunked",
-    "blockwise",
-    "liger",
-    "liger sum",
-    "cce",
-    "cce exact",
-)
-EPS = 1e-6
+CANDIDATES = ("conj", "torch eager", "torch.compile", "torch chunked", "blockwise", "liger", "liger sum", "cce",
+              "cce exact")  # fmt: skip
 GATE_TOKENS, GATE_FACTOR, GATE_FLOOR = 64, 4, 1e-6  # the floor: where torch eager is exact, as a gather is
-PEERS = {"liger_kernel": "liger-kernel", "cut_cross_entropy": "cut-cross-entropy"}  # module -> distribution
-
-
-@dataclass(frozen=True)
-class Candidate:
-    name: str
-    function: Callable  # of the problem's inputs, in their order
-    note: str = ""
-    matmuls: tuple[int, int, int] | None = None  # executed in each of MODES
-    scalar: bool = False  # gives the sum over tokens, and takes one upstream gradient for all
-
-
-@dataclass(frozen=True)
-class Problem:
-    inputs: dict[str, Tensor]  # those that require a gradient get one
-    upstream: dict[str, Tensor]  # by output
-    oracle: Callable  # plain torch that keeps fp64
-    candidates: list[Candidate]
-    num_bytes: tuple[int, int]  # least traffic, forward and backward
-    matmul_flops: int = 0
-
-
-def skipped(device: str) -> list[str]:
-    """Why a peer of linear_logprob is not in the run, one line for each that is not."""
-    lines = [] if hasattr(F, "linear_cross_entropy") else [f"linear_cross_entropy is not in torch {torch.__version__}"]
-    if device == "cpu":
-        return [*lines, "blockwise, liger_kernel, cut_cross_entropy need a GPU"]
-    return lines + [f"{module} is not installed" for module in PEERS if not find_spec(module)]
-
-
-def _normal(*shape: int, like: tuple[str, torch.dtype], scale: float = 1.0) -> Tensor:
-    device, dtype = like
-    return torch.randn(shape, device=device, dtype=dtype).mul_(scale).requires_grad_()
-
-
-def _compared(ours: Callable, eager: Callable, device: str, compiled: bool) -> list[Candidate]:
-    found = [
-        Candidate("conj", ours, "Triton" if device == "cuda" else "on a CPU plain torch, the reference or near it")
-    ]
-    found.append(Candidate("torch eager", eager))
-    return found + ([Candidate("torch.compile", torch.compile(eager, dynamic=False))] if compiled else [])
-
-
-class _Blockwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        from benchmarks.blockwise_logprob import linear_logprob_blockwise_forward
-
-        logprobs, lse = linear_logprob_blockwise_forward(hidden, weight, targets)
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        return logprobs
-
-    @staticmethod
-    def backward(ctx, upstream):
-        from benchmarks.blockwise_logprob import linear_logprob_blockwise_backward
-
-        hidden, weight, *rest = ctx.saved_tensors
-        grads = linear_logprob_blockwise_backward(hidden, weight, *rest, upstream.contiguous())
-        return grads[0].to(hidden.dtype), grads[1].to(weight.dtype), None
-
-
-def linear_logprob_candidates(device: str, compiled: bool) -> list[Candidate]:
-    """conj, torch, and what is installed; a loss is negated, so that all give logprobs."""
-    eager, kept, recomputed = logprob.linear_logprob_reference, (1, 2, 3), (1, 3, 4)
-    found = [
-        Candidate("conj", logprob.linear_logprob, "logits by blocks, made again in the backward", recomputed),
-        Candidate("torch eager", eager, "all logits at once", kept),
-    ]
-    if compiled:
-        found.append(Candidate("torch.compile", torch.compile(eager, dynamic=False), "of torch eager", kept))
-    if hasattr(F, "linear_cross_entropy"):
-        options = {"reduction": "none", "options": torch.nn.LinearCrossEntropyOptions()}
-        function = lambda *x: -F.linear_cross_entropy(*x, **options)  # noqa: E731
-        found.append(Candidate("torch chunked", function, "linear_cross_entropy, default options", recomputed))
-    if device == "cpu":
-        return found
-    found.append(Candidate("blockwise", _Blockwise.apply, "logits within the kernel, made again twice", (1, 4, 5)))
-    if find_spec("liger_kernel"):
-        from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Liger
-
-        def liger(reduction: str) -> Callable:
-            settings = (None, None, -100, 0.0, 0.0, reduction, None, False, torch.float32)
-            return lambda *x: -Liger.apply(*x, *settings)[0]
-
-        found.append(Candidate("liger", liger("none"), "reduction none, sums in fp32", recomputed))
-        note = "another function: one upstream for all tokens, gradients made in the forward"
-        found.append(Candidate("liger sum", liger("sum"), note, (1, 0, 3), scalar=True))
-    if find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy as cut
-
-        function = lambda *x: -cut(*x, reduction="none")  # noqa: E731
-        found.append(Candidate("cce", function, "leaves out small gradients; counted as if it did not", recomputed))
-        exact = lambda *x: -cut(*x, reduction="none", filter_eps=None)  # noqa: E731
-        found.append(Candidate("cce exact", exact, "filter_eps=None", recomputed))
-    return found
-
-
-def _lift(V: int) -> float:
-    """Added to a target's logit among V of about N(0, 1), makes it likely (p about 0.97), as most are in training."""
-    return math.log(V) + 4
-
-
-def _logprob_oracle(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
-
-
-def linear_logprob(size: dict, T: int, like: tuple, compiled: bool) -> Problem:
-    D, V, device = size["D"], size["V"], like[0]
-    hidden, weight = _normal(T, D, like=like), _normal(V, D, like=like, scale=D**-0.5)
-    targets = torch.randint(V, (T,), device=device)
-    with torch.no_grad():
-        rows = weight[targets[::2]].float()
-        hidden[::2] += (_lift(V) * rows / rows.square().sum(1, keepdim=True)).to(hidden.dtype)
-    once = (T * D + V * D) * hidden.element_size()
-    return Problem(
-        {"hidden": hidden, "weight": weight, "targets": targets},
-        {"logprobs": torch.randn(T, device=device)},
-        lambda hidden, weight, targets: _logprob_oracle(F.linear(hidden, weight), targets),
-        linear_logprob_candidates(device, compiled),
-        (once, 2 * once),
-        2 * T * D * V,
-    )
-
-
-def selected_logprob(size: dict, T: int, like: tuple, compiled: bool) -> Problem:
-    V, device = size["V"], like[0]
-    logits, targets = _normal(T, V, like=like), torch.randint(V, (T,), device=device)
-    with torch.no_grad():
-        logits[torch.arange(0, T, 2, device=device), targets[::2]] += _lift(V)
-    candidates = _compared(logprob.selected_logprob, logprob.selected_logprob_reference, device, compiled)
-    once = T * V * logits.element_size()
-    upstream = {"logprobs": torch.randn(T, device=device)}
-    return Problem({"logits": logits, "targets": targets}, upstream, _logprob_oracle, candidates, (once, 2 * once))
-
-
-def add_rms_norm(size: dict, T: int, like: tuple, compiled: bool) -> Problem:
-    D = size["D"]
-    x, delta, weight = _normal(T, D, like=like), _normal(T, D, like=like), _normal(D, like=like)
-
-    def eager(x, delta, weight):
-        x = x + delta
-        return ops.rms_norm_reference(x, weight, EPS), x
-
-    def oracle(x, delta, weight):
-        return F.rms_norm(x + delta, (D,), weight, EPS), x + delta
-
-    candidates = _compared(lambda *x: ops.add_rms_norm(*x, EPS), eager, like[0], compiled)
-    upstream = {name: _normal(T, D, like=like).detach() for name in ("norm", "sum")}
-    inputs, once = {"x": x, "delta": delta, "weight": weight}, T * D * x.element_size()
-    return Problem(inputs, upstream, oracle, candidates, (4 * once, 4 * once))
-
-
-def rope(size: dict, T: int, like: tuple, compiled: bool) -> Problem:
-    N, K, H = size["N"], size["K"], size["H"]
-    inputs = {"q": _normal(T, N, H, like=like), "k": _normal(T, K, H, like=like)}
-    cos, sin = ops.rope_tables(torch.arange(T, device=like[0]), H, 1e6, like[1])
-
-    def eager(q, k, cos, sin):
-        return ops.rope_reference(q, cos, sin), ops.rope_reference(k, cos, sin)
-
-    def oracle(q, k, cos, sin):
-        turn = torch.complex(cos, sin)[:, None, : H // 2]
-        turned = [torch.complex(*x.chunk(2, -1)) * turn for x in (q, k)]
-        return tuple(torch.cat([z.real, z.imag], -1) for z in turned)
-
-    upstream = {name: torch.randn_like(x).detach() for name, x in inputs.items()}
-    moved = 2 * T * (N + K + 1) * H * cos.element_size()
-    candidates = _compared(ops.rope, eager, like[0], compiled)
-    return Problem(inputs | {"cos": cos, "sin": sin}, upstream, oracle, candidates, (moved, moved))
-
-
-def swiglu(size: dict, T: int, like: tuple, compiled: bool) -> Problem:
-    gate, up, upstream = (_normal(T, size["F"], like=like) for _ in range(3))
-    candidates = _compared(ops.swiglu, lambda gate, up: F.silu(gate) * up, like[0], compiled)
-    oracle, once = lambda gate, up: gate / (1 + (-gate).exp()) * up, gate.numel() * gate.element_size()
-    return Problem({"gate": gate, "up": up}, {"out": upstream.detach()}, oracle, candidates, (3 * once, 5 * once))
-
-
-def gather_rows(size: dict, T: int, like: tuple, compiled: bool) -> Problem:
-    """Keys of prompts that eight judgments share: 384 tokens and 8 x 80 of each 1024."""
-    C, group = size["K"] * size["H"], min(T, 1024)
-    judgment = group * 5 // 64
-    lengths, prefix = [], []
-    for _ in range(T // group):
-        prefix += [None, *[len(lengths)] * 8]
-        lengths += [group - 8 * judgment, *[judgment] * 8]
-    index, _ = key_rows(lengths, prefix)
-    gather, x = ops.build_gather(index, T, torch.device(like[0])), _normal(T, C, like=like)
-    ours, eager = lambda x, index: ops.gather_rows(x, gather), lambda x, index: F.embedding(index, x)
-    candidates, moved = _compared(ours, eager, like[0], compiled), (T + len(index)) * C * x.element_size()
-    upstream = {"rows": _normal(len(index), C, like=like).detach()}
-    inputs = {"x": x, "index": gather.index}
-    return Problem(inputs, upstream, lambda x, index: x[index], candidates, (moved, moved))
-
-
-OPERATIONS = {f.__name__: f for f in (linear_logprob, selected_logprob, add_rms_norm, rope, swiglu, gather_rows)}
 
 
 def _outputs(function: Callable, inputs: tuple) -> tuple[Tensor, ...]:
@@ -417,7 +209,7 @@ def describe(candidate: Candidate, problem: Problem, mode: str, measured: dict, 
 
 def run(op: str, model: str, T: int, args: argparse.Namespace, ceiling: float) -> list[dict]:
     """Gate and timing of one operation at one shape: a row for each candidate and mode."""
-    size, compiled = (QWEN2 | TINY)[model], args.compile or args.device == "cuda"
+    size, compiled = SIZES[model], args.compile or args.device == "cuda"
     like = (args.device, COMPUTE_DTYPES[args.dtype])
     torch.compiler.reset()  # else the shapes of earlier problems count against its limit of recompilations
     torch.manual_seed(0)
@@ -425,7 +217,7 @@ def run(op: str, model: str, T: int, args: argparse.Namespace, ceiling: float) -
     problem = OPERATIONS[op](size, T, like, compiled)
     chosen, rows = [c for c in problem.candidates if args.candidates is None or c.name in args.candidates], []
     passed = {c.name for c in chosen if not verdicts[c.name]["error"]}
-    for mode in MODES:
+    for mode in args.modes:
         measured = measure(problem, mode, passed, args.device, args.seconds)
         for candidate in chosen:
             row = {"op": op, "model": model, "tokens": T, "mode": mode, "candidate": candidate.name}
@@ -453,12 +245,7 @@ def peak_beyond_gradients(name: str, T: int, D: int, V: int, device: str, dtype:
 
 
 def memory_rows(
-    T: int,
-    D: int,
-    device: str,
-    dtype: str,
-    names: list[str] | None = None,
-    vocabularies: tuple[int, ...] = VOCABULARIES,
+    T: int, D: int, device: str, dtype: str, names: list[str] | None = None, vocabularies: tuple = VOCABULARIES
 ) -> list[dict]:
     """A row for each V and each candidate of linear_logprob (or those named). On a CPU each is a fresh process."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for those processes: what is freed goes back to the kernel
@@ -493,9 +280,7 @@ def print_memory(rows: list[dict]) -> None:
 def print_rows(rows: list[dict]) -> None:
     """Markdown, a table for each problem; percent of the ceiling as executed / minimal FLOPs."""
     for (op, model, T), group in itertools.groupby(rows, key=lambda row: (row["op"], row["model"], row["tokens"])):
-        print(
-            f"\n{op}, {model}, T {T}, {rows[0]['dtype']}\n\n|", " | ".join(HEADER), "|\n" + "|---" * len(HEADER) + "|"
-        )
+        print(f"\n{op}, {model}, T {T}, {rows[0]['dtype']}\n\n|", " | ".join(HEADER), "|\n|" + "---|" * len(HEADER))
         for row in group:
             print("|", " | ".join(_cells(row)), "|", flush=True)
 
@@ -511,42 +296,6 @@ def _cells(row: dict) -> list[str]:
             f"{row['gb_per_s']:.3g}"]  # fmt: skip
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """Mode `both`: linear_logprob as a share of the ceiling (minimal FLOPs), the others as speed relative to conj."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in rows if row["mode"] == "both" and "p50_ms" in row]
-    names = list(dict.fromkeys(row["candidate"] for row in rows))
-    panels = list(dict.fromkeys(row["op"] for row in rows))
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(12, 2.8 * len(panels) + 0.8), squeeze=False, layout="constrained"
-    )
-    for op, axis in zip(panels, axes[:, 0]):
-        found = {(row["model"], row["tokens"], row["candidate"]): row for row in rows if row["op"] == op}
-        shapes = list(dict.fromkeys(key[:2] for key in found))
-        here = [name for name in names if any(key[2] == name for key in found)]
-        for i, name in enumerate(here):
-            points = [
-                (x, found[*s, name], found.get((*s, "conj"))) for x, s in enumerate(shapes) if (*s, name) in found
-            ]
-            if op == "linear_logprob":
-                points = [(x, 100 * row.get("ceiling_minimal", 0)) for x, row, _ in points]
-            else:
-                points = [(x, conj["p50_ms"] / row["p50_ms"]) for x, row, conj in points if conj]
-            places = [x + (i - (len(here) - 1) / 2) * 0.8 / len(here) for x, _ in points]
-            color = "black" if name == "conj" else f"C{names.index(name)}"
-            axis.bar(places, [y for _, y in points], 0.8 / len(here), label=name, color=color)
-        axis.set_xticks(range(len(shapes)), [f"{model}\nT {T}" for model, T in shapes], fontsize=8)
-        axis.set_ylabel("% of matmul ceiling\n(minimal FLOPs)" if op == "linear_logprob" else "speed, conj = 1")
-        axis.set_title(f"{op}, forward + backward (higher is faster)", fontsize=10)
-        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['dtype']}, commit {rows[0]['commit']}")
-    figure.savefig(path, dpi=120)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
@@ -554,17 +303,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="operations")
     parser.add_argument("--models", nargs="+", choices=QWEN2, default=list(QWEN2), help="whose shapes")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, 16384], help="T")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="what is timed")
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, help="only these")
     parser.add_argument("--tiny", action="store_true", help="one small shape")
     parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too; on a GPU it always runs")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each candidate, shape and mode")
     parser.add_argument("--memory", nargs=2, type=int, metavar=("T", "D"), help="only the memory table")
-    parser.add_argument("--from", dest="source", type=Path, help="print and plot these rows, measure nothing")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
-    parser.add_argument("--plot", type=Path, help="file to draw to")
     args = parser.parse_args()
     if args.tiny:
-        args.models, args.tokens, args.seconds = list(TINY), [128], min(args.seconds, 0.02)
+        args.models, args.tokens, args.seconds = ["tiny"], [128], min(args.seconds, 0.02)
     return args
 
 
@@ -585,15 +333,13 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[dict]]:
 
 def main() -> None:
     args, rows = parse(), []
-    for found in benchmark(args) if args.source is None else [json.loads(args.source.read_text())]:
+    for found in benchmark(args):
         if not found:
             sys.exit("error: none of --candidates runs here")
         (print_memory if found[0]["mode"] == "memory" else print_rows)(found)
         rows += found
         if args.json is not None:  # after each problem, for a run that is cut short
-            args.json.write_text(json.dumps(rows, indent=1))
-    if args.plot is not None:
-        plot(rows, args.plot)
+            write_atomic(args.json, json.dumps(rows, indent=1).encode())
     failed = {row["op"] for row in rows if row["candidate"] == "conj" and row.get("error")}
     if failed:
         sys.exit(f"error: conj fails in {', '.join(sorted(failed))}")

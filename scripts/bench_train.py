@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from bench_common import QWEN2, ROOT, matmul_ceiling, require_quiet, resident_bytes, where_measured
+from bench_common import QWEN2, ROOT, matmul_ceiling, require_quiet, resident_bytes, step_flops, where_measured
 from make_random_model import write_random_model
 
 SETTINGS = {"beta": 0.1, "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.0}
@@ -240,28 +240,6 @@ def isolated(function, *arguments) -> dict:
             return pool.submit(function, *arguments).result()
         except Exception as e:
             return {"error": f"{type(e).__name__}: {e}".splitlines()[0][:200]}
-
-
-def step_flops(pairs, packs: list, config) -> tuple[int, int]:
-    """FLOPs of one forward through the blocks, and through the head, elementwise work left out.
-
-    A token takes 2 x (parameters of the blocks' matrices); a query takes 4 x N x H for every key it sees; a predicted
-    token takes 2 x D x V."""
-    from conj.data.packs import group_tokens
-
-    c = config
-    heads_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    block = c.hidden_size * (2 * heads_size + 2 * kv_size + 3 * c.intermediate_size)
-    blocks = head = 0
-    for group in (g for pack in packs for g in pack):
-        prompt = len(pairs.prompts[group.prompt])
-        judgments = [len(ids) for pair in group.pairs for ids in pairs.judgments[pair]]
-        copies = len(judgments) if group.split else 1
-        keys_seen = copies * prompt * (prompt + 1) // 2
-        keys_seen += sum((n - 1) * prompt + (n - 1) * n // 2 for n in judgments)
-        blocks += c.num_hidden_layers * (2 * block * group_tokens(pairs, group) + 4 * heads_size * keys_seen)
-        head += 2 * c.hidden_size * c.vocab_size * sum(judgments)
-    return blocks, head
 
 
 def conj_step_flops(folder: Path, model: Path, share: str, args: argparse.Namespace) -> list[tuple[int, int]]:
