@@ -20,7 +20,7 @@ setup(
         "safetensors>=0.8",
         "tokenizers>=0.23.1",
         "sentencepiece>=0.2.1",
-        "datasets>=4.7",
+        "datasets>=5",  # before 5 it does not read the folders that `save_to_disk` writes
         "json-repair>=0.50",
         "jinja2>=3.1.6",
         "matplotlib>=3.10",

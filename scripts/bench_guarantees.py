@@ -73,7 +73,7 @@ def time_steps(folder: Path, ranks: int, threads: int, steps: int, *more) -> flo
 
 def time_saving(folder: Path, blocks: int) -> None:
     """Writes to `saving.json` what a checkpoint adds to its block, and how long the step waits for it: medians."""
-    with distributed("cpu") as world:
+    with distributed(DEVICE) as world:
         options = dpo.DPOOptions(
             run=folder / "run", model=folder / "model", dtype="fp32", pairs_per_step=2, max_tokens_per_pack=1024
         )
