@@ -46,8 +46,11 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         self.ops[str(function).rpartition(".")[0]] += 1
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in (t for t in tree_leaves(result) if isinstance(t, Tensor)):
             storage = tensor.untyped_storage()
+            if storage._cdata in inputs:  # a view
+                continue
             if storage._cdata not in self.storages or self.storages[storage._cdata][0].expired():
                 self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
                 self.made += storage.nbytes()
@@ -94,7 +97,9 @@ class _Attention(torch.autograd.Function):
 def nothing_runs(launches: Counter):
     """Tensors without values; Triton kernels are counted by name."""
     with (
-        FakeTensorMode(allow_non_fake_inputs=True),  # on the "cpu": a build of torch for CPUs has no autograd for others
+        FakeTensorMode(
+            allow_non_fake_inputs=True
+        ),  # on the "cpu": a build of torch for CPUs has no autograd for others
         mock.patch.dict(logprob.BLOCK, cpu=logprob.BLOCK["cuda"]),
         mock.patch.dict(logprob.KEPT_BYTES, cpu=logprob.KEPT_BYTES["cuda"]),
         mock.patch.object(backends, "current", backends.Backends(attention="varlen", kernels="triton")),
@@ -163,7 +168,9 @@ def main() -> None:
         rope_theta=1e6, tie_word_embeddings=size["tie"], max_position_embeddings=32768, dtype="bfloat16",
     )  # fmt: skip
     pairs, pack = uniform_pack(args.tokens, args.prompt_tokens, args.judgment_tokens, args.pairs_per_prompt)
-    print("| `--activation-checkpointing` | kept, GiB | peak with gradients, GiB | dtype casts | Triton launches | host waits |")
+    print(
+        "| `--activation-checkpointing` | kept, GiB | peak with gradients, GiB | dtype casts | Triton launches | host waits |"
+    )
     print("|---|---|---|---|---|---|")
     for how in ACTIVATION_CHECKPOINTING:
         row = count_pack(config, how, pairs, pack)
