@@ -26,7 +26,7 @@ from conj.model import backends
 
 BLOCK = {"cpu": (1024, 2048), "cuda": (8192, 8192)}  # rows, columns of logits held at a time: 8 MiB, 256 MiB in fp32
 
-KEPT_BYTES = {"cpu": 64 << 20, "cuda": 0}  # of logits, from forward to backward
+KEPT_BYTES = {"cpu": 192 << 20, "cuda": 0}  # of logits, from forward to backward
 
 
 def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

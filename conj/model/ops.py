@@ -95,24 +95,33 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates (T, N, H) and (T, K, H) by their positions; the halves of H are the two coordinates."""
+    if backends.current.kernels == "compile":
+        return rope_reference(q, cos, sin), rope_reference(k, cos, sin)
+    return _Rope.apply(q, k, cos, sin)
+
+
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
     if _use_triton():
-        return _Rope.apply(q, k, cos, sin)
-    return rope_reference(q, cos, sin), rope_reference(k, cos, sin)
+        from conj.model.kernels import rope as rotate
+
+        return rotate(q.contiguous(), k.contiguous(), cos, sin, inverse=inverse)
+    sign, half = (-1 if inverse else 1), cos.shape[-1] // 2
+    rotated = [x * cos[:, None] for x in (q, k)]  # three passes over memory, where the reference takes eight
+    for x, y in zip((q, k), rotated):
+        y[..., :half].addcmul_(x[..., half:], sin[:, None, half:], value=-sign)
+        y[..., half:].addcmul_(x[..., :half], sin[:, None, :half], value=sign)
+    return tuple(rotated)
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin):
-        from conj.model.kernels import rope as rotate
-
         ctx.save_for_backward(cos, sin)
-        return rotate(q, k, cos, sin)
+        return _rotate(q, k, cos, sin)
 
     @staticmethod
     def backward(ctx, grad_q, grad_k):
-        from conj.model.kernels import rope as rotate
-
-        return *rotate(grad_q.contiguous(), grad_k.contiguous(), *ctx.saved_tensors, inverse=True), None, None
+        return *_rotate(grad_q, grad_k, *ctx.saved_tensors, inverse=True), None, None
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # (T, F), (T, F) -> (T, F)
