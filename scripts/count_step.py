@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conj.data.packs import Group, TokenizedPairs
-from conj.model import attention, backends, kernels, logprob
+from conj.model import attention, backends, kernels, logprob, qwen2
 from conj.model.qwen2 import ACTIVATION_CHECKPOINTING, Qwen2, Qwen2Config
 from conj.train.batch import Batch, collate
 from conj.train.optimizer import gradient_norm
@@ -101,7 +101,7 @@ def nothing_runs(launches: Counter):
             allow_non_fake_inputs=True
         ),  # on the "cpu": a build of torch for CPUs has no autograd for others
         mock.patch.dict(logprob.BLOCK, cpu=logprob.BLOCK["cuda"]),
-        mock.patch.dict(logprob.KEPT_BYTES, cpu=logprob.KEPT_BYTES["cuda"]),
+        mock.patch.dict(qwen2.KEPT_LOGITS, cpu=qwen2.KEPT_LOGITS["cuda"]),
         mock.patch.object(backends, "current", backends.Backends(attention="varlen", kernels="triton")),
         mock.patch.object(attention, "_varlen_attention", lambda: lambda q, k, v, *_: _Attention.apply(q, k, v)),
         mock.patch.object(

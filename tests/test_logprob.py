@@ -68,6 +68,18 @@ def reference(logits, targets):
     )
 
 
+@pytest.mark.parametrize("keep_bytes", [150_000, 10**9])
+def test_blocks_that_are_kept_change_no_bit(keep_bytes, monkeypatch):
+    """Some of the blocks, and all; kept ones are not multiplied again."""
+    monkeypatch.setitem(logprob.BLOCK, "cpu", (64, 200))
+    arguments, products, matmul = inputs(130, 48, 515, torch.float32, 0.0), [], logprob._matmul
+    monkeypatch.setattr(logprob, "_matmul", lambda a, b: products.append(a.shape) or matmul(a, b))
+    expected, num_without = run(linear_logprob, *arguments), len(products)
+    found = run(lambda *tensors: linear_logprob(*tensors, keep_bytes=keep_bytes), *arguments)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected))
+    assert num_without / 2 <= len(products) - num_without < num_without
+
+
 def test_a_row_does_not_depend_on_the_other_rows(monkeypatch):
     monkeypatch.setitem(logprob.BLOCK, "cpu", (128, 300))
     hidden, weight, targets, _ = inputs(200, 64, 999, torch.float32, 0.0)

@@ -3,10 +3,9 @@
 `linear_logprob` walks the vocabulary in blocks of columns, and the tokens in blocks of rows. A block of logits lives
 for one matmul, forward and again backward; the forward keeps a running log-sum-exp (Milakov and Gimelshein, arXiv
 1805.02867), the backward turns the block into its own gradient. So peak memory is one block beside the gradients of
-`hidden` and of the weight, whatever T and V are. On a CPU, where the head of a small model is a large part of its work, the
-first blocks up to KEPT_BYTES are kept and not multiplied again. Blocks of columns come first in the backward: a block of the weight's
-gradient is then summed in fp32 over all tokens and rounded once, where walking the tokens first would read and write
-the whole (V, D) gradient for each block of rows.
+`hidden` and of the weight, whatever T and V are (and the blocks that a caller with memory to spare has kept). Blocks of
+columns come first in the backward: a block of the weight's gradient is then summed in fp32 over all tokens and rounded
+once, where walking the tokens first would read and write the whole (V, D) gradient for each block of rows.
 
 The matmuls are the vendor library's; what lies between them is one Triton kernel a block on a GPU (`kernels.py`), and a
 few passes of torch over a block that fits the cache on a CPU. A matmul inside the kernel, which would never write the
@@ -26,8 +25,6 @@ from conj.model import backends
 
 BLOCK = {"cpu": (1024, 2048), "cuda": (8192, 8192)}  # rows, columns of logits held at a time: 8 MiB, 256 MiB in fp32
 
-KEPT_BYTES = {"cpu": 192 << 20, "cuda": 0}  # of logits, from forward to backward
-
 
 def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """(T, D), (V, D), (T,) -> (T,) fp32: log softmax(hidden @ weight.T) at each row's target, all logits at once."""
@@ -43,9 +40,11 @@ def linear_logprob(
     hidden: Tensor,  # (T, D) fp32 or bf16
     weight: Tensor,  # (V, D) same dtype
     targets: Tensor,  # (T,) int64, each in [0, V)
+    *,
+    keep_bytes: int = 0,  # of logits, from forward to backward: blocks that need not be multiplied again
 ) -> Tensor:  # (T,) fp32, nats
     """log softmax(hidden @ weight.T) at each row's target; differentiable in hidden and weight."""
-    return _LinearLogprob.apply(hidden, weight, targets, KEPT_BYTES[hidden.device.type] * torch.is_grad_enabled())
+    return _LinearLogprob.apply(hidden, weight, targets, keep_bytes if torch.is_grad_enabled() else 0)
 
 
 def selected_logprob(

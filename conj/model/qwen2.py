@@ -25,6 +25,8 @@ from conj.model.recompute import cast, recomputing
 
 # What backward finds of a block: all that it needs; all but what elementwise steps make again; the block's input alone.
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
+# Bytes from forward to backward. On a CPU models are small, and their heads a large part of the work.
+KEPT_LOGITS = {"cpu": 192 << 20, "cuda": 0}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -232,7 +234,8 @@ class Qwen2(nn.Module):
         targets: Tensor,  # (M,) int64: those next tokens
     ) -> Tensor:  # (M,) fp32 logprobs in nats
         hidden = self.model(input_ids, positions, segments)
-        return linear_logprob(gather_rows(hidden, predict), cast(self.head_weight, hidden.dtype), targets)
+        head = cast(self.head_weight, hidden.dtype)
+        return linear_logprob(gather_rows(hidden, predict), head, targets, keep_bytes=KEPT_LOGITS[hidden.device.type])
 
     def logits(self, input_ids: Tensor, positions: Tensor, segments: Segments) -> Tensor:  # (T, V)
         """All logits, for tests and inspection; training never holds them."""
