@@ -202,7 +202,8 @@ def by_kind(events: list[dict]) -> dict:
         busy += max(0.0, start + duration - max(start, until))
         until = max(until, start + duration)
     calls = [event for event in timed if event.get("cat") in ("cuda_runtime", "cuda_driver")]
-    waits = [event for event in calls if "Synchronize" in event["name"]]
+    # cudaDeviceSynchronize is the benchmark's own, after the step.
+    waits = [e for e in calls if "Synchronize" in e["name"] and e["name"] != "cudaDeviceSynchronize"]
 
     def largest(table: dict, most: int) -> dict:
         return dict(sorted(table.items(), key=lambda item: -item[1]["seconds"])[:most])

@@ -277,7 +277,12 @@ Side = tuple[str, str, str]  # ("conj", share, "") or ("trl", its settings' name
 def race(folder: Path, model: Path, peers: dict[Side, dict], args: argparse.Namespace) -> tuple[dict, list[float]]:
     """{side: its result of each round}, and the matmul ceiling of each round: the lower of before and after."""
     sides: list[Side] = [("conj", share, "") for share in args.share] + list(peers)
-    ceilings, results = [isolated(matmul_ceiling, args.device, args.dtype)], []
+
+    def ceiling() -> float:
+        found = isolated(matmul_ceiling, args.device, args.dtype)
+        return found if isinstance(found, float) else sys.exit(f"error: matmuls cannot be timed: {found['error']}")
+
+    ceilings, results = [ceiling()], []
     for _ in range(args.rounds * (1 if args.any_load else 3)):  # rounds of a busy machine are taken again
         found = {}
         for side in sides:
@@ -286,7 +291,7 @@ def race(folder: Path, model: Path, peers: dict[Side, dict], args: argparse.Name
             else:
                 found[side] = isolated(run_conj, folder, model, side[1], args)
             print(f"  {' '.join(side)}: {in_short(found[side])}", flush=True)
-        ceilings.append(isolated(matmul_ceiling, args.device, args.dtype))
+        ceilings.append(ceiling())
         results.append((min(ceilings[-2:]), found))
         quiet = [r for r in results if r[0] >= 0.9 * max(ceilings) or args.any_load]
         print(f"  matmuls before and after: {ceilings[-2] / 1e9:.0f} and {ceilings[-1] / 1e9:.0f} GFLOP/s", flush=True)

@@ -13,6 +13,9 @@ from conj.model.attention import attention, build_segments
 from conj.model.weights import load_model
 from conj.train import dpo, reference
 from conj.train.batch import collate, to_device
+from conj.train.optimizer import gradient_norm
+from conj.train.reference import load_pairs
+from conj.train.sharding import distributed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -103,6 +106,29 @@ def test_a_gpu_scores_as_a_cpu_does(kernels, tmp_path):
     backends.select(GPU, kernels=kernels)
     found = packed_logps(load_model(folder, dtype=torch.bfloat16, device=GPU), pairs, "prompt", 9000)
     assert ((found - expected).norm() / expected.norm()).item() < 0.02
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_pack_and_the_norm_wait_for_nothing(deterministic, tmp_path):
+    """CUDA itself refuses every wait: copies from pageable memory, values read by the host. The step's one read is later."""
+    base = ROOT / "demo" / "base"
+    write_jsonl(tmp_path / "pairs.jsonl", random_pairs(8))
+    options = dpo.DPOOptions(run=tmp_path, model=base, nll_alpha=0.1, deterministic=deterministic)
+    pairs, _, usable = load_pairs(tmp_path, base, 6400)
+    packs = plan_packs(pairs, usable, max_tokens=1000, share="prompt")
+    with distributed("cuda") as world:
+        dpo.select_arithmetic(options, world.device)
+        model, _ = dpo.build_policy(options, world)
+        for mode in ("default", "error"):  # the first compiles and fills the allocators' caches
+            batches = dpo.batches_of(pairs, torch.zeros(len(pairs), 2), [packs], world)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                values = dpo.run_packs(model, pairs, packs, batches, options, world)
+                norm = gradient_norm(model, world)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert len(packs) > 2 and values.isfinite().all() and norm.item() > 0
 
 
 @pytest.mark.parametrize("cpu_offload", [False, True])

@@ -176,6 +176,18 @@ def test_recomputed_activations_give_the_same_gradients(how, untied_model, pairs
     assert all(torch.equal(recomputed[name], kept[name]) for name in kept)
 
 
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+def test_a_graph_that_is_dropped_leaves_nothing(how, untied_model, pairs):
+    """Out of memory in a forward, then another try: what the first one kept must go without a backward."""
+    model = with_checkpointing(load_model(untied_model), how)
+    model.model.dtype = torch.bfloat16
+    with LiveBytes() as live:
+        logps = packed_logps(model, pairs, "prompt")
+        kept = live.now()
+        del logps
+        assert live.now() < 0.01 * kept
+
+
 def test_masters_in_fp32_compute_as_weights_in_bf16_do(untied_model, pairs):
     """One rank has no FSDP2 that casts its weights: blocks do it themselves, and again in backward."""
     halves, masters = load_model(untied_model, torch.bfloat16), load_model(untied_model)
@@ -203,6 +215,21 @@ def test_selective_recomputation_keeps_no_result_of_an_elementwise_step(untied_m
     remade = config.num_hidden_layers * tokens * (4 * config.hidden_size + 2 * config.intermediate_size) * 4
     assert none - selective == remade > 0.3 * none > 0
     assert full < 0.5 * selective
+
+
+def test_compiled_blocks_cast_fp32_masters_inside_one_graph(untied_model, pairs, monkeypatch):
+    """One rank in bf16: as near to fp32 as eager blocks are, and no cast breaks the graph."""
+    model = load_model(untied_model)
+    truth = gradients(model, packed_logps(model, pairs, "prompt"))
+    model.model.dtype = torch.bfloat16
+    eager = gradients(model, packed_logps(model, pairs, "prompt"))
+    monkeypatch.setattr(backends.current, "kernels", "compile")
+    torch._dynamo.utils.counters.clear()
+    compiled = gradients(model, packed_logps(model, pairs, "prompt"))
+    errors = [sum(relative_error(found[name], g) for name, g in truth.items()) for found in (compiled, eager)]
+    assert errors[0] <= 1.2 * errors[1]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_compiled_blocks_equal_eager_ones_in_packs_of_any_length(untied_model, pairs, monkeypatch):

@@ -77,7 +77,7 @@ class _LinearLogprob(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if len(hidden) else torch.zeros_like(weight)
         one_block = len(hidden) <= BLOCK[hidden.device.type][0]  # the matmul itself then sums over all tokens
         for columns, rows in _blocks(hidden, weight):
-            block = ctx.kept.get((columns.start, rows.start))
+            block = ctx.kept.pop((columns.start, rows.start), None)
             block = _matmul(hidden[rows], weight[columns].T) if block is None else block
             block = grad_of_block(block, targets[rows], columns.start, lse[rows], upstream[rows], weight.dtype)
             _add_matmul(grad_hidden[rows], block, weight[columns])

@@ -6,6 +6,7 @@ so the weight map is the identity. Source: Qwen2 technical report (arXiv 2407.10
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -162,12 +163,12 @@ class DecoderLayer(nn.Module):
         self.activation_checkpointing = "none"  # one of ACTIVATION_CHECKPOINTING
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        casts = self.input_layernorm.weight.dtype != x.dtype
-        if not torch.is_grad_enabled() or (self.activation_checkpointing == "none" and not casts):
-            return self._block(x, cos, sin, segments)
-        if self.activation_checkpointing == "full":
+        how, casts = self.activation_checkpointing, self.input_layernorm.weight.dtype != x.dtype
+        if how == "full" and torch.is_grad_enabled():
             return checkpoint(self._block, x, cos, sin, segments, use_reentrant=False, preserve_rng_state=False)
-        with recomputing(activations=self.activation_checkpointing == "selective"):
+        # torch.compile chooses by itself what its backward makes again, casts among it.
+        recomputes = torch.is_grad_enabled() and backends.current.kernels != "compile"
+        with recomputing(activations=how == "selective") if recomputes and (casts or how != "none") else nullcontext():
             return self._block(x, cos, sin, segments)
 
     def _block(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:

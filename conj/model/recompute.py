@@ -47,7 +47,7 @@ def recomputing(*, activations: bool) -> Iterator[None]:
     def keep(tensor: Tensor):
         _, recipe = _noted.get(_address(tensor), (None, None))
         if recipe is None:
-            return tensor
+            return tensor.detach()  # itself would be a cycle that only a backward breaks: an output keeps its graph
         recipe.num_kept += 1
         return recipe, tensor.size(), tensor.stride(), tensor.storage_offset()
 

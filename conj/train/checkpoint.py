@@ -48,7 +48,8 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
         assert sharded, f"{name} is not sharded: a forward without backward left it gathered"
         moments = optimizer.state[parameter]
         if not moments:
-            moments["step"] = torch.zeros((), device=parameter.device)  # where the fused AdamW wants it
+            fused = optimizer.defaults["fused"]  # which counts on the device; the other reads its count each step
+            moments["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
             moments.update({kind: torch.zeros_like(parameter) for kind in MOMENTS})
         state[f"weight.{name}"] = local_tensor(parameter.detach())
         for kind in MOMENTS:

@@ -152,6 +152,8 @@ def run_packs(
         margins = rewards[:, 0] - rewards[:, 1]
         rows += [place[pair] for pair in batch.pair_numbers]
         columns.append(torch.stack([losses.detach(), *rewards.unbind(1), margins, (margins > 0).float()], dim=1))
+        del logps, losses  # and with them this pack's graph, before the next one's is made
+    assert len(columns) == num_turns, f"{num_turns - len(columns)} batches are missing"
     values = torch.zeros(len(members), len(COLUMNS), device=world.device)
     values[to_device(torch.tensor(rows, dtype=torch.int64), world.device)] = torch.cat(columns)
     return world.sum(values)

@@ -41,8 +41,10 @@ def gradient_norm(model: nn.Module, world: World, *, audit_mode: bool = False) -
     parameters = [p for p in model.parameters() if p.grad is not None]
     if audit_mode:
         return world.sum(_squares_of_rows(parameters)).sum().sqrt().to(world.device)
-    pieces = [piece for p in parameters for piece in local_tensor(p.grad).flatten().split(NORM_PIECE)]
-    squares = torch.stack(torch._foreach_norm(pieces, 2, torch.float64)).square().sum()
+    gradients = [local_tensor(p.grad) for p in parameters]
+    if gradients[0].device.type == "cpu":
+        gradients = [piece for gradient in gradients for piece in gradient.flatten().split(NORM_PIECE)]
+    squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()
     return world.sum(squares.to(world.device)).sqrt()
 
 

@@ -57,7 +57,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over ranks, of a tensor on any device."""
+        """The sum over ranks, of a tensor on any device; one on the ranks' own is overwritten."""
         total = values.to(self.device)
         dist.all_reduce(total)
         return total.to(values.device)
@@ -147,6 +147,7 @@ def distributed(device: str = "auto") -> Iterator[World]:
         line = f"rank {rank}: {'left, since another rank is gone' if why[0] else 'failed'}: {why[1]}"
         if size == 1:
             raise SystemExit(line) from e
+        sys.stdout.flush()
         print(line, file=sys.stderr, flush=True)
         os._exit(1)  # not by way of destroy_process_group, which may wait for the others
     finally:
