@@ -72,7 +72,7 @@ def recomputed(function: Callable, *inputs) -> Tensor:
 def note(result: Tensor, function: Callable, *inputs) -> None:
     """Says that `result`, which may have been made in another way, is function(*inputs), bit for bit."""
     if _activations:
-        _noted[_address(result)] = result, _Recipe(function, [_as_input(x) for x in inputs])
+        _keep_recipe(result, function, inputs)
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -81,8 +81,12 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight
     result = weight.to(dtype)
     if _noted is not None:
-        _noted[_address(result)] = result, _Recipe(Tensor.to, [weight.detach(), dtype])
+        _keep_recipe(result, Tensor.to, (weight, dtype))
     return result
+
+
+def _keep_recipe(result: Tensor, function: Callable, inputs: tuple) -> None:
+    _noted[_address(result)] = result, _Recipe(function, [_as_input(x) for x in inputs])
 
 
 def _as_input(value):

@@ -113,10 +113,10 @@ class DPOOptions(ComputeOptions):
         )
         require_each(self, above_0, lambda value: value > 0, "more than 0")
         require_each(self, ("nll_alpha", "weight_decay"), lambda value: value >= 0, "0 or more")
-        compiled = self.kernels == "compile" and self.activation_checkpointing == "selective"
         require(
-            not compiled,
-            "--activation-checkpointing: expected none or full, found selective; --kernels compile chooses by itself what it makes again",
+            self.kernels != "compile" or self.activation_checkpointing != "selective",
+            "--activation-checkpointing: expected none or full with --kernels compile, which chooses by itself what it "
+            "makes again, found selective",
         )
         require_each(self, ("warmup_ratio", "adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "0 to below 1")
 
