@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -66,3 +67,21 @@ def test_a_busy_machine_gives_no_figure(monkeypatch):
     """Among them rounds that looked quiet until the machine was seen to be faster."""
     with pytest.raises(SystemExit, match="the machine was busy"):
         raced(monkeypatch, [60e9, 61e9, 100e9, 60e9, 70e9, 60e9, 70e9])
+
+
+def published_ratios(document: str) -> list[str]:
+    """`2.73 (2.67–2.98)` wherever it stands, marked up as in a table: ratio, least and most."""
+    text = (ROOT / document).read_text("utf-8").replace("*", "").replace("×", "")
+    return re.findall(r"\d+\.\d\d \(\d+\.\d\d–\d+\.\d\d\)", text)
+
+
+@pytest.mark.parametrize("document, peers", [("README.md", {"best"}), ("docs/performance.md", {"best", "default"})])
+def test_the_ratios_that_are_published_are_those_that_were_measured(document, peers):
+    """Read from the rows of the race: no figure of an older commit, of one peer's settings, or none at all."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "train.json").read_text())
+    measured = [
+        f"{row['ratio_pairs_per_second']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})"
+        for row in rows
+        if row["peer"] in peers
+    ]
+    assert sorted(published_ratios(document)) == sorted(measured)

@@ -35,17 +35,9 @@ from conj.model import backends
 from conj.model.weights import local_rows, weight_files
 from conj.train.checkpoint import check_checkpoint, list_checkpoints, load_checkpoint, read_tensors, training_state
 from conj.train.compare import STEP_FIELDS, compare_runs, first_difference
-from conj.train.dpo import (
-    DPOOptions,
-    Plan,
-    batches_of,
-    build_policy,
-    make_plan,
-    select_arithmetic,
-    step_order,
-    train_step,
-)
+from conj.train.dpo import DPOOptions, batches_of, build_policy, select_arithmetic, step_order, train_step
 from conj.train.optimizer import learning_rate_at
+from conj.train.plan import Plan, make_plan
 from conj.train.reference import check_reference
 from conj.train.second_opinion import second_opinion
 from conj.train.sharding import World, build_sharded_model, distributed, ending_process

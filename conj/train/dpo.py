@@ -31,14 +31,15 @@ from tqdm import tqdm
 from conj.data.files import dump_line, recover_jsonl, write_jsonl
 from conj.data.manifest import begin, finish, identity
 from conj.data.options import option, require, require_each, run_command
-from conj.data.packs import Group, TokenizedPairs, deal, group_tokens, pairs_of, plan_packs, plan_steps
+from conj.data.packs import Group, TokenizedPairs, deal, group_tokens, pairs_of
 from conj.model import backends
 from conj.model.qwen2 import ACTIVATION_CHECKPOINTING, DTYPES
 from conj.model.weights import export_model
 from conj.train.batch import Batch, batches_ahead, to_device
 from conj.train.checkpoint import Saver, find_checkpoint, load_checkpoint
 from conj.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
-from conj.train.reference import check_reference, load_pairs, load_reference, reference_key
+from conj.train.plan import make_plan
+from conj.train.reference import check_reference
 from conj.train.sharding import (
     ComputeOptions,
     World,
@@ -103,14 +104,8 @@ class DPOOptions(ComputeOptions):
 
     def __post_init__(self):
         above_0 = ("beta", "learning_rate", "max_grad_norm", "num_train_epochs", "max_steps", "pairs_per_step")
-        above_0 += (
-            "max_length",
-            "max_tokens_per_pack",
-            "pack_multiple",
-            "eval_every",
-            "save_every",
-            "keep_checkpoints",
-        )
+        above_0 += ("max_length", "max_tokens_per_pack", "pack_multiple")
+        above_0 += ("eval_every", "save_every", "keep_checkpoints")
         require_each(self, above_0, lambda value: value > 0, "more than 0")
         require_each(self, ("nll_alpha", "weight_decay"), lambda value: value >= 0, "0 or more")
         require(
@@ -183,9 +178,8 @@ def train_step(
     started = time.perf_counter()
     values = run_packs(model, pairs, packs, batches, options, world)
     norm = gradient_norm(model, world, audit_mode=options.audit_mode)
-    *values, grad_norm = torch.cat(
-        [values.double().flatten(), norm[None]]
-    ).tolist()  # the step's one wait for the device
+    # The step's one wait for the device:
+    *values, grad_norm = torch.cat([values.double().flatten(), norm[None]]).tolist()
     metrics = summary(torch.tensor(values).view(-1, len(COLUMNS)), pairs, packs)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -247,51 +241,6 @@ def metrics_log(run: Path, num_steps_done: int, world: World) -> Iterator[Callab
                     events.add_scalar(name, value, step)
 
         yield write
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a run trains on, in which order: data, seed and options decide it, the number of ranks does not."""
-
-    pairs: TokenizedPairs
-    reference: Tensor  # (N, 2) fp32
-    train: list[int]  # pair numbers
-    held_out: list[int]
-    steps: list[list[list[Group]]]  # packs of each optimizer step
-    eval_packs: list[list[Group]]
-    stale: list[str]  # fields of the reference's key that are others here; see `make_plan`
-
-
-def make_plan(options: DPOOptions, world: World, *, elsewhere: bool = False) -> Plan:
-    """Raises InputError unless pairs, reference logprobs and base model are all there and fit together. `elsewhere`:
-    the reference may have been made on another machine or with other versions."""
-    pairs, tokenizer, usable = load_pairs(options.run, options.model, options.max_length)
-    path = options.run / "reference.safetensors"
-    key = world.on_main(
-        lambda: reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
-    )
-    reference, stale = load_reference(path, key, len(pairs), elsewhere=elsewhere)
-    train, held_out = ([i for i in usable if pairs.is_eval[i] is flag] for flag in (False, True))
-    require(world.size <= len(train), f"{options.run}: {len(train)} training pairs cannot feed {world.size} ranks")
-    missing = int(reference[usable].isnan().any(dim=1).sum())
-    require(missing == 0, f"{path}: {missing} pairs have no reference logprob")
-
-    def pack(members: list[int]) -> list:
-        return plan_packs(
-            pairs, members, max_tokens=options.max_tokens_per_pack, multiple=options.pack_multiple, share=options.share
-        )
-
-    steps = [
-        pack(members)
-        for epoch in range(options.num_train_epochs)
-        for members in plan_steps(
-            pairs, train, pairs_per_step=options.pairs_per_step, share=options.share, seed=f"{options.seed}:{epoch}"
-        )
-    ][: options.max_steps]
-    return Plan(
-        pairs=pairs, reference=reference, train=train, held_out=held_out, steps=steps, eval_packs=pack(held_out),
-        stale=stale,
-    )  # fmt: skip
 
 
 def select_arithmetic(options: DPOOptions, device: torch.device) -> None:

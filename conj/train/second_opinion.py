@@ -28,7 +28,8 @@ from tqdm import tqdm
 from conj.data.files import read_jsonl
 from conj.data.packs import TokenizedPairs, deal, plan_packs
 from conj.train.batch import batches_ahead
-from conj.train.dpo import DPOOptions, Plan, dpo_loss
+from conj.train.dpo import DPOOptions, dpo_loss
+from conj.train.plan import Plan
 from conj.train.reference import PAIR_COLUMNS
 from conj.train.sharding import COMPUTE_DTYPES, World, build_sharded_model, reshard
 

@@ -1,0 +1,55 @@
+"""What a run of stage 6 trains on, and in which order."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from conj.data.options import require
+from conj.data.packs import Group, TokenizedPairs, plan_packs, plan_steps
+from conj.train.reference import load_pairs, load_reference, reference_key
+from conj.train.sharding import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run trains on, in which order: data, seed and options decide it, the number of ranks does not."""
+
+    pairs: TokenizedPairs
+    reference: Tensor  # (N, 2) fp32
+    train: list[int]  # pair numbers
+    held_out: list[int]
+    steps: list[list[list[Group]]]  # packs of each optimizer step
+    eval_packs: list[list[Group]]
+    stale: list[str]  # fields of the reference's key that are others here; see `make_plan`
+
+
+def make_plan(options, world: World, *, elsewhere: bool = False) -> Plan:
+    """Raises InputError unless pairs, reference logprobs and base model are all there and fit together. `elsewhere`:
+    the reference may have been made on another machine or with other versions."""
+    pairs, tokenizer, usable = load_pairs(options.run, options.model, options.max_length)
+    path = options.run / "reference.safetensors"
+    key = world.on_main(
+        lambda: reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
+    )
+    reference, stale = load_reference(path, key, len(pairs), elsewhere=elsewhere)
+    train, held_out = ([i for i in usable if pairs.is_eval[i] is flag] for flag in (False, True))
+    require(world.size <= len(train), f"{options.run}: {len(train)} training pairs cannot feed {world.size} ranks")
+    missing = int(reference[usable].isnan().any(dim=1).sum())
+    require(missing == 0, f"{path}: {missing} pairs have no reference logprob")
+
+    def pack(members: list[int]) -> list:
+        return plan_packs(
+            pairs, members, max_tokens=options.max_tokens_per_pack, multiple=options.pack_multiple, share=options.share
+        )
+
+    steps = [
+        pack(members)
+        for epoch in range(options.num_train_epochs)
+        for members in plan_steps(
+            pairs, train, pairs_per_step=options.pairs_per_step, share=options.share, seed=f"{options.seed}:{epoch}"
+        )
+    ][: options.max_steps]
+    return Plan(
+        pairs=pairs, reference=reference, train=train, held_out=held_out, steps=steps, eval_packs=pack(held_out),
+        stale=stale,
+    )  # fmt: skip
