@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from conj.data.manifest import describe_code
+from conj.data.packs import group_tokens
+from conj.model.qwen2 import Qwen2Config
 from conj.train.sharding import COMPUTE_DTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +44,11 @@ def resident_bytes(field: str) -> int:
     """VmRSS or VmHWM, its peak, of this process. Not ru_maxrss: a child starts at its parent's."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Of this process: allocated on the GPU, or resident on a CPU."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM")
 
 
 def synchronize(device: str) -> None:
@@ -85,13 +92,28 @@ def require_quiet(ceilings: list[float], own: float = 0.0) -> float:
     return own
 
 
-def step_flops(pairs, packs: list, config) -> tuple[int, int]:
+def config_of(size: dict, num_layers: int) -> Qwen2Config:
+    """The config of a size as in QWEN2, with as many layers."""
+    return Qwen2Config(
+        vocab_size=size["V"], hidden_size=size["D"], intermediate_size=size["F"], num_hidden_layers=num_layers,
+        num_attention_heads=size["N"], num_key_value_heads=size["K"], head_dim=size["H"], rms_norm_eps=1e-6,
+        rope_theta=1e6, tie_word_embeddings=size["tie"], max_position_embeddings=32768, dtype="bfloat16",
+    )  # fmt: skip
+
+
+def training_flops(pairs, packs: list, config: Qwen2Config, *, recompute: str, device: str) -> tuple[int, int]:
+    """(executed, needed) FLOPs of a step. Needed is three times the forward; executed adds what is computed again: on a
+    GPU the head's forward, and the blocks' with full activation checkpointing."""
+    blocks, head = step_flops(pairs, packs, config)
+    executed = (4 if recompute == "full" else 3) * blocks + (4 if device == "cuda" else 3) * head
+    return executed, 3 * (blocks + head)
+
+
+def step_flops(pairs, packs: list, config: Qwen2Config) -> tuple[int, int]:
     """FLOPs of one forward through the blocks, and through the head, elementwise work left out.
 
     A token takes 2 x (parameters of the blocks' matrices); a query takes 4 x N x H for every key it sees; a predicted
     token takes 2 x D x V."""
-    from conj.data.packs import group_tokens
-
     c = config
     heads_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     block = c.hidden_size * (2 * heads_size + 2 * kv_size + 3 * c.intermediate_size)

@@ -36,8 +36,8 @@ from conj.train.reference import load_pairs
 from conj.train.sharding import distributed
 
 SAVE_EVERY = dpo.DPOOptions.__dataclass_fields__["save_every"].default
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COMMON = ("--device", "cpu", "--dtype", "fp32", "--max-tokens-per-pack", 1024)
+DEVICE = "cpu"  # of all that runs here, also where a GPU is visible
+COMMON = ("--device", DEVICE, "--dtype", "fp32", "--max-tokens-per-pack", 1024)
 SHORT_STEPS = 4  # of a block, 2 pairs each
 
 

@@ -31,11 +31,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_common import QWEN2, matmul_ceiling, resident_bytes, step_flops, synchronize, where_measured
+from bench_common import (
+    QWEN2,
+    config_of,
+    matmul_ceiling,
+    peak_memory_bytes,
+    synchronize,
+    training_flops,
+    where_measured,
+)
 from torch.profiler import ProfilerActivity, profile
 
+from conj import InputError
 from conj.data.files import write_atomic
 from conj.data.packs import TokenizedPairs, group_tokens, pairs_of, plan_packs, plan_steps
+from conj.model import backends
 from conj.model.qwen2 import ACTIVATION_CHECKPOINTING, Qwen2Config
 from conj.model.weights import local_tensor, parameter_shapes
 from conj.train.dpo import DPOOptions, batches_of, build_optimizer, select_arithmetic, train_step
@@ -53,14 +63,6 @@ KERNEL_KINDS = {  # the first pattern that a kernel's name matches
     "between processes": r"nccl",
     "elementwise": r"elementwise|multi_tensor",
 }
-
-
-def config_of(size: dict, num_layers: int) -> Qwen2Config:
-    return Qwen2Config(
-        vocab_size=size["V"], hidden_size=size["D"], intermediate_size=size["F"], num_hidden_layers=num_layers,
-        num_attention_heads=size["N"], num_key_value_heads=size["K"], head_dim=size["H"], rms_norm_eps=1e-6,
-        rope_theta=1e6, tie_word_embeddings=size["tie"], max_position_embeddings=32768, dtype="bfloat16",
-    )  # fmt: skip
 
 
 def bytes_needed(config: Qwen2Config, num_tokens: int, recompute: str) -> int:
@@ -146,20 +148,18 @@ def run(
     timed = [seconds_of(lambda packs=packs: step(packs)) for packs in plans[:-1]]
     assert not any("skipped" in metrics for _, metrics in timed), "a step's loss or gradient was not finite"
     seconds, metrics = zip(*timed[args.warmup :])
-    flops = [step_flops(pairs, packs, config) for packs in plans[args.warmup : -1]]
-    blocks, head = (sum(column) for column in zip(*flops))
-    on_gpu = args.device == "cuda"
+    timed_plans, how = plans[args.warmup : -1], {"recompute": recompute, "device": args.device}
+    flops = [training_flops(pairs, packs, config, **how) for packs in timed_plans]
+    executed, needed = (sum(column) for column in zip(*flops))
     row = {
         "layers": config.num_hidden_layers, "recompute": recompute, "dtype": args.dtype,
         "parameters": sum(math.prod(shape) for shape in parameter_shapes(config).values()),
-        "pairs_per_step": args.pairs_per_step, "packs_per_step": [len(packs) for packs in plans[args.warmup : -1]],
+        "pairs_per_step": args.pairs_per_step, "packs_per_step": [len(packs) for packs in timed_plans],
         "tokens_per_step": [m["num_tokens"] for m in metrics], "largest_pack_tokens": largest_pack(pairs, plans),
         "step_seconds": list(seconds), "step_seconds_median": statistics.median(seconds),
         "pairs_per_second": args.pairs_per_step * len(seconds) / sum(seconds),
         "tokens_per_second": sum(m["num_tokens"] for m in metrics) / sum(seconds),
-        "model_flops": 3 * (blocks + head),
-        "executed_flops": (4 if recompute == "full" else 3) * blocks + (4 if on_gpu else 3) * head,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else resident_bytes("VmHWM"),
+        "model_flops": needed, "executed_flops": executed, "peak_memory_bytes": peak_memory_bytes(args.device),
         "counted_memory_bytes": bytes_needed(config, largest_pack(pairs, plans), recompute),
         "scoring_pairs_per_second": len(pairs_of(rest)) / scoring_seconds,
         "first_loss": timed[0][1]["loss"], "losses": [m["loss"] for m in metrics],
@@ -244,7 +244,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="must be what torch finds here")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of forward and backward")
     parser.add_argument("--model", choices=QWEN2, default="7B", help="whose width, and whose layers as far as they fit")
     kinds = ACTIVATION_CHECKPOINTING[::-1]  # the one that keeps least, and so fits most layers, first
@@ -262,6 +262,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--trace", type=Path, help="file for the trace of the first row's profiled step, .json.gz")
     args = parser.parse_args()
+    try:
+        backends.choose_device(backends.this_machine(args.device), args.device)
+    except InputError as e:
+        parser.error(str(e))
     if args.tiny:
         args.prompt_tokens, args.judgment_tokens, args.pairs_per_step = (20, 60), (5, 20), 8
         args.max_tokens_per_pack = 400
@@ -301,9 +305,7 @@ def main() -> None:
         if args.json is not None:
             write_atomic(args.json, json.dumps(rows, indent=1).encode())
 
-    with distributed() as world:
-        if world.device.type != args.device:
-            sys.exit(f"error: --device: expected {world.device.type}, which torch finds here, found {args.device}")
+    with distributed(args.device) as world:
         select_arithmetic(DPOOptions(run=Path(), model=Path(), dtype=args.dtype), world.device)
         ceiling = matmul_ceiling(args.device, args.dtype, 1.0)
         print(f"matmul ceiling: {ceiling / 1e12:.3g} TFLOP/s", flush=True)

@@ -29,7 +29,15 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from bench_common import QWEN2, ROOT, matmul_ceiling, require_quiet, resident_bytes, step_flops, where_measured
+from bench_common import (
+    QWEN2,
+    ROOT,
+    matmul_ceiling,
+    peak_memory_bytes,
+    require_quiet,
+    training_flops,
+    where_measured,
+)
 from make_random_model import write_random_model
 
 SETTINGS = {"beta": 0.1, "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.0}
@@ -85,15 +93,6 @@ def write_pairs(run: Path, args: argparse.Namespace) -> None:
                 | {"rejected": [{"role": "assistant", "content": rejected}], "label": 1, "pair_type": "repeated"}
             )
     write_jsonl(run / "pairs.jsonl", rows)
-
-
-def peak_memory_bytes(device: str) -> int:
-    """Of this process: allocated on the GPU, or resident on a CPU."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    return resident_bytes("VmHWM")
 
 
 def run_conj(folder: Path, model: Path, share: str, args: argparse.Namespace) -> dict:
@@ -243,15 +242,12 @@ def isolated(function, *arguments) -> dict:
 
 
 def conj_step_flops(folder: Path, model: Path, share: str, args: argparse.Namespace) -> list[tuple[int, int]]:
-    """(executed, needed) FLOPs of each step. Needed is three times the forward; executed adds what is computed again: on
-    a GPU the head's forward, and the blocks' with full activation checkpointing."""
+    """(executed, needed) FLOPs of each step."""
     from conj.model.qwen2 import read_config
 
     pairs, _, plans = steps_of(folder / "run", model, share, args)
-    forwards = [step_flops(pairs, packs, read_config(model)) for packs in plans]
-    of_blocks = 4 if args.activation_checkpointing == "full" else 3
-    of_head = 4 if args.device == "cuda" else 3
-    return [(of_blocks * blocks + of_head * head, 3 * (blocks + head)) for blocks, head in forwards]
+    how = {"recompute": args.activation_checkpointing, "device": args.device}
+    return [training_flops(pairs, packs, read_config(model), **how) for packs in plans]
 
 
 def best_settings(folder: Path, model: Path, logits: str, args: argparse.Namespace) -> dict:
@@ -405,7 +401,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="must be what torch finds here")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of both sides")
     parser.add_argument("--peer", choices=("trl", "none"), default="trl", help="whom to time beside conj")
     parser.add_argument(
         "--settings", nargs="+", choices=("default", "best"), default=["default", "best"], help="of TRL"

@@ -16,7 +16,7 @@ from dataclasses import fields, is_dataclass, replace
 from unittest import mock
 
 import torch
-from bench_common import QWEN2
+from bench_common import QWEN2, config_of
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -97,9 +97,8 @@ class _Attention(torch.autograd.Function):
 def nothing_runs(launches: Counter):
     """Tensors without values; Triton kernels are counted by name."""
     with (
-        FakeTensorMode(
-            allow_non_fake_inputs=True
-        ),  # on the "cpu": a build of torch for CPUs has no autograd for others
+        # On the "cpu": a build of torch for CPUs has no autograd for others.
+        FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.dict(logprob.BLOCK, cpu=logprob.BLOCK["cuda"]),
         mock.patch.dict(qwen2.KEPT_LOGITS, cpu=qwen2.KEPT_LOGITS["cuda"]),
         mock.patch.object(backends, "current", backends.Backends(attention="varlen", kernels="triton")),
@@ -161,12 +160,7 @@ def main() -> None:
     parser.add_argument("--judgment-tokens", type=int, default=250)
     parser.add_argument("--pairs-per-prompt", type=int, default=4)
     args = parser.parse_args()
-    size = QWEN2[args.model]
-    config = Qwen2Config(
-        vocab_size=size["V"], hidden_size=size["D"], intermediate_size=size["F"], num_hidden_layers=size["L"],
-        num_attention_heads=size["N"], num_key_value_heads=size["K"], head_dim=size["H"], rms_norm_eps=1e-6,
-        rope_theta=1e6, tie_word_embeddings=size["tie"], max_position_embeddings=32768, dtype="bfloat16",
-    )  # fmt: skip
+    config = config_of(QWEN2[args.model], QWEN2[args.model]["L"])
     pairs, pack = uniform_pack(args.tokens, args.prompt_tokens, args.judgment_tokens, args.pairs_per_prompt)
     print(
         "| `--activation-checkpointing` | kept, GiB | peak with gradients, GiB | dtype casts | Triton launches | host waits |"

@@ -30,19 +30,24 @@ from conj.train import audit, dpo, reference
 BASE = ROOT / "demo" / "base"
 
 
+def pair_of(preference: dict, label: int, write: Callable[[str, int], str] = judgment_text) -> dict:
+    """A row of pairs.jsonl, but for id and split; `write(reason, verdict)` gives a judgment, whose reason is the better
+    answer."""
+    answers = [preference["chosen"], preference["rejected"]][:: 1 if label == 1 else -1]
+    chosen, rejected = (
+        [{"role": "assistant", "content": write(preference["chosen"], verdict)}] for verdict in (label, 3 - label)
+    )
+    row = {"prompt": judge_messages(preference["prompt"], *answers), "chosen": chosen, "rejected": rejected}
+    return row | {"label": label, "pair_type": "repeated"}
+
+
 def write_pairs(path: Path, num_prompts: int) -> None:
-    """A pair for each of the demo's first preferences; a judgment's reason is the answer it prefers."""
-    rng, rows = random.Random(0), []
-    for i, row in enumerate(read_jsonl(ROOT / "demo" / "train.jsonl")[:num_prompts]):
-        label = rng.choice((1, 2))
-        answers = (row["chosen"], row["rejected"]) if label == 1 else (row["rejected"], row["chosen"])
-        chosen, rejected = (
-            [{"role": "assistant", "content": judgment_text(row["chosen"], verdict)}] for verdict in (label, 3 - label)
-        )
-        rows.append(
-            {"id": f"{i:04}", "prompt": judge_messages(row["prompt"], *answers), "chosen": chosen, "rejected": rejected}
-            | {"label": label, "pair_type": "repeated", "split": "eval" if i % 10 == 0 else "train"}
-        )
+    """A pair for each of the demo's first preferences."""
+    rng, preferences = random.Random(0), read_jsonl(ROOT / "demo" / "train.jsonl")[:num_prompts]
+    rows = [
+        {"id": f"{i:04}", **pair_of(row, rng.choice((1, 2))), "split": "eval" if i % 10 == 0 else "train"}
+        for i, row in enumerate(preferences)
+    ]
     write_jsonl(path, rows)
 
 
@@ -66,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="must be what torch finds here")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="of every stage")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--prompts", type=int, default=396, help="prompts, with one pair each")
     parser.add_argument("--max-steps", type=int, default=24, help="optimizer steps; killed in the middle")
@@ -74,7 +79,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         undisturbed, killed = Path(scratch) / "undisturbed", Path(scratch) / "killed"
-        common = {"model": BASE, "dtype": args.dtype, "max_tokens_per_pack": 4096}
+        common = {"model": BASE, "device": args.device, "dtype": args.dtype, "max_tokens_per_pack": 4096}
         undisturbed.mkdir()
         write_pairs(undisturbed / "pairs.jsonl", args.prompts)
         seconds = {"reference": run_stage(reference.main, reference.ReferenceOptions(run=undisturbed, **common))}
@@ -94,7 +99,7 @@ def main() -> None:
         seconds["started anew"] = run_stage(dpo.main, options(killed))
         rows = read_jsonl(log)
         result = {"seconds": seconds, "metrics": [rows[0], rows[-1]]}
-        checks = audit.AuditOptions(run=killed, replay=2, reference=True, against=undisturbed)
+        checks = audit.AuditOptions(run=killed, device=args.device, replay=2, reference=True, against=undisturbed)
         try:
             seconds["audit"] = run_stage(audit.main, checks)
         finally:  # also when it says BROKEN

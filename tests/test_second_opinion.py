@@ -10,11 +10,12 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_audit import audited, broken
 from test_dpo import dpo_options, make_reference
+from train_killed import pair_of
 
 from conj import InputError
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.packs import Group, tokenize_pairs
-from conj.data.prompts import JudgeTokenizer, judge_messages, judgment_text
+from conj.data.prompts import JudgeTokenizer, judgment_text
 from conj.train import dpo, second_opinion
 from conj.train.reference import check_reference, compute_logps
 from conj.train.second_opinion import load_transformers, transformers_logps, trend
@@ -27,16 +28,12 @@ SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10
 
 def demo_pairs(seed: int, write=judgment_text, num: int = 70) -> list[dict]:
     """Rows of pairs.jsonl of `num` of the demo's questions; `write(answer, verdict)` gives a judgment."""
-    rng, rows = random.Random(seed), []
-    for row in rng.sample(list(read_jsonl(ROOT / "demo" / "train.jsonl")), num):
-        label = rng.choice((1, 2))
-        answers = [row["chosen"], row["rejected"]][:: 1 if label == 1 else -1]
-        judgments = [[{"role": "assistant", "content": write(row["chosen"], v)}] for v in (label, 3 - label)]
-        rows.append(
-            {"id": f"{len(rows):04}", "prompt": judge_messages(row["prompt"], *answers), "chosen": judgments[0]}
-            | {"rejected": judgments[1], "label": label, "pair_type": "repeated", "split": "train"}
-        )
-    return rows
+    rng = random.Random(seed)
+    preferences = rng.sample(list(read_jsonl(ROOT / "demo" / "train.jsonl")), num)
+    return [
+        {"id": f"{i:04}", **pair_of(row, rng.choice((1, 2)), write), "split": "train"}
+        for i, row in enumerate(preferences)
+    ]
 
 
 def scaled(name: str, folder: Path, factor: float = 1.01) -> Path:
