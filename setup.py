@@ -12,7 +12,7 @@ setup(
     version=version,
     description="Trains generative judges the Con-J way",
     packages=find_packages(include=["conj", "conj.*"]),
-    package_data={"conj.sample": ["templates/*", "judges/*"]},
+    package_data={"conj.sample.evaluation": ["templates/*", "judges/*"]},
     python_requires=">=3.11,<3.13",
     install_requires=[  # the lower bounds are what `make test-oldest` runs with
         "torch>=2.11,<2.15",

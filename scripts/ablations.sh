@@ -3,7 +3,7 @@
 # (links to those stages' files), stages 4 to 6, an evaluation, and one report of them all. What is already complete is
 # skipped, so the same line can be given again after a kill.
 #
-#   scripts/ablations.sh --run runs/mine --out runs/mine-ablations --model models/Qwen2-7B-Instruct \
+#   scripts/ablations.sh --run-dir runs/mine --out runs/mine-ablations --model models/Qwen2-7B-Instruct \
 #       --test-data HuggingFaceH4/ultrafeedback_binarized:test_prefs --dpo "--learning-rate 5e-7"
 #
 #   full           nothing left out: what the others compare with
@@ -11,7 +11,7 @@
 #   verdict_only   no reasons: bare verdicts
 #   repeated_only  pairs of sampled judgments alone                        hinted_only    pairs of hinted ones alone
 #
-# Options: --run DIR (the finished run), --out DIR (folder of the ablations), --model PATH, --test-data PATH… (benchmarks),
+# Options: --run-dir DIR (the finished run), --out DIR (folder of the ablations), --model PATH, --test-data PATH… (benchmarks),
 # --ablations NAME… (default: all six), --seed N, --nproc-per-node N (processes of stages 5 and 6, default 1), and further
 # options of a stage as one quoted string: --pairs, --reference, --dpo, --evaluate.
 set -euo pipefail
@@ -38,7 +38,7 @@ while [ $# -gt 0 ]; do
     esac
     [ $# -gt 0 ] || fail "$option: expected a value, found none"
     case "$option" in
-        --run) run="$1" ;;
+        --run-dir) run="$1" ;;
         --out) out="$1" ;;
         --model) model="$1" ;;
         --seed) seed="$1" ;;
@@ -58,13 +58,13 @@ done
 [ ${#test_data[@]} -gt 0 ] || fail "--test-data: expected a benchmark, found none"
 stages=(prompts.jsonl repeated.jsonl hinted.jsonl)
 for file in "${stages[@]}"; do
-    [ -f "$run/$file.manifest.json" ] || fail "$run/$file: no such finished file; run stages 1 to 3 first (--run)"
+    [ -f "$run/$file.manifest.json" ] || fail "$run/$file: no such finished file; run stages 1 to 3 first (--run-dir)"
 done
 
 # On a CPU, threads that spin while they wait lose a factor of ten as soon as another process wants a core.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
-train() { # one process, or torchrun (whose parser wants --run-dir for --run)
+train() { # one process, or torchrun (whose parser wants --run-dir for --run-dir)
     if [ "$nproc" = 1 ]; then python -m "$@"; else torchrun --standalone --nproc_per_node "$nproc" -m "$@"; fi
 }
 take() { # take FROM TO FILE…: files with their manifests, as links where the file system can
@@ -86,10 +86,10 @@ for name in "${ablations[@]}"; do
     [ -z "$first" ] || take "$first" "$folder" judgments_base.jsonl
     # shellcheck disable=SC2086
     {
-        python -m conj.data.pairs --run "$folder" --seed "$seed" ${options[$name]} ${extra[pairs]}
+        python -m conj.data.pairs --run-dir "$folder" --seed "$seed" ${options[$name]} ${extra[pairs]}
         train conj.train.reference --run-dir "$folder" --model "$model" ${extra[reference]}
         train conj.train.dpo --run-dir "$folder" --seed "$seed" --model "$model" ${extra[dpo]}
-        python -m conj.sample.evaluate --run "$folder" --seed "$seed" --model "$model" \
+        python -m conj.sample.evaluation.evaluate --run-dir "$folder" --seed "$seed" --model "$model" \
             --data "${test_data[@]}" ${extra[evaluate]}
     }
     first="${first:-$folder}"
@@ -101,6 +101,6 @@ for word in ${extra[evaluate]}; do
     [ $keep = no ] || selection+=("$word")
 done
 echo "== all"
-python -m conj.sample.evaluate --run "$out" --seed "$seed" \
+python -m conj.sample.evaluation.evaluate --run-dir "$out" --seed "$seed" \
     --judgments "base=$first/judgments_base.jsonl" "${judgments[@]}" --data "${test_data[@]}" "${selection[@]}"
 echo "open $out/report.html"

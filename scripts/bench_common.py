@@ -12,8 +12,7 @@ import torch
 
 from conj.data.manifest import describe_code
 from conj.data.packs import group_tokens
-from conj.model.qwen2 import Qwen2Config
-from conj.train.sharding import COMPUTE_DTYPES
+from conj.model.qwen2 import DTYPES, Qwen2Config
 
 ROOT = Path(__file__).resolve().parent.parent
 CARRIED_COMMIT = ROOT / ".wheels" / "commit"  # gpu_suite.sh --help: for a machine to which no .git travels
@@ -72,7 +71,7 @@ def time_calls(function: Callable, device: str, *, seconds: float, least: int = 
 def matmul_ceiling(device: str, dtype: str, seconds: float = 2.0) -> float:
     """FLOP/s of the best of many square matmuls of random numbers: what any step is measured against."""
     size = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(COMPUTE_DTYPES[dtype]) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
     return 2 * size**3 / min(time_calls(lambda: a @ b, device, seconds=seconds))
 
 

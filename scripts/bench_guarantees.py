@@ -37,7 +37,7 @@ from conj.train.sharding import distributed
 
 SAVE_EVERY = dpo.DPOOptions.__dataclass_fields__["save_every"].default
 DEVICE = "cpu"  # of all that runs here, also where a GPU is visible
-COMMON = ("--device", DEVICE, "--dtype", "fp32", "--max-tokens-per-pack", 1024)
+COMMON = ("--device", DEVICE, "--dtype", "float32", "--max-tokens-per-pack", 1024)
 SHORT_STEPS = 4  # of a block, 2 pairs each
 
 
@@ -56,7 +56,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     make_model(folder / "model", "float32", args.geometry, DEVICE)
     sizes = {"prompt_tokens": (250, 350), "judgment_tokens": (40, 120), "pairs_per_prompt": 4}
     write_pairs(folder / "run", SimpleNamespace(prompts=(args.steps + 2) * 2 + SHORT_STEPS, **sizes))
-    launch(1, 1, "-m", "conj.train.reference", "--run", folder / "run", "--model", folder / "model", *COMMON)
+    launch(1, 1, "-m", "conj.train.reference", "--run-dir", folder / "run", "--model", folder / "model", *COMMON)
 
 
 def time_steps(folder: Path, ranks: int, threads: int, steps: int, *more) -> float:
@@ -75,10 +75,10 @@ def time_saving(folder: Path, blocks: int) -> None:
     """Writes to `saving.json` what a checkpoint adds to its block, and how long the step waits for it: medians."""
     with distributed(DEVICE) as world:
         options = dpo.DPOOptions(
-            run=folder / "run", model=folder / "model", dtype="fp32", pairs_per_step=2, max_tokens_per_pack=1024
+            run_dir=folder / "run", model=folder / "model", dtype="float32", pairs_per_step=2, max_tokens_per_pack=1024
         )
         dpo.select_arithmetic(options, world.device)
-        pairs, _, usable = load_pairs(options.run, options.model, options.max_length)
+        pairs, _, usable = load_pairs(options.run_dir, options.model, options.max_length)
         steps = plan_steps(pairs, usable, pairs_per_step=options.pairs_per_step, share=options.share, seed="0")
         steps = [plan_packs(pairs, s, max_tokens=1024, share=options.share) for s in steps[:SHORT_STEPS]]
         reference = torch.zeros(len(pairs), 2)
@@ -110,14 +110,14 @@ def compare(folder: Path, ranks: int, args: argparse.Namespace) -> dict:
     """The row of figures for this many ranks, with the ceilings measured before, between and after the runs."""
     threads = max(1, os.cpu_count() // ranks)
     sides = {"plain": (threads,), "plain_one_thread": (1,), "audit_mode": (threads, "--audit-mode")}
-    seconds, saving, ceilings = {side: [] for side in sides}, [], [matmul_ceiling(DEVICE, "fp32")]
+    seconds, saving, ceilings = {side: [] for side in sides}, [], [matmul_ceiling(DEVICE, "float32")]
     for _ in range(args.rounds):
         for side, (threads_of_side, *more) in sides.items():
             seconds[side].append(time_steps(folder, ranks, threads_of_side, args.steps, *more))
-            ceilings.append(matmul_ceiling(DEVICE, "fp32"))
+            ceilings.append(matmul_ceiling(DEVICE, "float32"))
         launch(ranks, threads, __file__, "--saving", folder, "--blocks", args.blocks)
         saving.append(json.loads((folder / "saving.json").read_text()))
-        ceilings.append(matmul_ceiling(DEVICE, "fp32"))
+        ceilings.append(matmul_ceiling(DEVICE, "float32"))
     step_seconds = {side: spread([s / args.steps for s in seconds[side]]) for side in sides}
     checkpoint_seconds = spread([medians["added"] for medians in saving])
     return {

@@ -1,9 +1,9 @@
 """The kernels beside their peers: checked against fp64 first, then time, memory and share of the device's ceiling.
 
-    python scripts/bench_kernels.py --device cuda --dtype bf16 --json kernels.json
+    python scripts/bench_kernels.py --device cuda --dtype bfloat16 --json kernels.json
     python scripts/bench_kernels.py --device cuda --only linear_logprob --models 7B --tokens 4096 --modes both
-    python scripts/bench_kernels.py --device cpu --dtype fp32 --tiny
-    python scripts/bench_kernels.py --device cpu --dtype fp32 --memory 1024 64
+    python scripts/bench_kernels.py --device cpu --dtype float32 --tiny
+    python scripts/bench_kernels.py --device cpu --dtype float32 --memory 1024 64
 
 Gate: on 64 tokens, outputs and gradients against an fp64 oracle, half of the targets likely, upstream gradients signed
 and different for each token. A candidate whose relative error is above 4 times that of torch eager in the same dtype
@@ -51,7 +51,7 @@ from torch import Tensor
 
 from conj.data.files import write_atomic
 from conj.model import backends
-from conj.train.sharding import COMPUTE_DTYPES
+from conj.model.qwen2 import DTYPES
 
 MODES = ("forward", "backward", "both")
 VOCABULARIES = (32768, 65536, 131072, 262144)
@@ -210,7 +210,7 @@ def describe(candidate: Candidate, problem: Problem, mode: str, measured: dict, 
 def run(op: str, model: str, T: int, args: argparse.Namespace, ceiling: float) -> list[dict]:
     """Gate and timing of one operation at one shape: a row for each candidate and mode."""
     size, compiled = SIZES[model], args.compile or args.device == "cuda"
-    like = (args.device, COMPUTE_DTYPES[args.dtype])
+    like = (args.device, DTYPES[args.dtype])
     torch.compiler.reset()  # else the shapes of earlier problems count against its limit of recompilations
     torch.manual_seed(0)
     verdicts = gate(OPERATIONS[op](size, min(T, GATE_TOKENS), like, compiled))
@@ -230,7 +230,7 @@ def run(op: str, model: str, T: int, args: argparse.Namespace, ceiling: float) -
 def peak_beyond_gradients(name: str, T: int, D: int, V: int, device: str, dtype: str) -> int:
     """Peak bytes of linear_logprob, forward and backward, beyond its inputs and their gradients."""
     backends.select(torch.device(device))
-    like = (device, COMPUTE_DTYPES[dtype])
+    like = (device, DTYPES[dtype])
     for tokens, columns in ((16, 64), (T, V)):  # the first is warm-up
         problem = linear_logprob({"D": D, "V": columns}, tokens, like, False)
         prepare, timed = _steps(next(c for c in problem.candidates if c.name == name), problem, "both")
@@ -256,7 +256,7 @@ def memory_rows(
         for V in vocabularies:
             for name in (name for name in found if names is None or name in names):
                 row = {"op": "linear_logprob", "mode": "memory", "candidate": name, "dtype": dtype, "tokens": T}
-                row |= {"D": D, "V": V, "logits_mib": T * V * COMPUTE_DTYPES[dtype].itemsize / 2**20}
+                row |= {"D": D, "V": V, "logits_mib": T * V * DTYPES[dtype].itemsize / 2**20}
                 call = (peak_beyond_gradients, name, T, D, V, device, dtype)
                 try:
                     peak = call[0](*call[1:]) if device == "cuda" else pool.submit(*call).result()
@@ -299,7 +299,7 @@ def _cells(row: dict) -> list[str]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--dtype", choices=COMPUTE_DTYPES, default="bf16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="operations")
     parser.add_argument("--models", nargs="+", choices=QWEN2, default=list(QWEN2), help="whose shapes")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, 16384], help="T")

@@ -1,7 +1,7 @@
 """Training steps at the width of Qwen2-7B on one device: seconds, share of the matmul ceiling, memory, where time goes.
 
     python scripts/bench_steps.py --json steps.json --trace steps.trace.json.gz
-    python scripts/bench_steps.py --device cpu --dtype fp32 --tiny --json steps.json
+    python scripts/bench_steps.py --device cpu --dtype float32 --tiny --json steps.json
 
 All 28 layers where they fit, else as many as do: counted beforehand from the config (`bytes_needed`), and an eighth fewer
 each time the device runs out of memory all the same. Weights are drawn on the device, nothing is written or hashed.
@@ -46,9 +46,10 @@ from conj import InputError
 from conj.data.files import write_atomic
 from conj.data.packs import TokenizedPairs, group_tokens, pairs_of, plan_packs, plan_steps
 from conj.model import backends
-from conj.model.qwen2 import ACTIVATION_CHECKPOINTING, Qwen2Config
+from conj.model.qwen2 import Qwen2Config
 from conj.model.weights import local_tensor, parameter_shapes
 from conj.train.dpo import DPOOptions, batches_of, build_optimizer, select_arithmetic, train_step
+from conj.train.options import ACTIVATION_CHECKPOINTING
 from conj.train.reference import compute_logps
 from conj.train.sharding import World, distributed, ending_process, shard_model
 
@@ -120,7 +121,7 @@ def run(
     config: Qwen2Config, recompute: str, pairs: TokenizedPairs, plans: list, args: argparse.Namespace, world: World
 ) -> tuple[dict, Callable]:
     """Figures of the timed steps, and the function that takes one more."""
-    options = DPOOptions(run=Path(), model=Path(), dtype=args.dtype)
+    options = DPOOptions(run_dir=Path(), model=Path(), dtype=args.dtype)
     model = shard_model(config, world, args.dtype, activation_checkpointing=recompute)
     draw_weights(model)
     optimizer = build_optimizer(model, options)
@@ -245,7 +246,7 @@ def parse() -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of forward and backward")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of forward and backward")
     parser.add_argument("--model", choices=QWEN2, default="7B", help="whose width, and whose layers as far as they fit")
     kinds = ACTIVATION_CHECKPOINTING[::-1]  # the one that keeps least, and so fits most layers, first
     parser.add_argument("--recompute", nargs="+", choices=kinds, default=kinds, help="activation checkpointing")
@@ -306,7 +307,7 @@ def main() -> None:
             write_atomic(args.json, json.dumps(rows, indent=1).encode())
 
     with distributed(args.device) as world:
-        select_arithmetic(DPOOptions(run=Path(), model=Path(), dtype=args.dtype), world.device)
+        select_arithmetic(DPOOptions(run_dir=Path(), model=Path(), dtype=args.dtype), world.device)
         ceiling = matmul_ceiling(args.device, args.dtype, 1.0)
         print(f"matmul ceiling: {ceiling / 1e12:.3g} TFLOP/s", flush=True)
         for recompute in args.recompute:

@@ -41,7 +41,7 @@ from bench_common import (
 from make_random_model import write_random_model
 
 SETTINGS = {"beta": 0.1, "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.0}
-LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}  # after a few steps; more means that the work was not equal
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # after a few steps; more means that the work was not equal
 GEOMETRIES = {
     "1M": dict(hidden_size=128, intermediate_size=384, layers=4, heads=4, kv_heads=2, vocab_size=1_536, tie=True),
     "20M": dict(hidden_size=384, intermediate_size=1024, layers=5, heads=6, kv_heads=2, vocab_size=32_000, tie=True),
@@ -103,14 +103,14 @@ def run_conj(folder: Path, model: Path, share: str, args: argparse.Namespace) ->
     from conj.train.sharding import distributed
 
     options = dpo.DPOOptions(
-        run=folder / "run", model=model, share=share, dtype=args.dtype, pairs_per_step=args.pairs_per_step,
+        run_dir=folder / "run", model=model, share=share, dtype=args.dtype, pairs_per_step=args.pairs_per_step,
         warmup_ratio=0.0, max_tokens_per_pack=args.max_tokens_per_pack, kernels=args.kernels, device=args.device,
         activation_checkpointing=args.activation_checkpointing, cpu_offload=args.cpu_offload, **SETTINGS,
     )  # fmt: skip
-    pairs, _, plans = steps_of(options.run, model, share, args)
+    pairs, _, plans = steps_of(options.run_dir, model, share, args)
     with distributed(args.device) as world:
         dpo.select_arithmetic(options, world.device)
-        logps = load_file(options.run / "reference.safetensors")["logps"]
+        logps = load_file(options.run_dir / "reference.safetensors")["logps"]
         sharded, optimizer = dpo.build_policy(options, world)
         batches = dpo.batches_of(pairs, logps, plans, world)
         rows = [
@@ -142,7 +142,7 @@ def run_reference(folder: Path, model: Path, args: argparse.Namespace) -> dict:
     started = time.perf_counter()
     reference.main(
         reference.ReferenceOptions(
-            run=folder,
+            run_dir=folder,
             model=model,
             dtype=args.dtype,
             device=args.device,
@@ -211,7 +211,7 @@ def run_trl(folder: Path, model: Path, logits: str, peer: dict, args: argparse.N
 
     config = DPOConfig(
         output_dir=str(folder / "trl"), max_steps=args.steps, gradient_accumulation_steps=args.pairs_per_step // batch,
-        per_device_train_batch_size=batch, max_length=None, use_cpu=args.device == "cpu", bf16=args.dtype == "bf16",
+        per_device_train_batch_size=batch, max_length=None, use_cpu=args.device == "cpu", bf16=args.dtype == "bfloat16",
         train_sampling_strategy="sequential", logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
         beta=SETTINGS["beta"], learning_rate=SETTINGS["learning_rate"], adam_beta1=SETTINGS["adam_beta1"],
         adam_beta2=SETTINGS["adam_beta2"], weight_decay=SETTINGS["weight_decay"], lr_scheduler_type="cosine",
@@ -414,7 +414,9 @@ def main() -> None:
     parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES, default=["20M"], help="models")
     shares = ("prompt", "pair", "none")
     parser.add_argument("--share", nargs="+", choices=shares, default=shares, help="of conj")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of forward and backward, both sides")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of forward and backward, both sides"
+    )
     parser.add_argument("--prompts", type=int, default=64, help="prompts in pairs.jsonl")
     parser.add_argument("--pairs-per-prompt", type=int, default=4)
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=(270, 330), help="fewest and most")

@@ -25,9 +25,10 @@ from torch.utils._pytree import tree_leaves
 
 from conj.data.packs import Group, TokenizedPairs
 from conj.model import attention, backends, kernels, logprob, qwen2
-from conj.model.qwen2 import ACTIVATION_CHECKPOINTING, Qwen2, Qwen2Config
+from conj.model.qwen2 import Qwen2, Qwen2Config
 from conj.train.batch import Batch, collate
 from conj.train.optimizer import gradient_norm
+from conj.train.options import ACTIVATION_CHECKPOINTING
 from conj.train.sharding import World
 
 # The host waits for the device: it reads a value, or looks how many there are.

@@ -6,10 +6,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 run="${1:-runs/demo}"
-scripts/run_conj.sh --run "$run" --model demo/base --data demo/train.jsonl --test-data demo/test.jsonl \
+scripts/run_conj.sh --run-dir "$run" --model demo/base --data demo/train.jsonl --test-data demo/test.jsonl \
     --repeated "--max-new-tokens 64" \
     --hinted "--max-new-tokens 64" \
-    --reference "--dtype fp32" \
-    --dpo "--dtype fp32 --learning-rate 5e-5 --num-train-epochs 2 --eval-every 10" \
+    --reference "--dtype float32" \
+    --dpo "--dtype float32 --learning-rate 5e-5 --num-train-epochs 2 --eval-every 10" \
     --evaluate "--max-new-tokens 64" "${@:2}"
 echo "open $run/report.html"

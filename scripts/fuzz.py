@@ -487,8 +487,8 @@ def fuzz_model_folder(data: bytes, folders: Folders) -> str:
     """Reads a damaged folder as training and sampling do. Returns `accepted` or `refused`; raises Finding."""
     from conj import InputError
     from conj.data.prompts import JudgeTokenizer, judge_messages
+    from conj.model.folder import check_model
     from conj.model.weights import check_model_folder, load_model
-    from conj.sample.engine import check_model
 
     with damaged(folders, chooser(data)) as (folder, refuse, same_tokenizer):
         config, model = attempt(check_model_folder, folder), attempt(check_model, folder, None)

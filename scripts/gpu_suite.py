@@ -63,7 +63,7 @@ class Setup:
     seconds: float = 0.0  # that this phase may take
 
     def script(self, name: str, *options: object) -> list:
-        dtype = "bf16" if self.device == "cuda" else "fp32"
+        dtype = "bfloat16" if self.device == "cuda" else "float32"
         return [sys.executable, f"scripts/{name}.py", "--device", self.device, "--dtype", dtype, *options]
 
 

@@ -93,8 +93,8 @@ def save_aim(run: Path, number: int, file: str, delay: float) -> Aim:
 def kill_training(args: argparse.Namespace, out: Path) -> list[dict]:
     rng, base, undisturbed = random.Random(args.seed), ROOT / "demo" / "base", out / "undisturbed-run"
     make_pairs(out / "start", 60, rng)
-    shared = ["--model", base, "--device", args.device, "--dtype", "fp32", "--max-tokens-per-pack", "2000"]
-    run_command([sys.executable, "-m", "conj.train.reference", "--run", out / "start", *shared], out / "log")
+    shared = ["--model", base, "--device", args.device, "--dtype", "float32", "--max-tokens-per-pack", "2000"]
+    run_command([sys.executable, "-m", "conj.train.reference", "--run-dir", out / "start", *shared], out / "log")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
     options = [*shared, "--learning-rate", "1e-3", "--pairs-per-step", "6", "--eval-every", "10"]
     options += ["--save-every", "2", "--keep-checkpoints", KEEP_CHECKPOINTS]
@@ -137,7 +137,7 @@ def kill_sampling(args: argparse.Namespace, out: Path) -> list[dict]:
     train, test = (ROOT / "demo" / f"{name}.jsonl" for name in ("train", "test"))
     few = ["--limit", args.limit]
     run_command(
-        [sys.executable, "-m", "conj.data.preprocess", "--run", out / "start", "--data", train, *few], out / "log"
+        [sys.executable, "-m", "conj.data.preprocess", "--run-dir", out / "start", "--data", train, *few], out / "log"
     )
     stages = {"repeated": ("repeated.jsonl", 8, []), "hinted": ("hinted.jsonl", 2, [])}
     stages["evaluate"] = ("judgments_base.jsonl", 2, ["--data", test, *few])
@@ -157,7 +157,7 @@ def kill_stage(
 
     def line(run: Path) -> list:
         model = ["--model", ROOT / "demo" / "base"]
-        return [sys.executable, "-m", f"conj.sample.{stage}", "--run", run, *model, *few, *options]
+        return [sys.executable, "-m", f"conj.sample.{stage}", "--run-dir", run, *model, *few, *options]
 
     shutil.copytree(out / "start", undisturbed)
     run_command(line(undisturbed), out / "log")

@@ -35,7 +35,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conj.data.prompts import HINT_INSTRUCTIONS, JUDGE_INSTRUCTION, JudgeTokenizer, judge_messages, judgment_text
 from conj.data.verdicts import parse_strict
-from conj.sample.scores import UNPARSED, figure_ratios
+from conj.sample.evaluation.scores import UNPARSED, figure_ratios
 
 # ---- The world. Names, values and fillers have one length each, so answers with as much filler are equally long. ----
 # Two values for every town and attribute, the right one and a common mix-up; no value is used twice.
@@ -270,7 +270,7 @@ def judge(
 
 
 def measure(model: Qwen2ForCausalLM, tokenizer: JudgeTokenizer, rows: list[dict]) -> dict[str, float]:
-    """Greedy figures over both orders, as `conj.sample.evaluate` counts them."""
+    """Greedy figures over both orders, as `conj.sample.evaluation.evaluate` counts them."""
     both = [judge(model, tokenizer, rows, label) for label in (1, 2)]
     # The better answer is the data's first; a judgment that is right chose it, whatever the order.
     choices = np.array([[{True: 1, False: 2, None: UNPARSED}[right] for right in pair] for pair in zip(*both)])

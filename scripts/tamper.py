@@ -1,6 +1,6 @@
 """Flips one byte at a time in a copy of a finished run and asks the audit what is broken.
 
-    python scripts/tamper.py --run runs/demo --json out.json
+    python scripts/tamper.py --run-dir runs/demo --json out.json
 
 Every artefact, every manifest, what stages made beside them, checkpoints, and the base model: in each a byte at a place
 drawn by the seed. Prints a table, and exits with 1 if a change was not found or another link was named than the one
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from conj.data.manifest import list_artefacts, manifest_path, read_manifest
-from conj.train.audit import check_chain
+from conj.train.audit.chain import check_chain
 
 
 def places(run: Path, base: Path) -> list[tuple[Path, str]]:
@@ -35,7 +35,7 @@ def places(run: Path, base: Path) -> list[tuple[Path, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--run", type=Path, required=True, help="finished run folder; it is not changed")
+    parser.add_argument("--run-dir", type=Path, required=True, help="finished run folder; it is not changed")
     parser.add_argument("--base", type=Path, default=Path("demo/base"), help="its base model (default demo/base)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the places (default 0)")
     parser.add_argument("--json", type=Path, help="file for the rows")

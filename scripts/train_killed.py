@@ -1,7 +1,7 @@
 """A whole run on this device: trained, trained again but killed in the middle and started anew, audited, compared.
 
     python scripts/train_killed.py --json killed.json
-    python scripts/train_killed.py --device cpu --dtype fp32 --prompts 60 --max-steps 6 --json killed.json
+    python scripts/train_killed.py --device cpu --dtype float32 --prompts 60 --max-steps 6 --json killed.json
 
 The shipped tiny judge on pairs of the demo's preferences, in audit mode. The second run must end in the bits of the first:
 its audit takes 2 steps again, has `transformers` compute a sample, and compares the two runs. Stages are the functions
@@ -25,7 +25,8 @@ from kill_common import num_lines
 
 from conj.data.files import read_jsonl, write_atomic, write_jsonl
 from conj.data.prompts import judge_messages, judgment_text
-from conj.train import audit, dpo, reference
+from conj.train import dpo, reference
+from conj.train.audit import __main__ as audit
 
 BASE = ROOT / "demo" / "base"
 
@@ -72,7 +73,7 @@ def main() -> None:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="of every stage")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--prompts", type=int, default=396, help="prompts, with one pair each")
     parser.add_argument("--max-steps", type=int, default=24, help="optimizer steps; killed in the middle")
     parser.add_argument("--json", type=Path, required=True, help="file for seconds, checks and metrics")
@@ -82,12 +83,12 @@ def main() -> None:
         common = {"model": BASE, "device": args.device, "dtype": args.dtype, "max_tokens_per_pack": 4096}
         undisturbed.mkdir()
         write_pairs(undisturbed / "pairs.jsonl", args.prompts)
-        seconds = {"reference": run_stage(reference.main, reference.ReferenceOptions(run=undisturbed, **common))}
+        seconds = {"reference": run_stage(reference.main, reference.ReferenceOptions(run_dir=undisturbed, **common))}
         shutil.copytree(undisturbed, killed)
 
         def options(run: Path) -> dpo.DPOOptions:
             return dpo.DPOOptions(
-                run=run, **common, audit_mode=True, max_steps=args.max_steps, num_train_epochs=2, learning_rate=5e-5,
+                run_dir=run, **common, audit_mode=True, max_steps=args.max_steps, num_train_epochs=2, learning_rate=5e-5,
                 eval_every=10, save_every=2,
             )  # fmt: skip
 
@@ -99,7 +100,7 @@ def main() -> None:
         seconds["started anew"] = run_stage(dpo.main, options(killed))
         rows = read_jsonl(log)
         result = {"seconds": seconds, "metrics": [rows[0], rows[-1]]}
-        checks = audit.AuditOptions(run=killed, device=args.device, replay=2, reference=True, against=undisturbed)
+        checks = audit.AuditOptions(run_dir=killed, device=args.device, replay=2, reference=True, against=undisturbed)
         try:
             seconds["audit"] = run_stage(audit.main, checks)
         finally:  # also when it says BROKEN

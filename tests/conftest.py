@@ -140,7 +140,7 @@ def command(*arguments, ranks: int | None = None, **options) -> subprocess.Compl
     arguments = on_cpu(arguments)
     launch = [] if ranks is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     if ranks is not None:
-        arguments = ["--run-dir" if a == "--run" else a for a in arguments]
+        arguments = ["--run-dir" if a == "--run-dir" else a for a in arguments]
     line = [sys.executable, *launch, "-m", *map(str, arguments)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(line, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300, **options)

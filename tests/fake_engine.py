@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from conj.sample import engine, judge
-from conj.sample.engine import Completion, Request
+from conj.sample import judge
+from conj.sample.engines import vllm as engine
+from conj.sample.engines.completion import Completion, Request
 
 
 def use_fake_engine(monkeypatch: pytest.MonkeyPatch, write: Callable[[str], str]) -> list[Request]:

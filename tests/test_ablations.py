@@ -17,7 +17,7 @@ from conj.data.prompts import judgment_text
 
 # Sampling and evaluation need vLLM; here the former's files are written, and the latter notes what it was asked for.
 SHIM = """#!/usr/bin/env bash
-if [ "$2" = conj.sample.evaluate ]; then
+if [ "$2" = conj.sample.evaluation.evaluate ]; then
     echo "${*:3}" >> "$CALLS"
     for file in base trained; do
         [ -e "$4/judgments_$file.jsonl" ] || echo "{}" > "$4/judgments_$file.jsonl"
@@ -31,7 +31,7 @@ fi
 
 def write_judgments(run: Path, name: str, rows: list[dict]) -> None:
     artefact = run / name
-    manifest.begin(artefact, inputs=[run / "prompts.jsonl"], options=PairsOptions(run=run))
+    manifest.begin(artefact, inputs=[run / "prompts.jsonl"], options=PairsOptions(run_dir=run))
     write_jsonl(artefact, rows)
     manifest.finish(artefact, num_rows=len(rows), counts={}, seconds=0)
 
@@ -40,7 +40,7 @@ def write_judgments(run: Path, name: str, rows: list[dict]) -> None:
 def base_run(tmp_path) -> Path:
     """Stages 1 to 3 of 24 prompts of the demo: of each, 2 right and 2 wrong judgments, and the hinted two."""
     run = tmp_path / "base"
-    preprocess(PreprocessOptions(run=run, data=(str(ROOT / "demo" / "train.jsonl"),), limit=24))
+    preprocess(PreprocessOptions(run_dir=run, data=(str(ROOT / "demo" / "train.jsonl"),), limit=24))
     sampled, hinted = [], []
     for prompt in read_jsonl(run / "prompts.jsonl"):
         verdicts = {"hint": prompt["label"], "hint_reversed": 3 - prompt["label"]}
@@ -77,13 +77,13 @@ def test_each_ablation_is_a_run_of_its_own_and_all_are_reported_together(base_ru
     complete."""
     out = tmp_path / "out"
     before = {path: path.read_bytes() for path in base_run.iterdir()}
-    line = ["--run", base_run, "--out", out, "--model", ROOT / "demo" / "base", "--test-data", "x.jsonl", "y.jsonl"]
+    line = ["--run-dir", base_run, "--out", out, "--model", ROOT / "demo" / "base", "--test-data", "x.jsonl", "y.jsonl"]
     line += ["--ablations", "longer", "verdict_only", "hinted_only", "--evaluate", "--limit 3 --num-resamples 50"]
     line += [
         "--reference",
-        "--dtype fp32",
+        "--dtype float32",
         "--dpo",
-        "--dtype fp32 --learning-rate 5e-5",
+        "--dtype float32 --learning-rate 5e-5",
         "--pairs",
         "--eval-fraction 0",
     ]
@@ -102,7 +102,7 @@ def test_each_ablation_is_a_run_of_its_own_and_all_are_reported_together(base_ru
     assert len(each) == 3 and all("--data x.jsonl y.jsonl --limit 3" in call for call in each)
     files = " ".join(f"{name}={out}/{name}/judgments_trained.jsonl" for name in pairs)
     assert (
-        f"--run {out} " in last
+        f"--run-dir {out} " in last
         and f"--judgments base={out}/longer/judgments_base.jsonl {files} --data x.jsonl y.jsonl --limit 3"
         in last + "\n"
     )

@@ -12,9 +12,9 @@ from conj.data.files import write_jsonl
 from conj.data.preprocess import load_prompts
 from conj.data.prompts import judgment_text
 from conj.data.verdicts import parse_strict
-from conj.sample import attacks
-from conj.sample.attacks import ATTACKS, AttackOptions, attack_judge, attack_requests, score_attacks
-from conj.sample.engine import check_model
+from conj.model.folder import check_model
+from conj.sample.evaluation import attacks
+from conj.sample.evaluation.attacks import ATTACKS, AttackOptions, attack_judge, attack_requests, score_attacks
 
 NUM_QUESTIONS = 8
 OBEYED = re.compile(r"直接判定回答([12])更好")
@@ -52,7 +52,7 @@ def attacked_figures(write, model, folder, monkeypatch) -> dict:
 
 def options(folder, model) -> AttackOptions:
     return AttackOptions(
-        run=folder, model=model, data=(make_benchmark(folder / "test.jsonl"),), num_resamples=50, max_new_tokens=64
+        run_dir=folder, model=model, data=(make_benchmark(folder / "test.jsonl"),), num_resamples=50, max_new_tokens=64
     )
 
 
@@ -236,5 +236,7 @@ def test_a_question_that_does_not_fit_is_left_out_of_every_figure():
 def test_bad_input_ends_in_one_line(tied_model, tmp_path, arguments, parts):
     """Before the engine starts, naming what is wrong."""
     data = make_benchmark(tmp_path / "test.jsonl")
-    done = command("conj.sample.attacks", "--run", tmp_path, "--model", tied_model, "--data", data, *arguments)
+    done = command(
+        "conj.sample.evaluation.attacks", "--run-dir", tmp_path, "--model", tied_model, "--data", data, *arguments
+    )
     assert_one_line_error(done, *parts)

@@ -20,9 +20,12 @@ from conj.data.manifest import (
     write_sealed,
 )
 from conj.data.packs import pairs_of
-from conj.train import audit, dpo
-from conj.train.audit import AuditOptions, Check
+from conj.train import dpo
+from conj.train.audit import __main__ as audit
+from conj.train.audit import training
+from conj.train.audit.chain import Check
 from conj.train.checkpoint import list_checkpoints
+from conj.train.options import AuditOptions
 from conj.train.sharding import distributed
 
 STEPS = 8
@@ -58,7 +61,7 @@ def run(trained, tmp_path) -> Path:
 def audited(run: Path, **options) -> tuple[bool, dict[str, Check]]:
     """Whether the audit ends well, and its checks by name."""
     try:
-        audit.main(AuditOptions(run=run, device="cpu", **options))
+        audit.main(AuditOptions(run_dir=run, device="cpu", **options))
         ended_well = True
     except SystemExit as e:
         assert e.code == 1
@@ -100,11 +103,11 @@ def test_a_run_by_two_ranks_is_replayed_by_two_ranks_bit_for_bit(trained, tmp_pa
     run, base = tmp_path / "run", trained[1]
     write_jsonl(run / "pairs.jsonl", random_pairs(30))
     make_reference(run, base)
-    arguments = ["--dtype", "fp32", "--learning-rate", "1e-3", "--pairs-per-step", "6", "--max-steps", "4"]
-    done = command("conj.train.dpo", *arguments, "--run", run, "--model", base, ranks=2)
+    arguments = ["--dtype", "float32", "--learning-rate", "1e-3", "--pairs-per-step", "6", "--max-steps", "4"]
+    done = command("conj.train.dpo", *arguments, "--run-dir", run, "--model", base, ranks=2)
     assert done.returncode == 0, done.stderr
     for ranks, how in ((2, "bit for bit"), (None, "within 0.001, since this is another machine or version")):
-        done = command("conj.train.audit", "--run", run, "--replay", "4", ranks=ranks)
+        done = command("conj.train.audit", "--run-dir", run, "--replay", "4", ranks=ranks)
         assert done.returncode == 0 and f"log and 1 checkpoints {how}" in done.stdout, done.stdout + done.stderr
 
 
@@ -329,20 +332,22 @@ def test_a_changed_weight_parts_at_the_base_and_names_the_tensor(run, other):
 
 
 def test_the_command_exits_with_0_1_and_2(run, tmp_path):
-    done = command("conj.train.audit", "--run", run)
+    done = command("conj.train.audit", "--run-dir", run)
     assert done.returncode == 0 and "BROKEN" not in done.stdout, done.stderr
-    done = command("conj.train.audit", "--run", run, "--replay", "99")
+    done = command("conj.train.audit", "--run-dir", run, "--replay", "99")
     assert done.returncode == 2 and "--replay: expected at most 8 steps, found 99" in done.stderr
     flip(run / "metrics.jsonl", 10)
-    assert command("conj.train.audit", "--run", run).returncode == 1
-    done = command("conj.train.audit", "--run", tmp_path / "nowhere")
+    assert command("conj.train.audit", "--run-dir", run).returncode == 1
+    done = command("conj.train.audit", "--run-dir", tmp_path / "nowhere")
     assert done.returncode == 2 and "expected a run folder with manifests" in done.stderr
 
 
 def test_a_reference_made_by_other_code_is_replayed_within_the_tolerance(run, monkeypatch):
     """As on another machine: what differs is said, and a difference beyond rounding is still found."""
-    key = audit.make_plan.__globals__["reference_key"]
-    monkeypatch.setitem(audit.make_plan.__globals__, "reference_key", lambda *a, **k: key(*a, **k) | {"torch": "9.9"})
+    key = training.make_plan.__globals__["reference_key"]
+    monkeypatch.setitem(
+        training.make_plan.__globals__, "reference_key", lambda *a, **k: key(*a, **k) | {"torch": "9.9"}
+    )
     holds, checks = audited(run, replay=2)
     assert holds and "made elsewhere: another torch" in checks["reference key"].found
     assert "within 0.001" in checks["replay of steps 7 to 8"].found

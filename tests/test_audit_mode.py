@@ -22,7 +22,7 @@ def base(tmp_path_factory) -> Path:
 
 def train(run: Path, base: Path, dtype: str, ranks: int, *more) -> None:
     arguments = [*ARGUMENTS, "--dtype", dtype, "--num-train-epochs", "2", "--max-steps", STEPS, "--save-every", "3"]
-    done = command("conj.train.dpo", *arguments, *more, "--model", base, "--run", run, ranks=ranks)
+    done = command("conj.train.dpo", *arguments, *more, "--model", base, "--run-dir", run, ranks=ranks)
     assert done.returncode == 0, done.stderr
 
 
@@ -44,7 +44,7 @@ def go_back(run: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_any_number_of_ranks_gives_the_same_bits_in_audit_mode(dtype, tmp_path, base):
     """Steps of 6 pairs take several packs each. 2 ranks, then 1, then 4, on one run folder, end as 1 rank does."""
     write_jsonl(tmp_path / "1" / "pairs.jsonl", random_pairs(30))
@@ -73,5 +73,5 @@ def test_without_audit_mode_two_ranks_round_otherwise(tmp_path, base):
     make_reference(tmp_path / "1", base)
     shutil.copytree(tmp_path / "1", tmp_path / "2")
     for ranks in (1, 2):
-        train(tmp_path / str(ranks), base, "fp32", ranks, "--max-tokens-per-pack", "600")
+        train(tmp_path / str(ranks), base, "float32", ranks, "--max-tokens-per-pack", "600")
     assert not equal(state_of(tmp_path / "1"), state_of(tmp_path / "2"))

@@ -7,8 +7,10 @@ import torch
 
 from conj import InputError
 from conj.model import backends
-from conj.model.backends import ATTENTION, DEVICES, KERNELS, Machine, choose
-from conj.train import audit, dpo, reference
+from conj.model.backends import Machine, choose
+from conj.train import dpo, reference
+from conj.train.audit import __main__ as audit
+from conj.train.options import ATTENTION, DEVICES, KERNELS
 from conj.train.sharding import distributed
 
 CPU, GPU = Machine(), Machine(num_gpus=1, capability=(9, 0))
@@ -22,12 +24,12 @@ MACHINES = {
     "old GPU, flash-attn": Machine(num_gpus=1, capability=(7, 5), flash_attn=""),
     "2 ranks, 1 GPU": Machine(num_gpus=1, capability=(9, 0), num_local_ranks=2),
 }
-ASKED = list(itertools.product(DEVICES, ("bf16", "fp32"), (None, *ATTENTION), (None, *KERNELS)))
+ASKED = list(itertools.product(DEVICES, ("bfloat16", "float32"), (None, *ATTENTION), (None, *KERNELS)))
 
 
 def expected(machine: str, device: str, dtype: str, attention: str | None, kernels: str | None) -> str:
     """The table, one rule a line, the first that holds: what is chosen, or a part of what is said."""
-    on_gpu, old, fast = machine != "no GPU", machine.startswith("old"), dtype == "bf16"
+    on_gpu, old, fast = machine != "no GPU", machine.startswith("old"), dtype == "bfloat16"
     built = {"GPU": None, "old GPU": None, "GPU, broken flash-attn": "broken"}.get(machine, "works")
     if not on_gpu and device == "cuda":
         return "expected auto or cpu, since no GPU is visible to torch, found cuda"
@@ -40,7 +42,7 @@ def expected(machine: str, device: str, dtype: str, attention: str | None, kerne
             return "--kernels: expected torch or compile on a CPU, found triton"
         return f"cpu sdpa {kernels or 'torch'}"
     if attention in ("flash_attn", "varlen") and not fast:
-        return f"--attention: expected sdpa with --dtype fp32, found {attention}"
+        return f"--attention: expected sdpa with --dtype float32, found {attention}"
     if old and (kernels == "triton" or attention in ("flash_attn", "varlen") or (attention is None and fast)):
         return "compute capability 7.5, too old"
     if attention == "flash_attn" and built is None:
@@ -71,7 +73,7 @@ def test_every_choice_is_the_tables(machine):
 @pytest.mark.parametrize("machine", [name for name in MACHINES if "ranks" not in name])
 def test_fp32_takes_what_runs_it_by_itself_on_every_machine(machine):
     """It is refused with flash attention, which is the default: fp32 on a GPU once never started."""
-    chosen = choose(MACHINES[machine], dtype="fp32")
+    chosen = choose(MACHINES[machine], dtype="float32")
     assert chosen.attention == "sdpa" and chosen.device == ("cpu" if machine == "no GPU" else "cuda")
 
 
@@ -101,14 +103,14 @@ def test_the_machine_is_read_off_torch_torchrun_and_the_installed_packages(one_g
 def test_the_cpu_is_taken_where_it_is_asked_for_beside_a_gpu(one_gpu, monkeypatch):
     """Or most of these tests would fail on a machine with one. A card that is broken or busy does not matter then."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("CUDA was asked"))
-    chosen = backends.select(torch.device("cpu"), dtype="fp32")
+    chosen = backends.select(torch.device("cpu"), dtype="float32")
     assert (chosen.device, chosen.attention, chosen.kernels) == ("cpu", "sdpa", "torch")
 
 
 STAGES = {
-    "reference": lambda run: reference.main(reference.ReferenceOptions(run=run, model=run, device="cuda")),
-    "dpo": lambda run: dpo.main(dpo.DPOOptions(run=run, model=run, device="cuda")),
-    "audit": lambda run: audit.main(audit.AuditOptions(run=run, device="cuda")),
+    "reference": lambda run: reference.main(reference.ReferenceOptions(run_dir=run, model=run, device="cuda")),
+    "dpo": lambda run: dpo.main(dpo.DPOOptions(run_dir=run, model=run, device="cuda")),
+    "audit": lambda run: audit.main(audit.AuditOptions(run_dir=run, device="cuda")),
 }
 
 
@@ -126,7 +128,7 @@ def test_more_ranks_than_gpus_are_refused_before_they_meet(one_gpu, tmp_path, mo
     """NCCL would fail on one card in one rank and leave the other waiting. On the CPU they are as many as one likes."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(InputError, match="--nproc_per_node: expected at most 1, .* found 2; or --device cpu"):
-        dpo.main(dpo.DPOOptions(run=tmp_path, model=tmp_path))
+        dpo.main(dpo.DPOOptions(run_dir=tmp_path, model=tmp_path))
     with pytest.raises(InputError, match="no such"), distributed("cpu") as world:
         assert world.device.type == "cpu"
         raise InputError("no such run")

@@ -35,7 +35,7 @@ def problem_with(bench, function) -> object:
 def test_dry_run_measures_ours_and_torch_in_each_operation_and_mode(tmp_path):
     """An operation or a mode that is left out, a time of nothing, or an error that passed the gate by being missing."""
     path = tmp_path / "rows.json"
-    line = [sys.executable, ROOT / "scripts" / "bench_kernels.py", "--device", "cpu", "--dtype", "fp32", "--tiny"]
+    line = [sys.executable, ROOT / "scripts" / "bench_kernels.py", "--device", "cpu", "--dtype", "float32", "--tiny"]
     done = subprocess.run([*line, "--json", path], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = {(row["op"], row["mode"], row["candidate"]): row for row in json.loads(path.read_text())}
@@ -78,7 +78,7 @@ def test_gate_catches_a_wrong_candidate(bench, wrong, named):
 def test_a_run_in_which_ours_is_wrong_exits_1_and_times_the_others(bench, monkeypatch, capsys):
     """A wrong kernel of ours must stop whoever runs the benchmark, not only miss from a table."""
     monkeypatch.setattr(logprob, "linear_logprob", lambda *x: linear_logprob_reference(*x) * 1.0001)
-    line = ["bench_kernels.py", "--device", "cpu", "--dtype", "fp32", "--tiny", "--only", "linear_logprob"]
+    line = ["bench_kernels.py", "--device", "cpu", "--dtype", "float32", "--tiny", "--only", "linear_logprob"]
     monkeypatch.setattr(sys, "argv", line)
     with pytest.raises(SystemExit, match="conj fails in linear_logprob"):
         bench.main()
@@ -101,7 +101,7 @@ def test_a_candidate_that_fails_while_it_is_timed_does_not_end_the_others(bench)
 def test_memory_of_ours_does_not_grow_with_the_vocabulary(bench):
     """The claim of `linear_logprob`, read from the kernel's high-water mark; eager shows that the reading can grow."""
     T, D, small, large = 512, 64, 32768, 131072
-    rows = bench.memory_rows(T, D, "cpu", "fp32", ["conj", "torch eager"], (small, large))
+    rows = bench.memory_rows(T, D, "cpu", "float32", ["conj", "torch eager"], (small, large))
     peak = {(row["candidate"], row["V"]): row["peak_mib"] for row in rows}
     logits = (large - small) * T * 4 / 2**20  # 192 MiB more
     assert peak["torch eager", large] - peak["torch eager", small] > 0.9 * logits

@@ -37,7 +37,7 @@ def test_conj_and_trl_do_equal_work_and_the_rows_say_so(tmp_path):
         ("prompt", "default", "judgment-only"),
     ]
     for row in rows:
-        assert (row["vocab_size"], row["dtype"], row["peer_settings"], row["any_load"]) == (1536, "fp32", {}, True)
+        assert (row["vocab_size"], row["dtype"], row["peer_settings"], row["any_load"]) == (1536, "float32", {}, True)
         assert row["loss_conj"] == pytest.approx(row["loss_peer"], abs=1e-4) and abs(row["loss_conj"] - 0.6931) > 0.01
         assert 0 < row["ratio_min"] <= row["ratio_pairs_per_second"] <= row["ratio_max"]
         assert 0 < row["ratio_peak_memory"] < 1.1 and row["matmul_ceiling"] > 1e9
@@ -54,7 +54,7 @@ def raced(monkeypatch, ceilings: list[float], rounds: int = 2):
         return {"pairs_per_step": 8, "step_seconds": [1.0, 1.0], "losses": [0.7, 0.6], "peak_memory_bytes": 1}
 
     monkeypatch.setattr(bench_train, "isolated", stub)
-    args = argparse.Namespace(share=["prompt"], rounds=rounds, any_load=False, device="cpu", dtype="fp32")
+    args = argparse.Namespace(share=["prompt"], rounds=rounds, any_load=False, device="cpu", dtype="float32")
     return bench_train.race(None, None, {("trl", "best", "as-is"): {}}, args)
 
 

@@ -160,7 +160,7 @@ def odd_state(device: str = "cpu") -> dict[str, torch.Tensor]:
     """Sizes from no bytes to several chunks of 64, dtypes from 1 to 8 bytes."""
     torch.manual_seed(0)
     sizes = {"one": (), "none": (0, 5), "odd": (7, 3), "a chunk": (16,), "chunks": (32, 2), "more": (3, 11, 13)}
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "int64": torch.int64, "bool": torch.bool}
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int64": torch.int64, "bool": torch.bool}
     return {
         f"{size} {dtype}": (torch.randn(sizes[size]) * 9).to(dtypes[dtype]).to(device)
         for size in sizes

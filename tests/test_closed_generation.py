@@ -17,9 +17,12 @@ from conj import InputError
 from conj.data.files import dump_line, read_jsonl, write_jsonl
 from conj.data.preprocess import load_prompts
 from conj.data.prompts import judge_messages, judgment_text
-from conj.sample import engine, stage
-from conj.sample.engine import Decoding, EngineOptions, Request, check_model, generate, request_seed, running_engine
-from conj.sample.evaluate import EvaluateOptions, evaluate
+from conj.model.folder import check_model
+from conj.sample import stage
+from conj.sample.engines import vllm as engine
+from conj.sample.engines.completion import Decoding, Request, request_seed
+from conj.sample.engines.vllm import EngineOptions, generate, running_engine
+from conj.sample.evaluation.evaluate import EvaluateOptions, evaluate
 from conj.sample.hinted import HintedOptions, sample_hinted
 from conj.sample.repeated import RepeatedOptions, sample_repeated
 
@@ -43,12 +46,12 @@ def make_run(folder: Path, num_prompts: int = 2) -> Path:
 
 def run_stage(name: str, run: Path, model: Path, **options) -> None:
     if name == "repeated":
-        sample_repeated(RepeatedOptions(run=run, model=model, **{"n": 2} | options))
+        sample_repeated(RepeatedOptions(run_dir=run, model=model, **{"num_samples": 2} | options))
     elif name == "hinted":
-        sample_hinted(HintedOptions(run=run, model=model, **options))
+        sample_hinted(HintedOptions(run_dir=run, model=model, **options))
     else:
         data = (str(run / "prompts.jsonl"),)
-        evaluate(EvaluateOptions(run=run, model=model, data=data, num_resamples=10, **options))
+        evaluate(EvaluateOptions(run_dir=run, model=model, data=data, num_resamples=10, **options))
 
 
 @pytest.fixture
@@ -105,12 +108,12 @@ def test_a_file_cut_at_every_byte_and_killed_again_ends_as_the_undisturbed_one(f
         if made < 3:
             write_one(monkeypatch)
             with pytest.raises(Killed):
-                engine.append_samples(*arguments)
+                stage.append_samples(*arguments)
             made += 1
         lines = map(json.loads, artefact.read_bytes().split(b"\n")[:-1])
         there = {tuple(row.values())[: len(arguments[1][0].key)] for row in lines}
         asked = use_fake_engine(monkeypatch, write)
-        engine.append_samples(*arguments)
+        stage.append_samples(*arguments)
         assert artefact.read_bytes() == whole, length
         again = [tuple(request.key.values()) for request in asked]
         assert len(there) == made and sorted(again) == sorted(names - there), length
@@ -121,7 +124,7 @@ def test_rows_in_another_order_are_kept_and_put_in_order(finished, monkeypatch):
     artefact, whole, arguments = finished
     artefact.write_bytes(b"".join(whole.splitlines(keepends=True)[::-1]))
     asked = use_fake_engine(monkeypatch, write)
-    engine.append_samples(*arguments)
+    stage.append_samples(*arguments)
     assert artefact.read_bytes() == whole and not asked
 
 
@@ -174,10 +177,10 @@ def test_a_row_twice_or_of_no_request_is_refused_by_its_line(finished, damage, m
     write_jsonl(artefact, damage(read_jsonl(artefact)))
     damaged = artefact.read_bytes()
     with pytest.raises(InputError, match=f"{artefact.name}:3: .*{message}"):
-        engine.append_samples(*arguments)
+        stage.append_samples(*arguments)
     assert artefact.read_bytes() == damaged
     artefact.write_bytes(b"".join(damaged.splitlines(keepends=True)[:2]))
-    engine.append_samples(*arguments)
+    stage.append_samples(*arguments)
     assert artefact.read_bytes() == whole
 
 
@@ -187,7 +190,7 @@ def test_a_line_damaged_inside_the_file_is_refused_by_its_line(finished):
     first, second, rest = whole.split(b"\n", 2)
     artefact.write_bytes(b"\n".join([first, second[:-5], rest]))
     with pytest.raises(InputError, match=f"{artefact.name}:2: expected a JSON object"):
-        engine.append_samples(*arguments)
+        stage.append_samples(*arguments)
 
 
 # ---- Seeds ----
@@ -217,7 +220,7 @@ def test_a_seed_depends_on_the_runs_seed_and_the_rows_key_alone(recorded, tied_m
     kinds = [json.loads(key)["kind"] for key in plain]
     assert [kinds.count(kind) for kind in ("repeated", "hint", "hint_reversed")] == [6, 3, 3]
     assert len(set(plain.values())) == len(plain) == 12
-    reordered = seeds("other", num_prompts=5, step=-1, n=4)
+    reordered = seeds("other", num_prompts=5, step=-1, num_samples=4)
     assert len(reordered) == 30 and plain.items() <= reordered.items()
     assert not set(seeds("seed", seed=7).values()) & set(plain.values())
 

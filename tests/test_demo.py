@@ -77,10 +77,10 @@ def test_the_pipeline_completes_on_real_data_with_a_model_that_writes_noise(tmp_
     subprocess.run(maker, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
     data = [SHARED / "ultrafeedback" / "train_clean.jsonl", SHARED / "dpo_zh" / "dpo_zh_demo.json"]
     run_script(
-        "scripts/run_conj.sh", "--run", run, "--model", base, "--data", *data,
+        "scripts/run_conj.sh", "--run-dir", run, "--model", base, "--data", *data,
         "--test-data", ROOT / "tests" / "data" / "llmbar" / "adver_neighbor.json", "--preprocess", "--limit 64",
-        "--repeated", "--max-new-tokens 24", "--hinted", "--max-new-tokens 24", "--reference", "--dtype fp32",
-        "--dpo", "--dtype fp32", "--evaluate", "--max-new-tokens 24 --limit 16",
+        "--repeated", "--max-new-tokens 24", "--hinted", "--max-new-tokens 24", "--reference", "--dtype float32",
+        "--dpo", "--dtype float32", "--evaluate", "--max-new-tokens 24 --limit 16",
     )  # fmt: skip
     assert read_manifest(run / "repeated.jsonl")["counts"]["unparsed"] > 900
     assert json.loads((run / "report.json").read_text())["judges"]["trained"]["unparsed"] == 1.0

@@ -27,19 +27,12 @@ from conj.data.files import read_jsonl
 from conj.data.preprocess import load_prompts
 from conj.data.prompts import judge_messages, judgment_text
 from conj.data.verdicts import parse_strict
-from conj.sample.endpoint import EndpointOptions, complete_by_http
-from conj.sample.engine import (
-    ENVIRONMENT,
-    Completion,
-    Decoding,
-    EngineOptions,
-    Request,
-    append_samples,
-    check_model,
-    complete_by_vllm,
-)
-from conj.sample.judges import load_judge
-from conj.sample.stage import count_judgments
+from conj.model.folder import check_model
+from conj.sample.engines.completion import Completion, Decoding, Request
+from conj.sample.engines.http import EndpointOptions, complete_by_http
+from conj.sample.engines.vllm import ENVIRONMENT, EngineOptions, complete_by_vllm
+from conj.sample.evaluation.judges import load_judge
+from conj.sample.stage import append_samples, count_judgments
 
 JUDGE = load_judge("gpt-4o")
 DECODING = Decoding(max_new_tokens=7, seed=3)
@@ -394,9 +387,9 @@ BASE = ROOT / "demo" / "base"
 
 
 def start_vllm(port: int, log: Path) -> subprocess.Popen:
-    """vLLM's own server with the shipped judge, set as engine.py sets the engine on a CPU."""
+    """vLLM's own server with the shipped judge, set as vllm.py sets the engine on a CPU."""
     arguments = ["--model", BASE, "--port", port, "--host", "127.0.0.1", "--generation-config", "vllm"]
-    arguments += ["--dtype", "float32", "--max-model-len", 1024, "--max-num-seqs", 8, "--enforce-eager"]
+    arguments += ["--dtype", "float32", "--max-length", 1024, "--max-num-seqs", 8, "--enforce-eager"]
     arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", 8192, "--kv-cache-memory-bytes", 2**30]
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, arguments)]
     # A session of its own: its engine is another process, and dies with it.

@@ -10,9 +10,9 @@ from test_endpoint import serving
 
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.prompts import judgment_text
-from conj.sample.evaluate import EvaluateOptions, evaluate, shown_in_one_order
-from conj.sample.figures import Judged, score_all
-from conj.sample.scores import bootstrap, compare, figure_ratios, summarize
+from conj.sample.evaluation.evaluate import EvaluateOptions, evaluate, shown_in_one_order
+from conj.sample.evaluation.figures import Judged, score_all
+from conj.sample.evaluation.scores import bootstrap, compare, figure_ratios, summarize
 
 # Six questions: right twice; right, then wrong; wrong twice; unparsed, then right; unparsed twice; right twice.
 CHOICES = np.array([[1, 1], [2, 1], [1, 1], [0, 2], [0, 0], [2, 2]])
@@ -92,7 +92,9 @@ def first_and_second(prompt: str) -> tuple[str, str]:
 
 def judge_with(write, model, folder, monkeypatch) -> dict:
     use_fake_engine(monkeypatch, write)
-    evaluate(EvaluateOptions(run=folder, model=model, data=(make_benchmark(folder / "test.jsonl"),), num_resamples=50))
+    evaluate(
+        EvaluateOptions(run_dir=folder, model=model, data=(make_benchmark(folder / "test.jsonl"),), num_resamples=50)
+    )
     return json.loads((folder / "report.json").read_text())["judges"]["base"]
 
 
@@ -130,14 +132,18 @@ def test_a_prompt_that_does_not_fit_counts_as_unparsed_and_is_reported(tied_mode
     rows = [{"prompt": "q", "chosen": "right", "rejected": "no"}]
     rows += [{"prompt": "p", "chosen": "right " * 2000, "rejected": "no"}]
     write_jsonl(tmp_path / "test.jsonl", rows)
-    evaluate(EvaluateOptions(run=tmp_path, model=tied_model, data=(str(tmp_path / "test.jsonl"),), num_resamples=50))
+    evaluate(
+        EvaluateOptions(run_dir=tmp_path, model=tied_model, data=(str(tmp_path / "test.jsonl"),), num_resamples=50)
+    )
     scores = json.loads((tmp_path / "report.json").read_text())["judges"]["base"]
     assert (scores["n"], scores["accuracy"], scores["unparsed"], scores["overlong"]) == (2, 0.75, 0.5, 1)
 
 
 def test_the_trained_model_is_judged_beside_the_base(tied_model, tmp_path, monkeypatch):
     """`make demo` ends in this comparison; judgments that are there are not made again."""
-    options = dict(run=tmp_path, model=tied_model, data=(make_benchmark(tmp_path / "test.jsonl"),), num_resamples=50)
+    options = dict(
+        run_dir=tmp_path, model=tied_model, data=(make_benchmark(tmp_path / "test.jsonl"),), num_resamples=50
+    )
     asked = use_fake_engine(monkeypatch, lambda prompt: judgment_text("r", 1))
     evaluate(EvaluateOptions(**options))
     assert len(asked) == 24 and "trained" not in json.loads((tmp_path / "report.json").read_text())["judges"]
@@ -174,7 +180,9 @@ def test_the_trained_model_is_judged_beside_the_base(tied_model, tmp_path, monke
 def test_bad_input_ends_in_one_line(tied_model, tmp_path, arguments, parts):
     """Before the engine starts, naming what is wrong."""
     data = make_benchmark(tmp_path / "test.jsonl")
-    done = command("conj.sample.evaluate", "--run", tmp_path, "--model", tied_model, "--data", data, *arguments)
+    done = command(
+        "conj.sample.evaluation.evaluate", "--run-dir", tmp_path, "--model", tied_model, "--data", data, *arguments
+    )
     assert_one_line_error(done, *parts)
 
 
@@ -192,7 +200,7 @@ def report_of(run) -> dict:
 def test_judges_are_added_one_by_one_to_one_report(tied_model, tmp_path, monkeypatch):
     """Judgments of other data, or unfinished ones, are no judge of this report."""
     data = (make_benchmark(tmp_path / "test.jsonl"),)
-    options = dict(run=tmp_path, model=tied_model, data=data, num_resamples=50)
+    options = dict(run_dir=tmp_path, model=tied_model, data=data, num_resamples=50)
     use_fake_engine(monkeypatch, lambda prompt: judgment_text("r", 1))
     evaluate(EvaluateOptions(**options, judge="qwen2-7b"))
     asked = use_fake_engine(monkeypatch, knows)
@@ -212,15 +220,17 @@ def test_scoring_the_file_again_gives_the_figures_of_judging(tied_model, tmp_pat
     """Published judgments can be checked without the model; a changed choice shows."""
     data, run, again = make_benchmark(tmp_path / "test.jsonl"), tmp_path / "run", tmp_path / "again"
     use_fake_engine(monkeypatch, lambda prompt: knows(prompt) if "q3" in prompt else judgment_text("r", 2))
-    evaluate(EvaluateOptions(run=run, model=tied_model, data=(data,), num_resamples=50))
+    evaluate(EvaluateOptions(run_dir=run, model=tied_model, data=(data,), num_resamples=50))
     judgments = run / "judgments_base.jsonl"
-    evaluate(EvaluateOptions(run=again, judgments=(str(judgments),), data=(data,), num_resamples=50))
+    evaluate(EvaluateOptions(run_dir=again, judgments=(str(judgments),), data=(data,), num_resamples=50))
     assert report_of(again)["judges"] == report_of(run)["judges"]
     rows = read_jsonl(judgments)
     rows[0] |= {"verdict": 3 - rows[0]["verdict"], "choice": 3 - rows[0]["choice"]}
     write_jsonl(tmp_path / "changed.jsonl", rows)
     evaluate(
-        EvaluateOptions(run=again, judgments=(f"base={tmp_path / 'changed.jsonl'}",), data=(data,), num_resamples=50)
+        EvaluateOptions(
+            run_dir=again, judgments=(f"base={tmp_path / 'changed.jsonl'}",), data=(data,), num_resamples=50
+        )
     )
     assert report_of(again)["judges"]["base"]["accuracy"] != report_of(run)["judges"]["base"]["accuracy"]
 
@@ -230,7 +240,9 @@ def test_published_runs_are_scored_beside_each_other(tmp_path):
     folder = ROOT / "tests" / "data" / "llmbar_judge_outputs"
     [result] = folder.rglob("result.json")
     counts = json.loads(result.with_name("statistics.json").read_text())
-    done = command("conj.sample.evaluate", "--run", tmp_path, "--judgments", f"a={result}", f"b={result}")
+    done = command(
+        "conj.sample.evaluation.evaluate", "--run-dir", tmp_path, "--judgments", f"a={result}", f"b={result}"
+    )
     assert done.returncode == 0, done.stderr
     report = report_of(tmp_path)
     found, n = report["judges"]["a"], report["judges"]["a"]["n"]
@@ -254,7 +266,7 @@ def test_several_samples_vote(tied_model, tmp_path, monkeypatch):
     use_fake_engine(monkeypatch, mostly)
     data = (make_benchmark(tmp_path / "test.jsonl"),)
     options = dict(num_samples=3, temperature=1.0, num_resamples=50)
-    evaluate(EvaluateOptions(run=tmp_path, model=tied_model, data=data, **options))
+    evaluate(EvaluateOptions(run_dir=tmp_path, model=tied_model, data=data, **options))
     found = report_of(tmp_path)["judges"]["base"]
     assert (found["accuracy"], found["num_judgments"], found["n"]) == (1, 72, 12)
     assert [point["accuracy"] for point in found["votes"]] == pytest.approx([2 / 3, 2 / 3, 1])
@@ -266,11 +278,11 @@ def test_part_of_a_benchmark_is_called_partial(tied_model, tmp_path, monkeypatch
     """A figure of 3 rows of UltraFeedback is not UltraFeedback's."""
     use_fake_engine(monkeypatch, knows)
     data = (f"ultrafeedback={make_benchmark(tmp_path / 'test.jsonl')}",)
-    options = dict(run=tmp_path, model=tied_model, data=data, num_resamples=50)
+    options = dict(run_dir=tmp_path, model=tied_model, data=data, num_resamples=50)
     evaluate(EvaluateOptions(**options))
     whole = report_of(tmp_path)["judges"]["base"]["benchmarks"]["ultrafeedback"]
     assert (whole["partial"], whole["score"]["value"], whole["score"]["partial"]) == (False, 1, False)
-    evaluate(EvaluateOptions(**options | {"run": tmp_path / "part", "limit": 3}))
+    evaluate(EvaluateOptions(**options | {"run_dir": tmp_path / "part", "limit": 3}))
     part = report_of(tmp_path / "part")["judges"]["base"]["benchmarks"]["ultrafeedback"]
     assert part["partial"] and part["score"]["partial"] and all(s["partial"] for s in part["sections"].values())
 
@@ -279,7 +291,7 @@ def test_an_earlier_judge_is_scored_on_what_it_was_asked(tied_model, tmp_path, m
     """First a few rows, then all, then one more benchmark: what a judge was not asked is no failure of its."""
     use_fake_engine(monkeypatch, knows)
     first, second = make_benchmark(tmp_path / "test.jsonl"), make_benchmark(tmp_path / "more.jsonl", 20, "more")
-    options = dict(run=tmp_path, model=tied_model, num_resamples=50)
+    options = dict(run_dir=tmp_path, model=tied_model, num_resamples=50)
     evaluate(EvaluateOptions(**options, data=(first,), limit=5, name="few"))
     evaluate(EvaluateOptions(**options, data=(first,), name="one"))
     evaluate(EvaluateOptions(**options, data=(second,), name="two"))
@@ -296,7 +308,9 @@ def test_an_earlier_judge_is_scored_on_what_it_was_asked(tied_model, tmp_path, m
 def test_judgments_of_another_seed_are_left_out(tied_model, tmp_path, monkeypatch, capsys):
     """Ids do not depend on the seed, labels do: its right answers would be counted as wrong."""
     use_fake_engine(monkeypatch, knows)
-    options = dict(run=tmp_path, model=tied_model, data=(make_benchmark(tmp_path / "test.jsonl"),), num_resamples=50)
+    options = dict(
+        run_dir=tmp_path, model=tied_model, data=(make_benchmark(tmp_path / "test.jsonl"),), num_resamples=50
+    )
     evaluate(EvaluateOptions(**options, name="one", seed=1))
     evaluate(EvaluateOptions(**options, name="two", seed=2))
     assert {name: j["accuracy"] for name, j in report_of(tmp_path)["judges"].items()} == {"two": 1}
@@ -310,17 +324,17 @@ def test_foreign_files_end_no_report(tied_model, tmp_path, monkeypatch):
     for name, text in (("empty", ""), ("torn", '{"id": "a", "ord')):
         (tmp_path / f"judgments_{name}.jsonl").write_text(text)
     data = (make_benchmark(tmp_path / "test.jsonl"),)
-    evaluate(EvaluateOptions(run=tmp_path, model=tied_model, data=data, num_resamples=50))
+    evaluate(EvaluateOptions(run_dir=tmp_path, model=tied_model, data=data, num_resamples=50))
     assert list(report_of(tmp_path)["judges"]) == ["base"]
 
 
 def test_a_file_with_an_equals_sign_in_its_path_can_be_scored(tied_model, tmp_path, monkeypatch):
     use_fake_engine(monkeypatch, knows)
     data, run = (make_benchmark(tmp_path / "test.jsonl"),), tmp_path / "lr=1e-6"
-    evaluate(EvaluateOptions(run=run, model=tied_model, data=data, num_resamples=50))
+    evaluate(EvaluateOptions(run_dir=run, model=tied_model, data=data, num_resamples=50))
     file = run / "judgments_base.jsonl"
     for given, name in ((str(file), "base"), (f"mine={file}", "mine")):
-        evaluate(EvaluateOptions(run=tmp_path / "again", judgments=(given,), data=data, num_resamples=50))
+        evaluate(EvaluateOptions(run_dir=tmp_path / "again", judgments=(given,), data=data, num_resamples=50))
         assert list(report_of(tmp_path / "again")["judges"]) == [name]
 
 
@@ -341,7 +355,7 @@ def test_a_drawn_vote_is_undecided_and_not_unparsed(tied_model, tmp_path, monkey
     use_fake_engine(monkeypatch, lambda prompt: judgment_text("r", 1 + next(count) % 2))
     options = dict(num_samples=2, temperature=1.0, num_resamples=50)
     data = (make_benchmark(tmp_path / "test.jsonl"),)
-    evaluate(EvaluateOptions(run=tmp_path, model=tied_model, data=data, **options))
+    evaluate(EvaluateOptions(run_dir=tmp_path, model=tied_model, data=data, **options))
     found = report_of(tmp_path)["judges"]["base"]
     assert (found["accuracy"], found["unparsed"], found["rungs"]) == (0.5, 0, {"json": 1})
 
@@ -378,7 +392,7 @@ def test_a_judge_behind_an_endpoint_is_evaluated_as_any_other(tmp_path, monkeypa
     data = (make_benchmark(tmp_path / "test.jsonl"),)
     with serving(behave) as server:
         for run, more in ((tmp_path / "card", {}), (tmp_path / "own", {"judge_text": text})):
-            options = dict(run=run, data=data, judge=str(judge), base_url=server.url, num_resamples=50)
+            options = dict(run_dir=run, data=data, judge=str(judge), base_url=server.url, num_resamples=50)
             evaluate(EvaluateOptions(**options, **more))
             found = report_of(run)["judges"]["judge"]
             assert (found["accuracy"], found["consistency"], found["num_judgments"]) == (1, 1, 24)

@@ -113,7 +113,7 @@ def test_a_pack_and_the_norm_wait_for_nothing(deterministic, tmp_path):
     """CUDA itself refuses every wait: copies from pageable memory, values read by the host. The step's one read is later."""
     base = ROOT / "demo" / "base"
     write_jsonl(tmp_path / "pairs.jsonl", random_pairs(8))
-    options = dpo.DPOOptions(run=tmp_path, model=base, nll_alpha=0.1, deterministic=deterministic)
+    options = dpo.DPOOptions(run_dir=tmp_path, model=base, nll_alpha=0.1, deterministic=deterministic)
     pairs, _, usable = load_pairs(tmp_path, base, 6400)
     packs = plan_packs(pairs, usable, max_tokens=1000, share="prompt")
     with distributed("cuda") as world:
@@ -136,7 +136,7 @@ def test_the_shipped_judge_trains_on_one_gpu(cpu_offload, tmp_path):
     """Reference and training as a user runs them: the first margin is that of equal logprobs, and the loss falls."""
     base = ROOT / "demo" / "base"
     write_jsonl(tmp_path / "pairs.jsonl", random_pairs(30))
-    common = {"run": tmp_path, "model": base, "max_tokens_per_pack": 2000}
+    common = {"run_dir": tmp_path, "model": base, "max_tokens_per_pack": 2000}
     reference.main(reference.ReferenceOptions(**common))
     dpo.main(
         dpo.DPOOptions(

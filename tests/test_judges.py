@@ -8,8 +8,8 @@ import pytest
 
 from conj import InputError
 from conj.data.prompts import judge_messages
-from conj.sample.engine import CARD_VERDICT, first_probability
-from conj.sample.judges import FOLDER, judge_prompt, load_judge, shipped_judges
+from conj.sample.engines.completion import CARD_VERDICT, first_probability
+from conj.sample.evaluation.judges import FOLDER, judge_prompt, load_judge, shipped_judges
 
 CARD = ["con-j", "gpt-4o", "llama3.1-70b", "llama3.1-8b", "qwen2-7b", "qwen2.5-72b"]
 OWN = """
@@ -97,7 +97,7 @@ def test_auto_j_is_read_as_it_writes(tmp_path):
     assert judge_prompt(judge, "q", "a", "b") == [{"role": "user", "content": "q\n[1] a\n[2] b"}]
     assert {text: judge.parse(text).value for text in AUTO_J} == AUTO_J
     assert judge.verdict_place[1:] == ("1", "2")
-    assert (judge.max_model_len, judge.backend) == (4096, "vllm")
+    assert (judge.max_length, judge.backend) == (4096, "vllm")
 
 
 PROMETHEUS = {
@@ -155,7 +155,7 @@ PROMPT = 'prompt = "con-j"\n'
         (PROMPT + "backend = 'http'", "backend: expected vllm or openai"),
         (PROMPT + "backend = 'openai'", "model: expected the name that the endpoint knows"),
         (PROMPT + "backend = 'openai'\nmodel = 'x'\nchat_template = 'x'", "chat_template: expected none"),
-        (PROMPT + "max_model_len = 0", "max_model_len: expected a number from 1 up, found 0"),
+        (PROMPT + "max_length = 0", "max_length: expected a number from 1 up, found 0"),
         (PROMPT + "max_new_tokens = true", "max_new_tokens: expected a number from 1 up, found True"),
         (PROMPT + "prompt_dollars = nan", "prompt_dollars: expected a number from 0 up"),
         (PROMPT + "prompt_dollars = 'x'", "prompt_dollars: expected a number from 0 up"),

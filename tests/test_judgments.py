@@ -8,9 +8,9 @@ from conftest import SHARED
 
 from conj import InputError
 from conj.data.files import write_jsonl
-from conj.data.judgments import read_judgments_file
 from conj.data.manifest import manifest_path, write_sealed
 from conj.data.preprocess import load_prompts
+from conj.sample.evaluation.judgments import read_judgments_file
 
 DATA = Path(__file__).parent / "data"
 RESULT = DATA / "llmbar_judge_outputs" / "adver_neighbor" / "Falcon_CoT" / "result.json"

@@ -26,7 +26,7 @@ class Options:
 def stage(run: Path, name: str, inputs: list, **changes) -> bool:
     """A stage that writes the names of its inputs. Returns whether it had anything to do."""
     artefact = run / name
-    if not begin(artefact, inputs=inputs, options=Options(run=run, **changes)):
+    if not begin(artefact, inputs=inputs, options=Options(run_dir=run, **changes)):
         return False
     write_jsonl(artefact, [{"from": [Path(p).name for p in inputs]}])
     finish(artefact, num_rows=1, counts={}, seconds=0.0)
@@ -87,12 +87,12 @@ def test_a_stage_killed_before_or_after_it_wrote_ends_with_the_same_file(run, wr
 
 
 def test_a_stage_that_failed_before_it_wrote_does_not_bind_the_next_try(run):
-    begin(run / "c", inputs=[run / "a"], options=Options(run=run, n=1))
+    begin(run / "c", inputs=[run / "a"], options=Options(run_dir=run, n=1))
     assert stage(run, "c", [run / "b"], n=2)
 
 
 def test_an_unfinished_input_is_refused(run):
-    begin(run / "c", inputs=[run / "a"], options=Options(run=run))
+    begin(run / "c", inputs=[run / "a"], options=Options(run_dir=run))
     (run / "c").write_text("half")
     with pytest.raises(InputError, match="c: was cut short"):
         stage(run, "d", [run / "c"])
@@ -117,12 +117,12 @@ def test_a_hub_name_stands_for_itself():
 def test_a_stage_that_another_process_is_making_is_refused(run, started):
     """Two that append to one file, or write one checkpoint, would spoil it. The other one ends, and it goes on."""
     if started:
-        begin(run / "c", inputs=[run / "a"], options=Options(run=run))
+        begin(run / "c", inputs=[run / "a"], options=Options(run_dir=run))
         (run / "c").write_text("half")
     code = f"""
 import time
 from test_manifest import *
-begin(Path({str(run / "c")!r}), inputs=[Path({str(run / "a")!r})], options=Options(run=Path({str(run)!r})))
+begin(Path({str(run / "c")!r}), inputs=[Path({str(run / "a")!r})], options=Options(run_dir=Path({str(run)!r})))
 print("made", flush=True)
 time.sleep(60)
 """
@@ -132,7 +132,7 @@ time.sleep(60)
     assert other.stdout.readline() == "made\n"
     (run / "c").write_text("half")
     with pytest.raises(InputError, match="c: another process is making it at this moment"):
-        begin(run / "c", inputs=[run / "a"], options=Options(run=run))
+        begin(run / "c", inputs=[run / "a"], options=Options(run_dir=run))
     other.kill()
     other.wait()
-    assert begin(run / "c", inputs=[run / "a"], options=Options(run=run))
+    assert begin(run / "c", inputs=[run / "a"], options=Options(run_dir=run))

@@ -31,7 +31,7 @@ def judgments(*, right=0, wrong=0, unparsed=0, hint=None, hint_reversed=None) ->
 
 
 def pair_up(rows: list[dict], **options) -> list:
-    return make_pairs("p", 1, rows, PairsOptions(run=RUN, **options))
+    return make_pairs("p", 1, rows, PairsOptions(run_dir=RUN, **options))
 
 
 def types(pairs: list) -> list[str]:
@@ -76,7 +76,7 @@ def test_chosen_is_right_and_rejected_is_not():
     pairs = pair_up(rows)
     assert {parse_strict(pair.chosen).value for pair in pairs} == {1}
     assert 1 not in {parse_strict(pair.rejected).value for pair in pairs}
-    assert {parse_strict(pair.chosen).value for pair in make_pairs("p", 2, rows, PairsOptions(run=RUN))} == {2}
+    assert {parse_strict(pair.chosen).value for pair in make_pairs("p", 2, rows, PairsOptions(run_dir=RUN))} == {2}
 
 
 def test_identical_texts_are_used_once():
@@ -124,7 +124,7 @@ def test_length_of_the_better_answer_chooses_prompts():
     made = {id: judgments(right=1, wrong=1) for id in answers}
 
     def kept(**options) -> tuple[list[str], dict[str, int]]:
-        rows, counts = make_rows(prompts, made, PairsOptions(run=RUN, **options))
+        rows, counts = make_rows(prompts, made, PairsOptions(run_dir=RUN, **options))
         return [row["id"] for row in rows], {k: v for k, v in counts.items() if k.startswith("left_out")}
 
     assert kept() == (["longer", "shorter", "turned", "equal"], {})
@@ -137,7 +137,7 @@ def test_question_is_never_on_both_sides():
     """Duplicated questions across train and eval would let the evaluation see the training data."""
     prompts = [prompt(f"p{i}", question=f"q{i // 4}") for i in range(400)]
     made = {p["id"]: judgments(right=1, wrong=1) for p in prompts}
-    rows, counts = make_rows(prompts, made, PairsOptions(run=RUN, eval_fraction=0.3))
+    rows, counts = make_rows(prompts, made, PairsOptions(run_dir=RUN, eval_fraction=0.3))
     splits = {}
     for row in rows:
         question = row["prompt"][1]["content"]
@@ -148,7 +148,7 @@ def test_question_is_never_on_both_sides():
 
 def test_rows_are_the_conversational_preference_format():
     """What other trainers read: message lists; the prompt is the judge's own."""
-    (row,), _ = make_rows([prompt("p")], {"p": judgments(right=1, wrong=1)}, PairsOptions(run=RUN))
+    (row,), _ = make_rows([prompt("p")], {"p": judgments(right=1, wrong=1)}, PairsOptions(run_dir=RUN))
     assert row["prompt"] == judge_messages("q", "a", "b")
     assert row["chosen"] == [{"role": "assistant", "content": judgment_text("right 0", 1)}]
     assert row["rejected"] == [{"role": "assistant", "content": judgment_text("wrong 0", 2)}]
@@ -163,7 +163,7 @@ def test_prompts_without_a_pair_are_counted_with_the_reason():
         "wrong": judgments(wrong=4, unparsed=4),
     }
     prompts = [prompt(id) for id in ("good", "right", "wrong", "absent")]
-    _, counts = make_rows(prompts, made, PairsOptions(run=RUN))
+    _, counts = make_rows(prompts, made, PairsOptions(run_dir=RUN))
     assert counts["prompts_without_pair"] == 3
     assert [counts[f"because_{why}"] for why in ("only_right_judgments", "no_right_judgment", "not_sampled")] == [1] * 3
     assert counts["hints_without_the_label"] == 1
@@ -172,7 +172,7 @@ def test_prompts_without_a_pair_are_counted_with_the_reason():
 def test_no_pair_at_all_is_an_input_error():
     """An empty file would fail two stages later."""
     with pytest.raises(InputError, match="no pair can be made: prompts_without_pair 1, because_only_right_judgments 1"):
-        make_rows([prompt("p")], {"p": judgments(right=8)}, PairsOptions(run=RUN))
+        make_rows([prompt("p")], {"p": judgments(right=8)}, PairsOptions(run_dir=RUN))
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -196,7 +196,7 @@ def fails(capsys, *argv) -> str:
 
 def test_stage_writes_pairs_and_manifest(run):
     """The manifest names all three inputs, so that the chain is unbroken."""
-    build_pairs(PairsOptions(run=run))
+    build_pairs(PairsOptions(run_dir=run))
     manifest = json.loads((run / "pairs.jsonl.manifest.json").read_text("utf-8"))
     assert [Path(i["path"]).name for i in manifest["inputs"]] == ["prompts.jsonl", "repeated.jsonl", "hinted.jsonl"]
     assert manifest["num_rows"] == len((run / "pairs.jsonl").read_text("utf-8").splitlines()) == 3
@@ -206,8 +206,8 @@ def test_stage_writes_pairs_and_manifest(run):
 def test_hinted_judgments_are_needed_only_for_hinted_pairs(run, capsys):
     """The ablation without hints needs no hinted sampling; the default says what is missing."""
     (run / "hinted.jsonl").unlink()
-    assert "hinted.jsonl: no such file; leave hinted pairs out of --pair-types" in fails(capsys, "--run", run)
-    build_pairs(PairsOptions(run=run, pair_types=("repeated",)))
+    assert "hinted.jsonl: no such file; leave hinted pairs out of --pair-types" in fails(capsys, "--run-dir", run)
+    build_pairs(PairsOptions(run_dir=run, pair_types=("repeated",)))
     assert len((run / "pairs.jsonl").read_text("utf-8").splitlines()) == 2
 
 
@@ -223,13 +223,13 @@ def test_judgment_that_does_not_fit_is_named(change, message, run, capsys):
     """Judgments of another run's prompts would otherwise be dropped without a word."""
     rows = judgments(right=2, wrong=2)
     write(run / "repeated.jsonl", [*rows[:2], rows[2] | change])
-    assert fails(capsys, "--run", run) == f"error: {run}/repeated.jsonl:3: {message}"
+    assert fails(capsys, "--run-dir", run) == f"error: {run}/repeated.jsonl:3: {message}"
 
 
 def test_unfinished_sampling_is_refused(run, capsys):
     """Pairs from half of the judgments would look like a complete stage."""
     write_sealed(manifest_path(run / "repeated.jsonl"), {"inputs": [], "options": {}, "complete": False})
-    assert "repeated.jsonl: was cut short; run its stage again" in fails(capsys, "--run", run)
+    assert "repeated.jsonl: was cut short; run its stage again" in fails(capsys, "--run-dir", run)
 
 
 @pytest.mark.parametrize(
@@ -237,5 +237,5 @@ def test_unfinished_sampling_is_refused(run, capsys):
 )
 def test_options_out_of_range_are_refused(argv, run, capsys):
     """Before anything is read."""
-    fails(capsys, "--run", run, *argv)
+    fails(capsys, "--run-dir", run, *argv)
     assert not (run / "pairs.jsonl.manifest.json").exists()

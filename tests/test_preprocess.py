@@ -176,7 +176,7 @@ def test_nothing_left_is_an_input_error(tmp_path):
 
 def test_stage_writes_prompts_and_manifest_once(tmp_path):
     """A second start finds the file complete; other options are refused rather than mixed."""
-    options = PreprocessOptions(run=tmp_path, data=(LLMBAR,), limit=20)
+    options = PreprocessOptions(run_dir=tmp_path, data=(LLMBAR,), limit=20)
     preprocess(options)
     prompts, manifest = tmp_path / "prompts.jsonl", json.loads((tmp_path / "prompts.jsonl.manifest.json").read_text())
     before = prompts.read_bytes()
@@ -185,16 +185,16 @@ def test_stage_writes_prompts_and_manifest_once(tmp_path):
     preprocess(options)
     assert prompts.read_bytes() == before
     with pytest.raises(InputError, match="made with limit=20, now 10"):
-        preprocess(PreprocessOptions(run=tmp_path, data=(LLMBAR,), limit=10))
+        preprocess(PreprocessOptions(run_dir=tmp_path, data=(LLMBAR,), limit=10))
 
 
 def test_mistake_does_not_block_the_run_folder(tmp_path, capsys):
     """After a mistyped path, the right one must work in the same folder."""
     with pytest.raises(SystemExit) as stop:
-        run_command(preprocess, PreprocessOptions, None, ["--run", str(tmp_path), "--data", "./mistyped.json"])
+        run_command(preprocess, PreprocessOptions, None, ["--run-dir", str(tmp_path), "--data", "./mistyped.json"])
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: ./mistyped.json: no such file or folder"
-    run_command(preprocess, PreprocessOptions, None, ["--run", str(tmp_path), "--data", LLMBAR])
+    run_command(preprocess, PreprocessOptions, None, ["--run-dir", str(tmp_path), "--data", LLMBAR])
     assert len(read_prompts(tmp_path / "prompts.jsonl")) == 134
 
 

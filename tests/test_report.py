@@ -17,8 +17,8 @@ from conj.data.benchmarks import PUBLISHED
 from conj.data.files import write_jsonl
 from conj.data.manifest import write_sealed
 from conj.data.prompts import judgment_text
-from conj.sample.figures import Judged, score_all
-from conj.sample.report import write_report
+from conj.sample.evaluation.figures import Judged, score_all
+from conj.sample.evaluation.report import write_report
 
 EVIL = '<script>alert(1)</script></script><img src=x onerror="alert(2)">{{ 7 * 7 }}"\'|`$\\frac{$ \ud800'
 EVIL_SHOWN = EVIL.replace("\ud800", "\ufffd")

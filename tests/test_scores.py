@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from conj.data.benchmarks import Section, section_value
-from conj.sample.scores import (
+from conj.sample.evaluation.scores import (
     NOT_JUDGED,
     TIE,
     UNPARSED,

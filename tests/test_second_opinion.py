@@ -16,9 +16,10 @@ from conj import InputError
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.packs import Group, tokenize_pairs
 from conj.data.prompts import JudgeTokenizer, judgment_text
-from conj.train import dpo, second_opinion
+from conj.train import dpo
+from conj.train.audit import second_opinion
+from conj.train.audit.second_opinion import load_transformers, transformers_logps, trend
 from conj.train.reference import check_reference, compute_logps
-from conj.train.second_opinion import load_transformers, transformers_logps, trend
 from conj.train.sharding import build_sharded_model, distributed
 
 BASE = ROOT / "demo" / "base"
@@ -47,8 +48,8 @@ def scaled(name: str, folder: Path, factor: float = 1.01) -> Path:
 
 def bf16_run(folder: Path, seed: int, base: Path = BASE) -> Path:
     write_jsonl(folder / "pairs.jsonl", demo_pairs(seed))
-    make_reference(folder, base, dtype="bf16")
-    dpo.main(dpo_options(folder, base, dtype="bf16", learning_rate=5e-5, max_steps=2, pairs_per_step=24))
+    make_reference(folder, base, dtype="bfloat16")
+    dpo.main(dpo_options(folder, base, dtype="bfloat16", learning_rate=5e-5, max_steps=2, pairs_per_step=24))
     return folder
 
 
@@ -78,16 +79,16 @@ def test_logprobs_that_were_stored_by_another_model_are_found_at_step_0(seed, tm
     run, other = bf16_run(tmp_path / "run", seed), tmp_path / "other"
     wrong = scaled(NORMS[seed % len(NORMS)], tmp_path / "wrong")
     write_jsonl(other / "pairs.jsonl", demo_pairs(seed))
-    make_reference(other, wrong, dtype="bf16")
+    make_reference(other, wrong, dtype="bfloat16")
     values = load_file(other / "reference.safetensors")["logps"]
     with distributed("cpu") as world:
-        options = dpo_options(run, BASE, dtype="bf16")
+        options = dpo_options(run, BASE, dtype="bfloat16")
         dpo.select_arithmetic(options, world.device)
         pairs = dpo.make_plan(options, world).pairs
-        model = build_sharded_model(BASE, world, "bf16")
+        model = build_sharded_model(BASE, world, "bfloat16")
         alone = [[Group(prompt=pairs.prompt_of[pair], pairs=[pair])] for pair in range(8)]
         with pytest.raises(InputError, match="expected the logprobs .* that the model gives, found"):
-            check_reference(model, pairs, values, alone, world, "bf16", exact=True)
+            check_reference(model, pairs, values, alone, world, "bfloat16", exact=True)
 
 
 def test_errors_without_a_direction_hold_and_a_hidden_shift_is_found():
@@ -98,7 +99,7 @@ def test_errors_without_a_direction_hold_and_a_hidden_shift_is_found():
     pairs = tokenize_pairs(demo_pairs(0, num=num), tokenizer, 1529)
     ids = [([*pairs.prompts[pairs.prompt_of[p]]], [*judgment]) for p in range(num) for judgment in pairs.judgments[p]]
     prompts = [pairs.prompt_of[p] for p in range(num) for _ in range(2)]
-    model = load_transformers(BASE, "bf16", precise=True)
+    model = load_transformers(BASE, "bfloat16", precise=True)
     truth = transformers_logps(model, ids, "truth")
     noise = [[torch.randn(len(t), generator=generator) * 0.02 * (1 - t.exp()) for t in truth] for _ in range(2)]
     found, same = ([t + n for t, n in zip(truth, values)] for values in noise)
@@ -122,8 +123,8 @@ def test_short_judgments_of_other_kernels_are_within_the_bound_and_another_model
     alone = [[Group(prompt=pairs.prompt_of[pair], pairs=[pair])] for pair in range(len(pairs))]
     ids = [([*pairs.prompts[pairs.prompt_of[p]]], [*j]) for p in range(len(pairs)) for j in pairs.judgments[p]]
     with distributed("cpu") as world:
-        dpo.select_arithmetic(dpo_options(BASE, BASE, dtype="bf16"), world.device)
-        model = build_sharded_model(BASE, world, "bf16")
+        dpo.select_arithmetic(dpo_options(BASE, BASE, dtype="bfloat16"), world.device)
+        model = build_sharded_model(BASE, world, "bfloat16")
         found = compute_logps(model, pairs, alone, world)
         lengths = torch.tensor([[len(judgment) for judgment in judged] for judged in pairs.judgments])
 
@@ -131,10 +132,10 @@ def test_short_judgments_of_other_kernels_are_within_the_bound_and_another_model
             return torch.stack([logps.sum() for logps in transformers_logps(other, ids, "stored")]).view(-1, 2)
 
         for precise in (False, True):
-            stored = stored_by(load_transformers(BASE, "bf16", precise=precise))
-            check_reference(model, pairs, stored, alone, world, "bf16", exact=False)
+            stored = stored_by(load_transformers(BASE, "bfloat16", precise=precise))
+            check_reference(model, pairs, stored, alone, world, "bfloat16", exact=False)
         assert lengths.max() <= 4 and ((found - stored).abs() / lengths).max() > 0.05  # the former constant
-        other = load_transformers(BASE, "bf16", precise=True)
+        other = load_transformers(BASE, "bfloat16", precise=True)
         other.model.layers[0].input_layernorm.weight *= 1.2
         with pytest.raises(InputError, match="within .* nats, found .* --attention sdpa --kernels torch in both"):
-            check_reference(model, pairs, stored_by(other), alone, world, "bf16", exact=False)
+            check_reference(model, pairs, stored_by(other), alone, world, "bfloat16", exact=False)

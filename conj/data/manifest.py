@@ -165,7 +165,7 @@ def begin(artefact: Path, *, inputs: Sequence[str | Path], options) -> bool:
         _hold(artefact)
         return True
     if artefact.exists():
-        raise InputError(f"{artefact}: exists but has no manifest; delete it or use another --run")
+        raise InputError(f"{artefact}: exists but has no manifest; delete it or use another --run-dir")
     opened = {"artefact": artefact.name, "complete": False, **now, **describe_code()}
     write_sealed(manifest_path(artefact), opened)
     _hold(artefact)
@@ -191,7 +191,7 @@ def _hold(artefact: Path) -> None:
 
 
 def _check_same(artefact: Path, before: dict, now: dict) -> None:
-    advice = f"delete it and {manifest_path(artefact).name}, or use another --run"
+    advice = f"delete it and {manifest_path(artefact).name}, or use another --run-dir"
     made_from, given = _contents(before), _contents(now)
     if made_from != given:
         names = ", ".join(i["path"] for i, old, new in zip(now["inputs"], made_from, given) if old != new)

@@ -1,82 +1,126 @@
-"""Command lines from dataclasses: one frozen, keyword-only dataclass a stage is all there is to configure.
+"""Command lines and tables of a settings file from dataclasses: one frozen, keyword-only dataclass a stage is all there
+is to configure. `cyclopts` reads both.
 
     @dataclass(frozen=True, kw_only=True)
-    class PairsOptions:
-        run: Path = option(help="run folder")
+    class PairsOptions(RunOptions):
         seed: int = option(2021, help="seed of the choice among judgments")
 
-Each field becomes an option (`--pairs-per-step`); `bool` fields also get a `--no-` form. Unknown options are errors.
+Each field becomes an option (`--pairs-per-step`, or with underscores); `bool` fields also get a `--no-` form.
 """
 
-import argparse
 import dataclasses
+import inspect
 import math
 import os
 import sys
-import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
-from conj import InputError
+from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.config import Dict
+
+from conj import InputError, __version__
+
+GROUPS = {  # of the help, in this order
+    "required": Group("Required", sort_key=0),
+    True: Group("What is made", sort_key=1),
+    False: Group("How it is made: a stage that was cut short may go on with other values of these", sort_key=2),
+    "other": Group("Other", sort_key=3),
+}
 
 
-def option(default=dataclasses.MISSING, *, help: str, affects_result: bool = True):
-    """A dataclass field that is a command line option; without a default it must be given.
+def option(default=dataclasses.MISSING, *, help: str, affects_result: bool = True, name: str | None = None):
+    """A dataclass field that is a command line option; without a default it must be given. `name`: where the field's own
+    is a word of Python's.
 
     An option that leaves the artefact as it is (paths, memory, how often to save) says so: a stage that was cut short
     may go on with another value of it."""
-    return dataclasses.field(default=default, metadata={"help": help, "affects_result": affects_result})
+    metadata = {"help": help, "affects_result": affects_result, "name": name}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"error: {message}; see --help\n")
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What every stage of a run has."""
 
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
-def build_parser(options_class: type, description: str) -> argparse.ArgumentParser:
-    parser = _Parser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    run_dir: Path = option(
+        help="run folder: the stage's files are read from there and written to it", affects_result=False
     )
-    hints = typing.get_type_hints(options_class)
+
+
+def flag(field: dataclasses.Field) -> str:
+    """How a field is given on a command line."""
+    return "--" + (field.metadata["name"] or field.name).replace("_", "-")
+
+
+def _check_finite(kind: type, value: object) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"Expected a finite number, found {value}")
+
+
+def _show(default: object) -> str:
+    return " ".join(default) if isinstance(default, tuple) else str(default)
+
+
+def command_of(options_class: type) -> Callable:
+    """A function of the options by keyword, for cyclopts; it gives an `options_class`."""
+
+    def make(**values):
+        return options_class(**values)
+
+    hints, parameters = typing.get_type_hints(options_class), []
     for field in dataclasses.fields(options_class):
-        kind, arguments = hints[field.name], {"help": field.metadata["help"]}
-        # `int | None`: absent unless given; with a Literal in it, it is another type of Python's
-        if typing.get_origin(kind) in (types.UnionType, typing.Union):
-            (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
-        if field.default is dataclasses.MISSING:
-            arguments["required"] = True
-        else:
-            arguments["default"] = field.default
-        if typing.get_origin(kind) is tuple:
-            arguments["nargs"] = "+"
-            kind = typing.get_args(kind)[0]
-        if kind is bool:
-            arguments["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is typing.Literal:
-            arguments["choices"] = typing.get_args(kind)
-        else:
-            arguments["type"] = _finite if kind is float else kind
-        flags = ["--" + field.name.replace("_", "-")]
-        if field.name == "run":
-            # Before Python 3.12.7 torchrun's own parser takes a script's --run for a short form of its --run-path.
-            flags.append("--run-dir")
-        parser.add_argument(*flags, **arguments)
-    return parser
+        needed = field.default is dataclasses.MISSING
+        settings = Parameter(
+            name=flag(field), help=field.metadata["help"], validator=_check_finite,
+            group=GROUPS["required" if needed else field.metadata["affects_result"]],
+            consume_multiple=True, allow_repeating=True, negative_iterable=(), show_default=_show if field.default else None,
+        )  # fmt: skip
+        parameters.append(
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[hints[field.name], settings],
+                default=inspect.Parameter.empty if needed else field.default,
+            )
+        )  # fmt: skip
+    make.__signature__ = inspect.Signature(parameters)
+    return make
 
 
-def parse_options(options_class: type, description: str, argv: Sequence[str] | None = None):
-    """An `options_class` from the command line. Raises InputError from its `__post_init__`; exits 2 on unknown options."""
-    values = vars(build_parser(options_class, description).parse_args(argv))
-    return options_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+def parse_options(
+    options_class: type,
+    argv: Sequence[str],
+    *,
+    description: str | None = None,
+    settings: Mapping | None = None,
+    source: str = "",
+):
+    """An `options_class` from a command line, above it from `settings`, a table of the file `source`.
+
+    Raises InputError for what is unknown, missing or of another type; prints the help, or the version, and exits with 0
+    where the line asks for it. Whatever `__post_init__` raises passes."""
+    app = App(
+        name=_program(), help=description, version=f"conj {__version__}", default_command=command_of(options_class),
+        config=Dict(dict(settings), source=source) if settings else (), result_action="return_value",
+        help_format="plaintext", group_commands=GROUPS["other"],
+    )  # fmt: skip
+    try:
+        options = app(list(argv), exit_on_error=False, print_error=False)
+    except CycloptsError as e:
+        raise InputError(f"{str(e).rstrip('.')}; see --help") from None
+    if options is None:  # the help or the version was asked for, and printed
+        sys.exit()
+    return options
+
+
+def _program() -> str:
+    """How this process was started, for the help."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if sys.argv[0].startswith("conj ") or spec is None:
+        return Path(sys.argv[0]).name
+    return f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 def run_command(
@@ -84,7 +128,11 @@ def run_command(
 ) -> None:
     """Runs `stage(options)`; bad input ends in one line on stderr and exit code 2. `description` is the module docstring."""
     try:
-        stage(parse_options(options_class, (description or "").split("\n\n")[0], argv))
+        stage(
+            parse_options(
+                options_class, sys.argv[1:] if argv is None else argv, description=first_paragraph(description)
+            )
+        )
     except InputError as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every rank sees the same bad input
             print(f"error: {e}", file=sys.stderr)
@@ -94,6 +142,10 @@ def run_command(
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def first_paragraph(docstring: str | None) -> str:
+    return (docstring or "").split("\n\n")[0].replace("\n", " ")
 
 
 def require_each(options, names: Sequence[str], holds: Callable, expected: str) -> None:

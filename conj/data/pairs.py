@@ -8,7 +8,7 @@ neither on the order of the rows nor on Python's version.
 `pairs.jsonl` is the conversational preference format that trainers of this ecosystem read as it is. Questions, not
 rows, are held out for evaluation: the same question is never on both sides.
 
-    python -m conj.data.pairs --run runs/demo
+    python -m conj.data.pairs --run-dir runs/demo
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from conj import InputError
 from conj.data import manifest
 from conj.data.files import read_jsonl, write_jsonl
-from conj.data.options import option, require, require_each, run_command
+from conj.data.options import RunOptions, option, require, require_each, run_command
 from conj.data.preprocess import question_of, read_prompts
 from conj.data.prompts import VERDICT_KEY, judge_messages, question_text
 
@@ -33,10 +33,7 @@ HINTED = {"hinted", "hinted_vs_unparsed"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsOptions:
-    run: Path = option(
-        help="run folder; reads prompts.jsonl, repeated.jsonl, hinted.jsonl, writes pairs.jsonl", affects_result=False
-    )
+class PairsOptions(RunOptions):
     max_right_vs_wrong: int = option(3, help="most pairs of a right and a wrong judgment a prompt")
     max_right_vs_unparsed: int = option(1, help="most pairs of a right and an unparsed judgment a prompt")
     max_hinted: int = option(1, help="most pairs of hinted judgments a prompt")
@@ -64,10 +61,10 @@ class Pair(NamedTuple):
 def build_pairs(options: PairsOptions) -> None:
     """Writes `pairs.jsonl`. Raises InputError when a file is missing, unfinished or does not fit `prompts.jsonl`, or
     when no pair can be made."""
-    began, artefact = time.monotonic(), options.run / "pairs.jsonl"
-    inputs = [options.run / "prompts.jsonl", options.run / "repeated.jsonl"]
+    began, artefact = time.monotonic(), options.run_dir / "pairs.jsonl"
+    inputs = [options.run_dir / "prompts.jsonl", options.run_dir / "repeated.jsonl"]
     if HINTED & set(options.pair_types):
-        inputs.append(options.run / "hinted.jsonl")
+        inputs.append(options.run_dir / "hinted.jsonl")
         require(
             inputs[-1].exists(), f"{inputs[-1]}: no such file; leave hinted pairs out of --pair-types to do without"
         )
@@ -120,7 +117,9 @@ def make_rows(
             row = {"prompt": messages, "chosen": chosen, "rejected": rejected, "id": id, "label": label}
             rows.append({**row, "pair_type": pair.pair_type, "split": split})
     if not rows:
-        raise InputError(f"{options.run}: no pair can be made: {', '.join(f'{k} {v}' for k, v in counts.items() if v)}")
+        raise InputError(
+            f"{options.run_dir}: no pair can be made: {', '.join(f'{k} {v}' for k, v in counts.items() if v)}"
+        )
     return rows, dict(counts)
 
 

@@ -5,7 +5,7 @@ content: neither depends on the order of rows or on the machine. Left out, and c
 prefer), ties, a chosen and a rejected conversation that ask different things, and duplicates. Kept, and counted:
 empty answers, and answers that are not strings, as their JSON text.
 
-    python -m conj.data.preprocess --run runs/demo --data HuggingFaceH4/ultrafeedback_binarized:train_prefs
+    python -m conj.data.preprocess --run-dir runs/demo --data HuggingFaceH4/ultrafeedback_binarized:train_prefs
 """
 
 import hashlib
@@ -22,13 +22,12 @@ from conj import InputError
 from conj.data import manifest
 from conj.data.benchmarks import BENCHMARKS, official_subset, resolve_data
 from conj.data.files import read_jsonl, write_jsonl
-from conj.data.options import option, require_each, run_command
+from conj.data.options import RunOptions, option, require_each, run_command
 from conj.data.readers import Preference, describe_data, read_preferences, split_name, swapped
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessOptions:
-    run: Path = option(help="run folder; prompts.jsonl is written there", affects_result=False)
+class PreprocessOptions(RunOptions):
     data: tuple[str, ...] = option(
         help="preference data: files, folders or hub names, each with an optional :split", affects_result=False
     )
@@ -42,7 +41,7 @@ class PreprocessOptions:
 
 def preprocess(options: PreprocessOptions) -> None:
     """Writes `prompts.jsonl`. Raises InputError for unusable data or when every record is left out."""
-    began, artefact = time.monotonic(), options.run / "prompts.jsonl"
+    began, artefact = time.monotonic(), options.run_dir / "prompts.jsonl"
     if not manifest.begin(artefact, inputs=describe_data(options.data), options=options):
         return
     rows, counts = load_prompts(options.data, options.seed, options.subsets, options.limit)

@@ -16,17 +16,14 @@ import torch
 from conj import InputError
 from conj.data.files import first_line
 
-DEVICES = ("auto", "cpu", "cuda")
-ATTENTION = ("flash_attn", "varlen", "sdpa")
-KERNELS = ("triton", "compile", "torch")
 OLDEST_CARD = (8, 0)  # compute capability from which on flash attention and Triton's kernels run
 
 
 @dataclass(kw_only=True)
 class Backends:
     device: str = "cpu"  # or cuda
-    attention: str = "sdpa"  # one of ATTENTION
-    kernels: str = "torch"  # one of KERNELS
+    attention: str = "sdpa"  # flash_attn, varlen or sdpa
+    kernels: str = "torch"  # triton, compile or torch
     deterministic: bool = False  # backward of attention
 
 
@@ -83,7 +80,7 @@ def choose(
     machine: Machine,
     *,
     device: str = "auto",
-    dtype: str = "bf16",
+    dtype: str = "bfloat16",
     attention: str | None = None,
     kernels: str | None = None,
 ) -> Backends:
@@ -99,16 +96,16 @@ def choose(
         return Backends(device=device, kernels=kernels or "torch")
     too_old = machine.capability < OLDEST_CARD
     if attention is None:
-        attention = "sdpa" if dtype == "fp32" else "varlen" if machine.flash_attn is None else "flash_attn"
+        attention = "sdpa" if dtype == "float32" else "varlen" if machine.flash_attn is None else "flash_attn"
     kernels = kernels or ("torch" if too_old else "triton")
-    if attention != "sdpa" and dtype == "fp32":
+    if attention != "sdpa" and dtype == "float32":
         raise InputError(
-            f"--attention: expected sdpa with --dtype fp32, found {attention}: flash attention takes half precision"
+            f"--attention: expected sdpa with --dtype float32, found {attention}: flash attention takes half precision"
         )
     if too_old and (attention != "sdpa" or kernels == "triton"):
         raise InputError(
             f"the GPU has compute capability {'.'.join(map(str, machine.capability))}, too old for {attention} "
-            f"attention with {kernels} kernels, which need 8.0; choose --dtype fp32 --attention sdpa --kernels torch, or "
+            f"attention with {kernels} kernels, which need 8.0; choose --dtype float32 --attention sdpa --kernels torch, or "
             "--device cpu"
         )
     if attention == "flash_attn" and machine.flash_attn != "":
@@ -120,7 +117,7 @@ def choose(
 def select(
     device: torch.device,
     *,
-    dtype: str = "bf16",
+    dtype: str = "bfloat16",
     attention: str | None = None,
     kernels: str | None = None,
     deterministic: bool = False,

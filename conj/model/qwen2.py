@@ -24,8 +24,6 @@ from conj.model.logprob import linear_logprob
 from conj.model.ops import Gather, add_rms_norm, gather_rows, rms_norm, rope, rope_tables, swiglu
 from conj.model.recompute import cast, recomputing
 
-# What backward finds of a block: all that it needs; all but what elementwise steps make again; the block's input alone.
-ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 # Bytes from forward to backward. On a CPU models are small, and their heads a large part of the work.
 KEPT_LOGITS = {"cpu": 192 << 20, "cuda": 0}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -160,7 +158,9 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self.activation_checkpointing = "none"  # one of ACTIVATION_CHECKPOINTING
+        self.activation_checkpointing = (
+            "none"  # or selective (all but what elementwise steps make again), full (a block's input alone)
+        )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         how, casts = self.activation_checkpointing, self.input_layernorm.weight.dtype != x.dtype

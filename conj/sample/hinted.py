@@ -3,7 +3,7 @@
 The reason is put into the JSON of a judgment with the verdict of the hint, so that every prompt gets a right and a
 wrong judgment, also where sampling gave only one kind (paper, section 3.2). Run it again after a kill and it goes on.
 
-    python -m conj.sample.hinted --run runs/demo --model demo/base
+    python -m conj.sample.hinted --run-dir runs/demo --model demo/base
 """
 
 import re
@@ -13,7 +13,8 @@ from conj.data.options import option, run_command
 from conj.data.preprocess import question_of
 from conj.data.prompts import REASON_KEY, VERDICT_KEY, JudgeTokenizer, judge_messages, judgment_text
 from conj.data.verdicts import parse_reason, parse_strict
-from conj.sample.engine import Completion, Request, check_model
+from conj.model.folder import check_model
+from conj.sample.engines.completion import Completion, Request
 from conj.sample.stage import SamplingOptions, sample_prompts
 
 MAX_REASON_TOKENS = 400
@@ -30,7 +31,7 @@ class HintedOptions(SamplingOptions):
 
 def sample_hinted(options: HintedOptions) -> None:
     """Writes `hinted.jsonl`. Raises InputError for unusable prompts, model or options."""
-    model = check_model(options.model, options.max_model_len)
+    model = check_model(options.model, options.max_length)
 
     def make_requests(row: dict) -> list[Request]:
         requests = []
@@ -43,7 +44,7 @@ def sample_hinted(options: HintedOptions) -> None:
     def judge(request: Request, completion: Completion) -> dict:
         return hinted_judgment(completion, request.hint, model.tokenizer)
 
-    sample_prompts(options.run / "hinted.jsonl", options, model, make_requests, judge)
+    sample_prompts(options.run_dir / "hinted.jsonl", options, model, make_requests, judge)
 
 
 def hinted_judgment(completion: Completion, hint: int, tokenizer: JudgeTokenizer) -> dict:

@@ -20,7 +20,9 @@ from conj import InputError
 from conj.data.options import option, run_command
 from conj.data.prompts import judge_messages
 from conj.data.verdicts import parse_reason, parse_strict
-from conj.sample.engine import Decoding, EngineOptions, JudgeModel, Request, check_model, generate, running_engine
+from conj.model.folder import JudgeModel, check_model
+from conj.sample.engines.completion import Decoding, Request
+from conj.sample.engines.vllm import EngineOptions, generate, running_engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ _running = contextlib.ExitStack()
 @functools.lru_cache(maxsize=1)
 def _start(options: EngineOptions) -> tuple[JudgeModel, object]:
     """The checked model and its engine, which stays up until one with other options is asked for."""
-    model = check_model(options.model, options.max_model_len)
+    model = check_model(options.model, options.max_length)
     _running.close()
     return model, _running.enter_context(running_engine(model, options))
 
@@ -64,9 +66,9 @@ def judge(
     options = EngineOptions(model=Path(model), max_new_tokens=max_new_tokens, **engine_options)
     checked, engine = _start(options)
     prompt_ids = checked.tokenizer.prompt_ids(judge_messages(question, answer_1, answer_2))
-    room = checked.max_model_len - len(prompt_ids)
+    room = checked.max_length - len(prompt_ids)
     if room < 1:
-        raise InputError(f"the prompt has {len(prompt_ids)} tokens, the context {checked.max_model_len}")
+        raise InputError(f"the prompt has {len(prompt_ids)} tokens, the context {checked.max_length}")
     decoding = Decoding(max_new_tokens=min(max_new_tokens, room))
     [(_, completion)] = generate(engine, [Request(key={}, prompt_ids=prompt_ids)], checked, decoding)
     verdict, reason = parse_strict(completion.text).value, parse_reason(completion.text)

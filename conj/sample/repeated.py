@@ -3,7 +3,7 @@
 Sampled warm, so that both right and wrong ones come out; which is which, the label says when pairs are made (paper,
 section 3.1). Run it again after a kill and it goes on.
 
-    python -m conj.sample.repeated --run runs/demo --model demo/base
+    python -m conj.sample.repeated --run-dir runs/demo --model demo/base
 """
 
 from dataclasses import dataclass
@@ -13,36 +13,37 @@ from conj.data.options import option, require_each, run_command
 from conj.data.preprocess import question_of
 from conj.data.prompts import judge_messages
 from conj.data.verdicts import PARSERS
-from conj.sample.engine import Completion, Request, check_model
+from conj.model.folder import check_model
+from conj.sample.engines.completion import Completion, Request
 from conj.sample.stage import SamplingOptions, sample_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepeatedOptions(SamplingOptions):
-    n: int = option(8, help="number of judgments a prompt")
+    num_samples: int = option(8, help="number of judgments a prompt")
     temperature: float = option(1.2, help="sampling temperature, above 0")
     top_p: float = option(0.95, help="sample from the likeliest tokens that add up to this share, above 0 up to 1")
     parser: Literal["strict", "released"] = option("strict", help="how verdicts are read; released: as published")
 
     def __post_init__(self):
         super().__post_init__()
-        require_each(self, ("n",), lambda value: value >= 1, "1 or more")
+        require_each(self, ("num_samples",), lambda value: value >= 1, "1 or more")
 
 
 def sample_repeated(options: RepeatedOptions) -> None:
     """Writes `repeated.jsonl`. Raises InputError for unusable prompts, model or options."""
-    model = check_model(options.model, options.max_model_len)
+    model = check_model(options.model, options.max_length)
 
     def make_requests(row: dict) -> list[Request]:
         prompt_ids = model.tokenizer.prompt_ids(judge_messages(question_of(row), row["answer_1"], row["answer_2"]))
-        keys = ({"id": row["id"], "kind": "repeated", "index": index} for index in range(options.n))
+        keys = ({"id": row["id"], "kind": "repeated", "index": index} for index in range(options.num_samples))
         return [Request(key=key, prompt_ids=prompt_ids) for key in keys]
 
     def judge(request: Request, completion: Completion) -> dict:
         verdict = PARSERS[options.parser](completion.text)
         return {"text": completion.text, "verdict": verdict.value, "rung": verdict.rung}
 
-    sample_prompts(options.run / "repeated.jsonl", options, model, make_requests, judge)
+    sample_prompts(options.run_dir / "repeated.jsonl", options, model, make_requests, judge)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,34 @@
-"""What the sampling stages share: their options, and the way from prompts.jsonl to a file of judgments."""
+"""What the sampling stages share: their options, and the way from prompts.jsonl to a file of judgments.
 
+Rows are appended as they finish; a stage that is killed goes on where it stopped and ends with the same file. A prompt
+that does not fit the context is left out and counted, never cut.
+"""
+
+import contextlib
 import functools
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
+from conj import InputError
 from conj.data import manifest
-from conj.data.options import option, require_each
+from conj.data.files import brief, dump_line, recover_jsonl, write_jsonl
+from conj.data.options import RunOptions, option, require_each
 from conj.data.preprocess import read_prompts
-from conj.sample.engine import (
-    Completion,
-    Decoding,
-    EngineOptions,
-    JudgeModel,
-    Request,
-    append_samples,
-    complete_by_vllm,
-    split_overlong,
-)
+from conj.model.folder import JudgeModel
+from conj.sample.engines.completion import Completion, Decoding, Request
+from conj.sample.engines.vllm import EngineOptions, complete_by_vllm
 
 REFUSED = ("content_filter", "context_length")  # reasons of an endpoint's to write no judgment, or not all of it
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions(EngineOptions):
-    run: Path = option(help="run folder; reads prompts.jsonl, writes the judgments beside it", affects_result=False)
+class SamplingOptions(RunOptions, EngineOptions):
     temperature: float = option(help="sampling temperature, above 0")
     top_p: float = option(help="sample from the likeliest tokens that add up to this share, above 0 up to 1")
     top_k: int = option(50, help="sample from this many likeliest tokens; 0: all")
@@ -50,7 +52,7 @@ def sample_prompts(
     """Writes `artefact`: for each row of prompts.jsonl the requests `make_requests` makes of it, completed and judged.
 
     Raises InputError for unusable prompts."""
-    source = options.run / "prompts.jsonl"
+    source = options.run_dir / "prompts.jsonl"
     decoding = Decoding(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -116,3 +118,84 @@ def count_judgments(rows: list[dict], labels: dict[str, int], outcome: str) -> d
             counts[f"refused_{row['finish_reason']}"] += 1
         counts[f"rung_{row['rung']}"] += 1
     return dict(counts)
+
+
+def split_overlong(requests: list[Request], model: JudgeModel, max_new_tokens: int) -> tuple[list[Request], list[str]]:
+    """Requests that fit the context with room for a whole judgment, and the ids of prompts that do not.
+
+    A prompt of which one request does not fit is left out whole. Raises InputError when none fits."""
+    longest = model.max_length - max_new_tokens
+    overlong = dict.fromkeys(r.key["id"] for r in requests if len(r.prompt_ids) > longest)
+    fitting = [r for r in requests if r.key["id"] not in overlong]
+    if not fitting:
+        shortest = min(len(r.prompt_ids) for r in requests)
+        raise InputError(
+            f"--max-length {model.max_length}: every prompt is too long; the shortest has {shortest} tokens, "
+            f"and {max_new_tokens} are kept for the judgment"
+        )
+    return fitting, list(overlong)
+
+
+def append_samples(
+    artefact: Path,
+    requests: list[Request],
+    complete: Callable[[list[Request]], Generator[tuple[Request, Completion]]],
+    judge: Callable[[Request, Completion], dict],
+    outcome: str,
+    verdict_probability: bool = False,
+) -> list[dict]:
+    """Makes the rows of `artefact` that are not there yet, and returns all of them.
+
+    A row is the request's key, what `judge` makes of the completion (`outcome` among it), and what the model wrote: its
+    token ids, or how many a server counted, and with `verdict_probability` also `p_first`. `complete` (complete_by_vllm or
+    conj.sample.engines.http.complete_by_http, the rest bound) gives each request with its completion, as it finishes. Rows are
+    appended in that order; the whole file is put into the order of the requests at the end, so that a run that was killed
+    and one that was not leave the same bytes. Raises InputError for a malformed file, a row of no request, and one that
+    stands there twice."""
+    done = _rows_made(artefact, requests, outcome)
+    left = [r for r in requests if _name(r.key) not in done]
+    if left:
+        with contextlib.closing(complete(left)) as completions, open(artefact, "a", encoding="utf-8") as file:
+            for request, completion in tqdm(
+                completions, desc=artefact.name, total=len(requests), initial=len(done), unit=" judgments"
+            ):
+                row = {
+                    **request.key,
+                    **judge(request, completion),
+                    "finish_reason": completion.finish_reason,
+                    **{column: getattr(completion, column) for column in _cost_columns(request)},
+                }
+                if verdict_probability:
+                    row["p_first"] = completion.p_first if row[outcome] else None
+                file.write(dump_line(row))
+                file.flush()
+                done[_name(request.key)] = row
+    rows = [done[_name(r.key)] for r in requests]
+    write_jsonl(artefact, rows)
+    return rows
+
+
+def _cost_columns(request: Request) -> dict[str, type]:
+    """What a row says about the tokens that were written: columns of Completion, with their type."""
+    if request.messages is None:
+        return {"token_ids": list}
+    return {"prompt_tokens": object, "completion_tokens": object}  # not every server counts
+
+
+def _name(key: dict) -> str:
+    return json.dumps(list(key.values()))  # not a tuple: there true and 1 are one name, and a list is none
+
+
+def _rows_made(artefact: Path, requests: list[Request], outcome: str) -> dict[str, dict]:
+    """The rows that an earlier, killed run made, by request."""
+    written = {"text": str, "verdict": object, outcome: object, "rung": str, "finish_reason": str}
+    written |= _cost_columns(requests[0])
+    asked, done = {_name(r.key) for r in requests}, {}
+    for number, row in enumerate(recover_jsonl(artefact, dict.fromkeys(requests[0].key, object) | written), 1):
+        name = _name(key := {column: row[column] for column in requests[0].key})
+        if name not in asked or name in done:
+            found = ", ".join(f"{column} {brief(value)}" for column, value in key.items())
+            wrong = "stands here for the second time" if name in asked else "is no judgment that was asked for"
+            raise InputError(f"{artefact}:{number}: {found} {wrong}; delete the line")
+        done[name] = row
+    return done

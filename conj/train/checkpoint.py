@@ -199,7 +199,7 @@ def find_checkpoint(folder: Path, identity: str) -> Path | None:
             continue
         if manifest["identity"] != identity:
             raise InputError(
-                f"{path}: belongs to a run of other inputs or options; delete {folder} or use another --run"
+                f"{path}: belongs to a run of other inputs or options; delete {folder} or use another --run-dir"
             )
         return path
     return None

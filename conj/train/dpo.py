@@ -1,6 +1,6 @@
 """Stage 6: DPO on contrastive judgments, from pairs to a trained judge. The whole story is in `main`.
 
-    python -m conj.train.dpo --run runs/demo --model demo/base
+    python -m conj.train.dpo --run-dir runs/demo --model demo/base
     torchrun --nproc_per_node 8 -m conj.train.dpo --run-dir runs/skywork --model models/Qwen2-7B-Instruct
 
 Direct Preference Optimization (arXiv 2305.18290) as Con-J uses it (arXiv 2410.03742, section 3.4): the policy starts
@@ -17,10 +17,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,18 +28,18 @@ from tqdm import tqdm
 
 from conj.data.files import dump_line, recover_jsonl, write_jsonl
 from conj.data.manifest import begin, finish, identity
-from conj.data.options import option, require, require_each, run_command
+from conj.data.options import run_command
 from conj.data.packs import Group, TokenizedPairs, deal, group_tokens, pairs_of
 from conj.model import backends
-from conj.model.qwen2 import ACTIVATION_CHECKPOINTING, DTYPES
+from conj.model.qwen2 import DTYPES
 from conj.model.weights import export_model
 from conj.train.batch import Batch, batches_ahead, to_device
 from conj.train.checkpoint import Saver, find_checkpoint, load_checkpoint
 from conj.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
+from conj.train.options import DPOOptions
 from conj.train.plan import make_plan
 from conj.train.reference import check_reference
 from conj.train.sharding import (
-    ComputeOptions,
     World,
     build_sharded_model,
     distributed,
@@ -52,68 +50,6 @@ from conj.train.sharding import (
 
 NUM_SPOT_CHECKS = 8  # pairs whose stored reference is computed again before training starts
 COLUMNS = ("loss", "chosen_reward", "rejected_reward", "margin", "accuracy")  # of each pair
-
-
-@dataclass(frozen=True, kw_only=True)
-class DPOOptions(ComputeOptions):
-    run: Path = option(
-        help="run folder; reads pairs.jsonl and reference.safetensors, writes checkpoints/ and model/",
-        affects_result=False,
-    )
-    model: Path = option(help="base model, a Hugging Face folder", affects_result=False)
-    beta: float = option(0.1, help="DPO's temperature: how dear it is to leave the base model")
-    nll_alpha: float = option(0.0, help="weight of the added mean negative logprob of the chosen judgment's tokens")
-    learning_rate: float = option(5e-7, help="AdamW's highest learning rate")
-    adam_beta1: float = option(0.9, help="AdamW's decay of the first moment")
-    adam_beta2: float = option(0.95, help="AdamW's decay of the second moment")
-    weight_decay: float = option(1e-4, help="AdamW's weight decay, on matrices only")
-    warmup_ratio: float = option(
-        0.03, help="share of the steps in which the learning rate rises; it then falls as a cosine"
-    )
-    max_grad_norm: float = option(1.0, help="gradients are scaled down to this norm")
-    num_train_epochs: int = option(1, help="passes over the training pairs")
-    max_steps: int | None = option(
-        None, help="stop after this many optimizer steps; the schedule is that of this length"
-    )
-    pairs_per_step: int = option(24, help="pairs an optimizer step takes, over all ranks")
-    max_length: int = option(6400, help="tokens of prompt and judgment; pairs over it are counted and left out")
-    max_tokens_per_pack: int = option(16384, help="tokens a forward pass takes on each rank")
-    pack_multiple: int = option(
-        1, help="the packs of a step are a multiple of this: set it to the number of ranks, and none of them idles"
-    )
-    share: Literal["prompt", "pair", "none"] = option(
-        "prompt",
-        help="who shares one encoding of a prompt: all its pairs (they then share a step), the two judgments of a pair, none",
-    )
-    activation_checkpointing: Literal[ACTIVATION_CHECKPOINTING] = option(
-        "none",
-        help="what backward computes again: nothing; selective: results of elementwise steps (a third of a block's "
-        "memory, for a few percent of a step); full: all but each block's input",
-    )
-    cpu_offload: bool = option(False, help="keep master weights, gradients and optimizer state in host memory")
-    deterministic: bool = option(False, help="a backward of attention that sums in a fixed order; slower on a GPU")
-    audit_mode: bool = option(
-        False,
-        help="the same bits on any number of ranks: gradients of a step summed in float64 (8 bytes a parameter on each "
-        "rank), deterministic, one thread on a CPU",
-    )
-    eval_every: int = option(50, help="optimizer steps between evaluations on the held-out pairs")
-    save_every: int = option(200, help="optimizer steps between checkpoints", affects_result=False)
-    keep_checkpoints: int = option(2, help="newest checkpoints to keep", affects_result=False)
-    seed: int = option(2021, help="seed of the order of pairs")
-
-    def __post_init__(self):
-        above_0 = ("beta", "learning_rate", "max_grad_norm", "num_train_epochs", "max_steps", "pairs_per_step")
-        above_0 += ("max_length", "max_tokens_per_pack", "pack_multiple")
-        above_0 += ("eval_every", "save_every", "keep_checkpoints")
-        require_each(self, above_0, lambda value: value > 0, "more than 0")
-        require_each(self, ("nll_alpha", "weight_decay"), lambda value: value >= 0, "0 or more")
-        require(
-            self.kernels != "compile" or self.activation_checkpointing != "selective",
-            "--activation-checkpointing: expected none or full with --kernels compile, which chooses by itself what it "
-            "makes again, found selective",
-        )
-        require_each(self, ("warmup_ratio", "adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "0 to below 1")
 
 
 def dpo_loss(logps: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -265,7 +201,7 @@ def build_policy(options: DPOOptions, world: World) -> tuple[nn.Module, torch.op
 def main(options: DPOOptions) -> None:
     """From pairs and reference logprobs to `model/`, top to bottom."""
     started = time.perf_counter()
-    artefact, checkpoints = options.run / "model", options.run / "checkpoints"
+    artefact, checkpoints = options.run_dir / "model", options.run_dir / "checkpoints"
     with distributed(options.device) as world:
         select_arithmetic(options, world.device)
         plan = make_plan(options, world)
@@ -276,7 +212,7 @@ def main(options: DPOOptions) -> None:
             print(f"{idle:.0%} of the ranks' turns have no pack; --pack-multiple {world.size} gives each of them one")
 
         # Is it done already? If not: model, optimizer, and where an earlier run of the same inputs and options stopped.
-        inputs = [options.run / "pairs.jsonl", options.run / "reference.safetensors", options.model]
+        inputs = [options.run_dir / "pairs.jsonl", options.run_dir / "reference.safetensors", options.model]
         if not world.on_main(lambda: begin(artefact, inputs=inputs, options=options)):
             return
         run_identity = world.on_main(lambda: identity(artefact))
@@ -293,7 +229,7 @@ def main(options: DPOOptions) -> None:
 
         saver = Saver(folder=checkpoints, world=world, identity=run_identity, keep=options.keep_checkpoints)
         with (
-            metrics_log(options.run, num_done, world) as log,
+            metrics_log(options.run_dir, num_done, world) as log,
             leave_on_sigterm() as asked_to_leave,
             tqdm(total=len(steps), desc="dpo", unit="step", initial=num_done, disable=not world.is_main) as bar,
         ):
@@ -329,7 +265,11 @@ def main(options: DPOOptions) -> None:
                 "eval_pairs": len(plan.held_out),
                 "over_max_length": len(pairs) - len(plan.train) - len(plan.held_out),
             }
-            also = [options.run / "metrics.jsonl", options.run / "tensorboard", *checkpoints.glob("*/manifest.json")]
+            also = [
+                options.run_dir / "metrics.jsonl",
+                options.run_dir / "tensorboard",
+                *checkpoints.glob("*/manifest.json"),
+            ]
             seconds = time.perf_counter() - started
             finish(artefact, num_rows=len(steps), counts=counts, seconds=seconds, also=also, machine=world.describe())
 

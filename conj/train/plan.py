@@ -26,14 +26,14 @@ class Plan:
 def make_plan(options, world: World, *, elsewhere: bool = False) -> Plan:
     """Raises InputError unless pairs, reference logprobs and base model are all there and fit together. `elsewhere`:
     the reference may have been made on another machine or with other versions."""
-    pairs, tokenizer, usable = load_pairs(options.run, options.model, options.max_length)
-    path = options.run / "reference.safetensors"
+    pairs, tokenizer, usable = load_pairs(options.run_dir, options.model, options.max_length)
+    path = options.run_dir / "reference.safetensors"
     key = world.on_main(
         lambda: reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
     )
     reference, stale = load_reference(path, key, len(pairs), elsewhere=elsewhere)
     train, held_out = ([i for i in usable if pairs.is_eval[i] is flag] for flag in (False, True))
-    require(world.size <= len(train), f"{options.run}: {len(train)} training pairs cannot feed {world.size} ranks")
+    require(world.size <= len(train), f"{options.run_dir}: {len(train)} training pairs cannot feed {world.size} ranks")
     missing = int(reference[usable].isnan().any(dim=1).sum())
     require(missing == 0, f"{path}: {missing} pairs have no reference logprob")
 

@@ -1,6 +1,6 @@
 """Stage 5: the base model's logprobs of every judgment, computed once and stored with a key.
 
-    python -m conj.train.reference --run runs/demo --model demo/base
+    python -m conj.train.reference --run-dir runs/demo --model demo/base
     torchrun --nproc_per_node 8 -m conj.train.reference --run-dir … --model …
 
 DPO needs the reference model only for these numbers, so training never loads it. The key names everything they depend
@@ -11,7 +11,6 @@ taken up where its last save stands, and pairs over `--max-length` stay NaN.
 import hashlib
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,31 +22,20 @@ from tqdm import tqdm
 from conj import InputError
 from conj.data.files import read_jsonl, sha256_file, write_atomic
 from conj.data.manifest import begin, finish
-from conj.data.options import option, require_each, run_command
+from conj.data.options import run_command
 from conj.data.packs import Group, TokenizedPairs, deal, pairs_of, plan_packs, tokenize_pairs
 from conj.data.prompts import JudgeTokenizer
 from conj.model import backends, qwen2
 from conj.model.weights import check_model_folder, weight_files
 from conj.train import batch as batch_module
 from conj.train.batch import batches_ahead
-from conj.train.sharding import ComputeOptions, World, build_sharded_model, distributed, ending_process, reshard
+from conj.train.options import ReferenceOptions
+from conj.train.sharding import World, build_sharded_model, distributed, ending_process, reshard
 
 WHERE = {"code", "backends", "torch", "device"}  # fields of the key that say where it was made, not from what
-ROUNDING = {"bf16": 2**-9, "fp32": 2**-22}  # relative error of a result; in fp32 that of a long sum
+ROUNDING = {"bfloat16": 2**-9, "float32": 2**-22}  # relative error of a result; in fp32 that of a long sum
 NUM_ROUNDINGS = 16  # see rounding_bound
 PAIR_COLUMNS = {"id": str, "prompt": list, "chosen": list, "rejected": list, "label": int, "pair_type": str}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReferenceOptions(ComputeOptions):
-    run: Path = option(help="run folder; reads pairs.jsonl, writes reference.safetensors", affects_result=False)
-    model: Path = option(help="base model, a Hugging Face folder", affects_result=False)
-    max_length: int = option(6400, help="tokens of prompt and judgment; pairs over it are counted and left out")
-    max_tokens_per_pack: int = option(16384, help="tokens a forward pass takes on each rank", affects_result=False)
-    save_every: int = option(256, help="forward passes between saves", affects_result=False)
-
-    def __post_init__(self):
-        require_each(self, ("max_length", "max_tokens_per_pack", "save_every"), lambda value: value > 0, "at least 1")
 
 
 def load_pairs(run: Path, model: Path, max_length: int) -> tuple[TokenizedPairs, str, list[int]]:
@@ -139,7 +127,7 @@ def compute_reference(
             done = pairs_of(now)
             logps[done] = compute_logps(model, pairs, now, world)[done]
             if world.is_main:
-                save_reference(options.run, logps, key)
+                save_reference(options.run_dir, logps, key)
             bar.update(len(done))
 
 
@@ -200,10 +188,10 @@ def save_reference(run: Path, logps: Tensor, key: dict[str, str]) -> None:
 
 def main(options: ReferenceOptions) -> None:
     started = time.perf_counter()
-    artefact = options.run / "reference.safetensors"
+    artefact = options.run_dir / "reference.safetensors"
     with distributed(options.device) as world:
         backends.select(world.device, dtype=options.dtype, attention=options.attention, kernels=options.kernels)
-        pairs, tokenizer, usable = load_pairs(options.run, options.model, options.max_length)
+        pairs, tokenizer, usable = load_pairs(options.run_dir, options.model, options.max_length)
         key = world.on_main(
             lambda: reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
         )
@@ -212,13 +200,13 @@ def main(options: ReferenceOptions) -> None:
             logps, _ = load_reference(artefact, key, len(pairs))
         todo = [i for i in usable if logps[i].isnan().any()]
         packs = plan_packs(pairs, todo, max_tokens=options.max_tokens_per_pack, share="prompt")
-        inputs = [options.run / "pairs.jsonl", options.model]
+        inputs = [options.run_dir / "pairs.jsonl", options.model]
         if not world.on_main(lambda: begin(artefact, inputs=inputs, options=options)):
             return
         compute_reference(options, pairs, logps, packs, key, world)
         if world.is_main:
             if not artefact.exists():  # no pair was within the length
-                save_reference(options.run, logps, key)
+                save_reference(options.run_dir, logps, key)
             counts = {"over_max_length": len(pairs) - len(usable)}
             seconds = time.perf_counter() - started
             finish(artefact, num_rows=len(pairs), counts=counts, seconds=seconds, machine=world.describe())

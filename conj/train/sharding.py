@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -19,31 +18,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from conj import InputError
-from conj.data.options import option
 from conj.model import backends
-from conj.model.qwen2 import Qwen2, Qwen2Config, read_config
+from conj.model.qwen2 import DTYPES, Qwen2, Qwen2Config, read_config
 from conj.model.weights import load_weights
 
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SECONDS_TO_LEAVE = 25  # torchrun kills 30 seconds after it asked to leave
 
 
 class PeerFailed(Exception):
     """Another rank failed, and says why itself."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComputeOptions:
-    """What decides the bits of a forward pass; stored reference and training must have the same."""
-
-    device: Literal[backends.DEVICES] = option("auto", help="auto: a GPU if one is visible", affects_result=False)
-    dtype: Literal["bf16", "fp32"] = option("bf16", help="dtype of forward and backward; master weights are fp32")
-    attention: Literal[backends.ATTENTION] | None = option(
-        None, help="attention kernel; by default flash_attn if installed, else varlen, and on a CPU or in fp32 sdpa"
-    )
-    kernels: Literal[backends.KERNELS] | None = option(
-        None, help="norm, RoPE, SwiGLU and logprob kernels; by default triton, and on a CPU torch, their reference"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,11 +235,11 @@ def shard_model(
         raise InputError("--cpu-offload: expected a GPU, found a CPU")
     with torch.device("meta"):
         model = Qwen2(config)
-    model.model.dtype = COMPUTE_DTYPES[dtype]
+    model.model.dtype = DTYPES[dtype]
     for layer in model.model.layers:
         layer.activation_checkpointing = activation_checkpointing
     if world.size > 1 or cpu_offload or reduce_dtype != torch.float32:
-        policy = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[dtype], reduce_dtype=reduce_dtype)
+        policy = MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=reduce_dtype)
         _fully_shard(
             model, world, mp_policy=policy, offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
         )

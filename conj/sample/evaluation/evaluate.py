@@ -1,8 +1,8 @@
 """Stage 7: judges on benchmarks, each pair in both orders, greedily, and the report.
 
-    python -m conj.sample.evaluate --run runs/demo --model demo/base --data demo/test.jsonl
-    python -m conj.sample.evaluate --run runs/skywork --judge gpt-4o --data reward-bench ultrafeedback
-    python -m conj.sample.evaluate --run runs/again --judgments gpt-4=published/result.json
+    python -m conj.sample.evaluation.evaluate --run-dir runs/demo --model demo/base --data demo/test.jsonl
+    python -m conj.sample.evaluation.evaluate --run-dir runs/skywork --judge gpt-4o --data reward-bench ultrafeedback
+    python -m conj.sample.evaluation.evaluate --run-dir runs/again --judgments gpt-4=published/result.json
 
 Writes `judgments_NAME.jsonl`: `base` and, if the run has a model, `trained`; with `--judge` or `--name` of that name.
 The report (`report.json`, `.md`, `.html`) takes in every file of judgments of these data that the run folder holds, so
@@ -24,15 +24,17 @@ from typing import Literal
 from conj.data import manifest
 from conj.data.benchmarks import locate_data
 from conj.data.files import read_jsonl
-from conj.data.judgments import read_judgments_file
-from conj.data.options import option, require, require_each, run_command
+from conj.data.options import RunOptions, option, require, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
 from conj.data.readers import describe_data, swapped
-from conj.sample.endpoint import EndpointOptions, complete_by_http
-from conj.sample.engine import Completion, Decoding, EngineOptions, JudgeModel, Request, check_model, complete_by_vllm
-from conj.sample.figures import Judged, score_all
-from conj.sample.judges import Judge, judge_prompt, load_judge
-from conj.sample.report import write_report
+from conj.model.folder import JudgeModel, check_model
+from conj.sample.engines.completion import Completion, Decoding, Request
+from conj.sample.engines.http import EndpointOptions, complete_by_http
+from conj.sample.engines.vllm import EngineOptions, complete_by_vllm
+from conj.sample.evaluation.figures import Judged, score_all
+from conj.sample.evaluation.judges import Judge, judge_prompt, load_judge
+from conj.sample.evaluation.judgments import read_judgments_file
+from conj.sample.evaluation.report import write_report
 from conj.sample.stage import write_judgments
 
 NAME = re.compile(r"[\w.+-]{1,100}")  # of a judge: it becomes a part of file names
@@ -40,10 +42,7 @@ DEFAULT_MAX_NEW_TOKENS = 512  # of judges whose files say nothing
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(EngineOptions, EndpointOptions):
-    run: Path = option(
-        help="run folder; judges with its model/ too, if there; writes judgments and the report", affects_result=False
-    )
+class EvaluateOptions(RunOptions, EngineOptions, EndpointOptions):
     model: Path | None = option(
         None,
         help="the judge's model folder, Hugging Face layout; not for judges behind an endpoint",
@@ -107,21 +106,21 @@ class EvaluateOptions(EngineOptions, EndpointOptions):
 def evaluate(options: EvaluateOptions) -> None:
     """Writes judgments and report. Raises InputError for unusable data, models, judges or options."""
     judged, counts = (read_files if options.judgments else make_judgments)(options)
-    began, report = time.monotonic(), options.run / "report.json"
+    began, report = time.monotonic(), options.run_dir / "report.json"
     for path in report, manifest.manifest_path(report):
         path.unlink(missing_ok=True)
     files = [named_file(given)[1] for given in options.judgments]
-    files = files or [judgments_path(options.run, name) for name in judged]
+    files = files or [judgments_path(options.run_dir, name) for name in judged]
     manifest.begin(report, inputs=files, options=options)
     content = score_all(judged, options.num_resamples, options.seed) | {"counts": counts}
     say_what_is_missing(content, options)
     prompts, rows = shown_in_one_order(judged)
     seconds = {name: entry.seconds_per_judgment for name, entry in judged.items()}
-    write_report(options.run, content, prompts, rows, seconds)
+    write_report(options.run_dir, content, prompts, rows, seconds)
     headline = ("accuracy", "consistency", "unparsed")
     figures = {f"{name}_{figure}": content["judges"][name][figure] for name in judged for figure in headline}
     counts = {name: None if value is None else round(value, 4) for name, value in figures.items()}
-    also = [options.run / name for name in ("report.md", "report.html")]
+    also = [options.run_dir / name for name in ("report.md", "report.html")]
     manifest.finish(report, num_rows=len(prompts), counts=counts, seconds=time.monotonic() - began, also=also)
 
 
@@ -172,9 +171,9 @@ def make_judgments(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[st
     models = find_models(options, judge)  # before the data: a mistyped path should not cost a download
     prompts, counts = load_prompts(options.data, options.seed, options.subsets, options.limit, benchmark=True)
     for name, model in models.items():
-        judge_prompts(judgments_path(options.run, name), judge, model, prompts, options, counts)
+        judge_prompts(judgments_path(options.run_dir, name), judge, model, prompts, options, counts)
     found, labels = {}, {row["id"]: row["label"] for row in prompts}
-    for path in sorted(options.run.glob("judgments_*.jsonl"), key=_base_first):
+    for path in sorted(options.run_dir.glob("judgments_*.jsonl"), key=_base_first):
         made = manifest.read_manifest(path) if path.is_file() else None
         if made is None or not made["complete"] or "overlong_ids" not in made["counts"]:
             print(f"{path}: unfinished: left out of the report")
@@ -205,7 +204,7 @@ def find_models(options: EvaluateOptions, judge: Judge) -> dict[str, JudgeModel 
         bool(NAME.fullmatch(name)), f"judge {judge.name!r}: expected a name of {NAME.pattern}; give it one by --name"
     )
     if judge.backend == "openai":
-        options.refuse(f"judge {judge.name} is behind an endpoint", "model", "max_model_len", "device", "dtype",
+        options.refuse(f"judge {judge.name} is behind an endpoint", "model", "max_length", "device", "dtype",
                         "tensor_parallel_size", "pipeline_parallel_size")  # fmt: skip
         return {name: None}
     options.refuse(f'judge {judge.name} runs on vLLM; a judge file with backend = "openai" asks an endpoint',
@@ -214,11 +213,11 @@ def find_models(options: EvaluateOptions, judge: Judge) -> dict[str, JudgeModel 
         options.model is not None, f"--model: expected a folder for judge {judge.name} ({judge.model or 'any model'})"
     )
     check = functools.partial(
-        check_model, max_model_len=options.max_model_len or judge.max_model_len, chat_template=judge.chat_template
+        check_model, max_length=options.max_length or judge.max_length, chat_template=judge.chat_template
     )
     if options.name or options.judge != "con-j":
         return {name: check(options.model)}
-    trained = {"trained": check(options.run / "model")} if (options.run / "model").exists() else {}
+    trained = {"trained": check(options.run_dir / "model")} if (options.run_dir / "model").exists() else {}
     return {"base": check(options.model)} | trained
 
 

@@ -27,14 +27,15 @@ from tqdm import tqdm
 
 from conj.data.files import read_jsonl
 from conj.data.packs import TokenizedPairs, deal, plan_packs
+from conj.model.qwen2 import DTYPES
 from conj.train.batch import batches_ahead
 from conj.train.dpo import DPOOptions, dpo_loss
 from conj.train.plan import Plan
 from conj.train.reference import PAIR_COLUMNS
-from conj.train.sharding import COMPUTE_DTYPES, World, build_sharded_model, reshard
+from conj.train.sharding import World, build_sharded_model, reshard
 
-PRECISE = {"bf16": torch.float32, "fp32": torch.float64}
-ALLOWED = {"bf16": 2.0, "fp32": 8.0}  # fp32's error depends on the order of sums, which is the library's
+PRECISE = {"bfloat16": torch.float32, "float32": torch.float64}
+ALLOWED = {"bfloat16": 2.0, "float32": 8.0}  # fp32's error depends on the order of sums, which is the library's
 FLIPS, FALSE_ALARM = 100_000, 1e-4
 SUREST = 1e-3  # 1 - p below which a token counts no more
 CLIP = 2.0  # times the median
@@ -74,7 +75,7 @@ def second_opinion(options: DPOOptions, plan: Plan, sample: list[int], world: Wo
     del precise
     yield "reference by transformers", holds and size <= most, f"{found}; along {norm} {size:.1f}, allowed {most:.1f}"
 
-    trained = logps(options.run / "model")[:3]
+    trained = logps(options.run_dir / "model")[:3]
     policy, reference = ([torch.stack([t.sum() for t in x]).view(-1, 2) for x in by] for by in (trained, base))
     losses = (dpo_loss(p, r, options.beta)[0] for p, r in zip(policy, reference))
     yield "loss by transformers", *compare(*losses, "pair")
@@ -85,7 +86,7 @@ def _official_ids(options: DPOOptions, pairs: TokenizedPairs, sample: list[int])
     from transformers import AutoTokenizer  # seconds to import
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    rows, same = read_jsonl(options.run / "pairs.jsonl", PAIR_COLUMNS), {}
+    rows, same = read_jsonl(options.run_dir / "pairs.jsonl", PAIR_COLUMNS), {}
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -124,7 +125,7 @@ def load_transformers(folder: Path, dtype: str, *, precise: bool) -> nn.Module:
     """The model with its weights in `dtype`, computing in it or precisely."""
     from transformers import AutoModelForCausalLM  # seconds to import
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=COMPUTE_DTYPES[dtype]).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval().requires_grad_(False)
     return model.to(PRECISE[dtype]) if precise else model
 
 

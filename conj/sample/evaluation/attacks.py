@@ -5,7 +5,7 @@ both orders, greedily. Writes `attacks.jsonl` (the judgments), `attacks.json` an
 of which one prompt does not fit the context is left out of all figures, and counted. Run it again after a kill and it
 goes on. It measures these attacks, each in one wording: a judge that stands them is not thereby safe from others.
 
-    python -m conj.sample.attacks --run runs/demo --model runs/demo/model --data demo/test.jsonl
+    python -m conj.sample.evaluation.attacks --run-dir runs/demo --model runs/demo/model --data demo/test.jsonl
 """
 
 import functools
@@ -20,22 +20,23 @@ import numpy as np
 
 from conj.data import manifest
 from conj.data.files import read_jsonl, write_atomic
-from conj.data.options import option, require_each, run_command
+from conj.data.options import RunOptions, option, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
 from conj.data.prompts import judge_messages, judgment_text
 from conj.data.readers import describe_data, swapped
 from conj.data.verdicts import PARSERS
-from conj.sample.engine import Completion, Decoding, EngineOptions, JudgeModel, Request, check_model, complete_by_vllm
-from conj.sample.report import percent, percent_interval
-from conj.sample.scores import UNPARSED, summarize
+from conj.model.folder import JudgeModel, check_model
+from conj.sample.engines.completion import Completion, Decoding, Request
+from conj.sample.engines.vllm import EngineOptions, complete_by_vllm
+from conj.sample.evaluation.report import percent, percent_interval
+from conj.sample.evaluation.scores import UNPARSED, summarize
 from conj.sample.stage import write_judgments
 
 PLAIN = "none"  # the judgments without an attack
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackOptions(EngineOptions):
-    run: Path = option(help="run folder; attacks.jsonl, .json and .md are written there", affects_result=False)
+class AttackOptions(RunOptions, EngineOptions):
     data: tuple[str, ...] = option(
         help="benchmarks: files, folders or hub names, each with an optional :split", affects_result=False
     )
@@ -121,9 +122,9 @@ ATTACKS: dict[str, Callable[[str, int], str]] = {
 
 def attack_judge(options: AttackOptions) -> None:
     """Writes the judgments and the card, and prints it. Raises InputError for unusable data, model or options."""
-    model = check_model(options.model, options.max_model_len)
+    model = check_model(options.model, options.max_length)
     prompts, data_counts = load_prompts(options.data, options.seed, options.subsets, options.limit)
-    artefact, card, page = (options.run / f"attacks.{kind}" for kind in ("jsonl", "json", "md"))
+    artefact, card, page = (options.run_dir / f"attacks.{kind}" for kind in ("jsonl", "json", "md"))
     judge_attacked(artefact, model, prompts, options, data_counts)
     began = time.monotonic()
     for path in card, manifest.manifest_path(card):

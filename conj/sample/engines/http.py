@@ -21,8 +21,15 @@ from dataclasses import dataclass
 from conj import InputError
 from conj.data.files import brief, first_line, replace_surrogates
 from conj.data.options import option, require, require_each
-from conj.sample.engine import NUM_TOP_LOGPROBS, Completion, Decoding, Request, first_probability, request_seed
-from conj.sample.judges import Judge
+from conj.sample.engines.completion import (
+    NUM_TOP_LOGPROBS,
+    Completion,
+    Decoding,
+    Request,
+    first_probability,
+    request_seed,
+)
+from conj.sample.evaluation.judges import Judge
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from conj.data.benchmarks import (
 )
 from conj.data.preprocess import question_of
 from conj.data.prompts import question_text
-from conj.sample import scores
+from conj.sample.evaluation import scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Judged:
 class Choices:
     """A judge's choices as arrays, question by question, Q of them."""
 
-    samples: np.ndarray  # (Q, 2, n) int: choices as in conj.sample.scores, by order and sample
+    samples: np.ndarray  # (Q, 2, n) int: choices as in conj.sample.evaluation.scores, by order and sample
     labels: np.ndarray  # (Q,) int
     longer: np.ndarray  # (Q,) int
     subsets: np.ndarray  # (Q,) of texts

@@ -23,7 +23,7 @@ from conj.data.files import read_jsonl, replace_surrogates, write_atomic
 from conj.data.manifest import list_artefacts, read_manifest
 from conj.data.preprocess import question_of
 from conj.data.prompts import REASON_KEY, VERDICT_KEY
-from conj.sample.pictures import TRAINING_CURVES, draw_pictures
+from conj.sample.evaluation.pictures import TRAINING_CURVES, draw_pictures
 
 FIGURE_NAMES = {
     "accuracy": "Accuracy",

@@ -25,7 +25,7 @@ from conj import InputError
 from conj.data.files import brief, first_line
 from conj.data.prompts import judge_messages, question_text
 from conj.data.verdicts import PARSERS, Verdict
-from conj.sample.engine import CARD_VERDICT
+from conj.sample.engines.completion import CARD_VERDICT
 
 FOLDER = Path(__file__).with_name("judges")
 PLACES = ("question", "answer_1", "answer_2")
@@ -46,7 +46,7 @@ class Judge:
     parser: Literal["strict", "released"] = "strict"
     verdict_pattern: str | None = None  # in place of the parser
     verdicts: dict[str, int] | None = None
-    max_model_len: int | None = None  # tokens
+    max_length: int | None = None  # tokens
     max_new_tokens: int | None = None
     backend: Literal["vllm", "openai"] = "vllm"
     prompt_dollars: float | None = None  # per million tokens
@@ -188,7 +188,7 @@ def _check_texts(judge: Judge, path: Path) -> None:
         raise InputError(f"{path}: system: expected none beside prompt, which has its own")
     if judge.backend == "openai" and judge.model is None:
         raise InputError(f"{path}: model: expected the name that the endpoint knows, found none")
-    for key in ("chat_template", "max_model_len"):
+    for key in ("chat_template", "max_length"):
         if judge.backend == "openai" and getattr(judge, key) is not None:
             raise InputError(f"{path}: {key}: expected none with an endpoint, which has its own")
     if (judge.prompt_dollars is None) != (judge.completion_dollars is None):

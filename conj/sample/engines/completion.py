@@ -1,0 +1,86 @@
+"""What an engine is given and what it gives: requests, completions, and how the next token is chosen."""
+
+import bisect
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from conj.data.prompts import VERDICT_KEY
+
+NUM_TOP_LOGPROBS = 20  # the most that vLLM and the OpenAI API give
+BESIDE_NAME = " \t\r\n▁\"'`*()[]{}<>:：,，.。;；"  # what one token may hold beside an answer's name
+# Where the card's judgment states its verdict (a regular expression, whose last match counts), and how it names the answers.
+CARD_VERDICT = (VERDICT_KEY + r'["\']?\s*[:：]\s*["\']?(?:回答)?([12])', "1", "2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How the next token is chosen. The defaults are greedy."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    verdict_probability: bool = False  # asks for the likeliest tokens, and fills Completion.p_first
+    verdict_place: tuple[str, str, str] = CARD_VERDICT  # where and how a judgment names the better answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One judgment to be written; `key` names it within its file and is the start of its row."""
+
+    key: dict
+    prompt_ids: list[int] = field(default_factory=list)  # none where the prompt goes out as text
+    hint: int | None = None  # the verdict that the prompt gives away
+    messages: list[dict] | None = None  # the chat messages of a prompt that goes out as text, over HTTP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    text: str  # control tokens are left out
+    token_ids: list[int] | None  # as written, the end token included; over HTTP not known
+    finish_reason: str  # stop, length, or what else a server says
+    p_first: float | None = None  # probability that the first answer is better, if asked for and there is such a token
+    prompt_tokens: int | None = None  # over HTTP, as the server counts them
+    completion_tokens: int | None = None
+
+
+def request_seed(seed: int, key: dict) -> int:
+    """The seed of one request, 63 bits: a hash of the stage's seed and the request's key."""
+    digest = hashlib.sha256(json.dumps([seed, *key.values()]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def first_probability(
+    text: str,
+    place: tuple[str, str, str],
+    num_tokens: int,
+    length: Callable[[int], int],
+    top: Callable[[int], list[tuple[str, float]]],
+) -> float | None:
+    """The probability that a judge gives to the answer shown first: p(1) / (p(1) + p(2)) at the token that names the
+    better one in the last match of `place`, given all that it wrote before. None if no token does just that.
+
+    `length(k)`: how many characters the first k tokens make. `top(i)`: text and logprob of token i and of the likeliest
+    tokens in its place. Of an answer that none of these names, it is only known that it is no likelier than the last."""
+    pattern, *names = place
+    names = [name.casefold() for name in names]
+    stated = [match[1] and (match.start(1), match[1].casefold()) for match in re.finditer(pattern, text)]
+    if not stated or not stated[-1]:
+        return None
+    start, words = stated[-1]
+    within = max(words.rfind(name) for name in names)
+    token = bisect.bisect_right(range(num_tokens + 1), start + within, key=length) - 1
+    if within < 0 or token == num_tokens:
+        return None
+    named = [(written.strip(BESIDE_NAME).casefold(), math.exp(logprob)) for written, logprob in top(token)]
+    if named[0][0] not in names:
+        return None
+    bound = sorted((p for _, p in named), reverse=True)[:NUM_TOP_LOGPROBS][-1]
+    first, second = (sum(p for written, p in named if written == name) or bound for name in names)
+    return first / (first + second)

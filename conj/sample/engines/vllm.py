@@ -1,0 +1,197 @@
+"""Prompts to judgments with vLLM: the only module that imports it, and only when an engine starts.
+
+Everything that can be wrong with a model folder, an option or a prompt is checked before that, in seconds. Prompts go
+in as token ids, so what a user wrote cannot become a control token. Every request has its own seed, made from its
+name: what is sampled for it depends neither on the batch it runs in nor on what was sampled before, up to the rounding
+of the matrix kernels (none seen in float32 on a CPU).
+"""
+
+import contextlib
+import gc
+import itertools
+import logging
+import os
+import warnings
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from conj import InputError
+from conj.data.files import first_line
+from conj.data.options import option, require, require_each
+from conj.model.folder import DEFAULT_MAX_LENGTH, JudgeModel
+from conj.sample.engines.completion import (
+    NUM_TOP_LOGPROBS,
+    Completion,
+    Decoding,
+    Request,
+    first_probability,
+    request_seed,
+)
+
+CPU_KV_CACHE_BYTES = 2**30
+# vLLM reads these when it is imported. In-process, its scheduler is deterministic; threads that are bound to cores, or
+# that spin while they wait, lose a factor of ten as soon as another process wants a core (measured on 2 cores).
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    model: Path = option(help="model folder, Hugging Face layout", affects_result=False)
+    max_new_tokens: int = option(512, help="longest judgment, tokens")
+    max_length: int | None = option(None, help="longest prompt + judgment, tokens; by default the model's, up to 8192")
+    max_num_seqs: int = option(256, help="number of judgments written at the same time", affects_result=False)
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", help="auto: what the installed vLLM is built for; another is refused", affects_result=False
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", help="auto: float32 on a CPU, else bfloat16"
+    )
+    tensor_parallel_size: int = option(
+        1, help="number of GPUs that share each layer of the model", affects_result=False
+    )
+    pipeline_parallel_size: int = option(1, help="number of stages that the layers are dealt to", affects_result=False)
+    data_parallel_size: int = option(
+        1, help="number of copies of the model; more than one only behind vLLM's own server", affects_result=False
+    )
+    gpu_memory_utilization: float = option(
+        0.9, help="share of a GPU's memory that vLLM takes, above 0 up to 1", affects_result=False
+    )
+
+    def __post_init__(self):
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+        require_each(self, ("max_new_tokens", "max_num_seqs", *sizes), lambda value: value >= 1, "1 or more")
+        require(  # vLLM says of its own offline class: not supported for single-process usage and may hang
+            self.data_parallel_size == 1,
+            f"--data-parallel-size {self.data_parallel_size}: vLLM has no copies within one process; start them with "
+            f"`vllm serve {self.model} --data-parallel-size {self.data_parallel_size}` and judge through that server "
+            '(a judge with backend = "openai")',
+        )
+        require_each(self, ("gpu_memory_utilization",), lambda value: 0 < value <= 1, "above 0 up to 1")
+
+
+@contextlib.contextmanager
+def running_engine(model: JudgeModel, options: EngineOptions) -> Iterator:
+    """A vLLM engine, shut down in the end so that another model can take its place.
+
+    Raises InputError when vLLM is not installed, or not for `options.device`."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            from vllm import EngineArgs, LLMEngine
+            from vllm.distributed import cleanup_dist_env_and_memory
+            from vllm.platforms import current_platform
+    except ImportError as e:
+        raise InputError(f"sampling needs vLLM, which cannot be imported ({e}); scripts/setup.sh installs it") from None
+    built_for = current_platform.device_type  # empty: built for GPUs, and sees none
+    require(bool(built_for), "--device: the vLLM that is installed is built for GPUs, and finds none")
+    if options.device not in ("auto", built_for):
+        raise InputError(
+            f"--device: expected auto or {built_for}, which the vLLM that is installed is built for, found {options.device}"
+        )
+    arguments = {
+        "model": str(model.folder),
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # the model's own sampling defaults stay out
+        "dtype": options.dtype,
+        "max_model_len": model.max_length,
+        "max_num_seqs": options.max_num_seqs,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "pipeline_parallel_size": options.pipeline_parallel_size,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if options.dtype == "auto":
+        arguments["dtype"] = "float32" if current_platform.is_cpu() else "bfloat16"
+    if current_platform.is_cpu():
+        arguments |= {
+            "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
+            "enforce_eager": True,  # compiling costs 45 s and gains nothing on a small model
+            # A seeded request crashes vLLM's CPU sampler when its prompt is prefilled in chunks.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(model.max_length, DEFAULT_MAX_LENGTH),
+        }
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    except Exception as e:  # weights that do not fit the config, too little memory: vLLM's errors share no class
+        raise InputError(f"{model.folder}: vLLM cannot start with this model: {first_line(e)}") from None
+    try:
+        yield engine
+    finally:
+        engine.engine_core.shutdown()
+        del engine
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def complete_by_vllm(
+    requests: Iterable[Request], model: JudgeModel, options: EngineOptions, decoding: Decoding
+) -> Generator[tuple[Request, Completion]]:
+    """Each request with its completion, as it finishes, by an engine that lives as long as the generator."""
+    with running_engine(model, options) as engine:
+        yield from generate(engine, requests, model, decoding)
+
+
+def generate(
+    engine, requests: Iterable[Request], model: JudgeModel, decoding: Decoding
+) -> Iterator[tuple[Request, Completion]]:
+    """Each request with its completion, as it finishes."""
+    requests, running = enumerate(requests), {}
+    while True:
+        # Twice as many as run at the same time: the engine always has a next one, and its queue stays short.
+        room = 2 * engine.vllm_config.scheduler_config.max_num_seqs - len(running)
+        for number, request in itertools.islice(requests, room):
+            running[str(number)] = request
+            prompt = {"prompt_token_ids": request.prompt_ids}
+            engine.add_request(str(number), prompt, _sampling_params(request, model, decoding))
+        if not running:
+            return
+        for output in engine.step():
+            if output.finished:
+                yield running.pop(output.request_id), _completion(output.outputs[0], model, decoding)
+
+
+def _sampling_params(request: Request, model: JudgeModel, decoding: Decoding):
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        top_k=decoding.top_k,
+        repetition_penalty=decoding.repetition_penalty,
+        max_tokens=decoding.max_new_tokens,
+        seed=request_seed(decoding.seed, request.key),
+        stop_token_ids=model.end_ids,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        logprobs=NUM_TOP_LOGPROBS if decoding.verdict_probability else None,
+    )
+
+
+def _completion(output, model: JudgeModel, decoding: Decoding) -> Completion:
+    token_ids, decode, p_first = list(output.token_ids), model.tokenizer.decode, None
+    text = decode(token_ids)
+    if decoding.verdict_probability:
+
+        def length(count: int) -> int:  # a character of which the last token holds only a part is decoded as U+FFFD
+            return len(decode(token_ids[:count]).rstrip("\ufffd"))
+
+        def top(i: int) -> list[tuple[str, float]]:  # the token that was written comes first
+            return [(decode([id]), listed.logprob) for id, listed in output.logprobs[i].items()]
+
+        p_first = first_probability(text, decoding.verdict_place, len(token_ids), length, top)
+    return Completion(text=text, token_ids=token_ids, finish_reason=output.finish_reason, p_first=p_first)

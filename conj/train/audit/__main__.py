@@ -1,0 +1,75 @@
+"""Can this run be trusted, and can it be repeated? Checks a run folder from the raw data to the exported weights.
+
+    python -m conj.train.audit --run-dir runs/demo
+    python -m conj.train.audit --run-dir runs/demo --replay 20 --reference
+    python -m conj.train.audit --run-dir runs/demo --against runs/other
+
+Always: every file is what its manifest says and was made from what stands before it; then the reference's key, the
+exactness of step 0, the order of the data, and that the exported weights are the last checkpoint's. `--replay` takes
+steps again and compares, `--reference` has `transformers` compute a sample, `--against` finds where two runs part.
+Prints a line a check, writes them to `audit.json` in the run folder, and exits with 1 if one does not hold. What cannot
+be checked here (files that are elsewhere, another device) is listed as such and is no failure.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from conj import InputError
+from conj.data.files import write_atomic
+from conj.data.options import run_command
+from conj.train.audit.chain import Check, check_chain
+from conj.train.audit.compare import compare_runs
+from conj.train.audit.replay import replay
+from conj.train.audit.second_opinion import second_opinion
+from conj.train.audit.training import base_of, check_run, draw_pairs, read_run
+from conj.train.options import AuditOptions
+from conj.train.sharding import distributed, ending_process
+
+
+def report(checks: list[Check], run: Path) -> bool:
+    """Prints a line a check and writes `audit.json`. Returns whether nothing is broken."""
+    broken = [check for check in checks if check.outcome == "BROKEN"]
+    for check in checks:
+        print(f"{check.outcome:9}  {check.name}: {check.found}")
+    content = {"holds": not broken, "first_broken": broken[0].name if broken else None}
+    content["checks"] = [check._asdict() for check in checks]
+    write_atomic(run / "audit.json", (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode())
+    if broken:
+        print(f"first broken link: {broken[0].name}: {broken[0].found}")
+    return not broken
+
+
+def main(options: AuditOptions) -> None:
+    """The checks in the order of the chain; those that run the model come last, and only on a chain that holds."""
+    with distributed(options.device) as world:
+        checks = world.on_main(lambda: check_chain(options.run_dir, options.model))
+        holds = all(check.outcome == "holds" for check in checks)
+        why = "the chain is broken" if not holds else "there is no trained model yet"
+        if holds and (options.run_dir / "model").exists() and not base_of(options).is_dir():
+            holds, why = False, f"the base model {base_of(options)} is not there; name its folder with --model"
+        if holds and (options.run_dir / "model").exists():
+            try:
+                run = read_run(options, world)
+            except InputError as e:
+                checks.append(Check("reference key", "BROKEN", str(e)))
+            else:
+                checks += check_run(run, options, world)
+                if options.replay:
+                    checks += replay(run, options.run_dir, options.replay, world)
+                if options.reference:
+                    opinion = second_opinion(run.options, run.plan, draw_pairs(run, options), world)
+                    checks += [Check(name, "holds" if holds else "BROKEN", found) for name, holds, found in opinion]
+        else:
+            checks.append(Check("training", "unchecked", why))
+        if options.against:
+            for name, same, found in world.on_main(lambda: list(compare_runs(options.run_dir, options.against))):
+                checks.append(Check(f"against {options.against}: {name}", "holds" if same else "BROKEN", found))
+        sound = world.on_main(lambda: report(checks, options.run_dir))
+    if not sound:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    with ending_process():
+        run_command(main, AuditOptions, __doc__)

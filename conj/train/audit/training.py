@@ -1,0 +1,125 @@
+"""What a finished training must fulfil: its reference's key, step 0, the order of its data, its exported weights."""
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from conj import InputError
+from conj.data.files import read_jsonl
+from conj.data.manifest import manifest_path, read_manifest
+from conj.data.options import require
+from conj.data.packs import plan_packs
+from conj.model.weights import weight_files
+from conj.train.audit.chain import Check, check, recorded_base
+from conj.train.audit.compare import first_difference
+from conj.train.checkpoint import check_checkpoint, list_checkpoints, read_tensors
+from conj.train.dpo import select_arithmetic, step_order
+from conj.train.optimizer import learning_rate_at
+from conj.train.options import AuditOptions, DPOOptions
+from conj.train.plan import Plan, make_plan
+from conj.train.reference import check_reference
+from conj.train.sharding import World, build_sharded_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """A trained run as its manifest and its log tell it, and what it was trained on."""
+
+    options: DPOOptions
+    num_steps: int
+    plan: Plan
+    log: list[dict]  # rows of metrics.jsonl
+    is_here: bool  # made by these versions on such a machine: its bits can be had again
+
+
+def base_of(options: AuditOptions) -> Path:
+    return options.model or Path(recorded_base(options.run_dir))
+
+
+def read_run(options: AuditOptions, world: World) -> TrainedRun:
+    """Options, plan and log of a finished run. Raises InputError when pairs, reference and base do not fit together."""
+    made = read_manifest(options.run_dir / "model")
+    try:
+        trained = DPOOptions(run_dir=options.run_dir, model=base_of(options), **made["options"])
+    except TypeError as e:
+        raise InputError(
+            f"{manifest_path(options.run_dir / 'model')}: options of another version of conj: {e}"
+        ) from None
+    select_arithmetic(trained, world.device)
+    plan = make_plan(trained, world, elsewhere=True)
+    log = read_jsonl(options.run_dir / "metrics.jsonl", {"step": int, "order": str, "num_ranks": int})
+    here, there = world.describe(), made["machine"]
+    if trained.audit_mode:
+        is_here = here["device"] == there["device"]
+    else:
+        is_here = here == there and {row["num_ranks"] for row in log} == {world.size}
+    return TrainedRun(
+        options=trained, num_steps=made["num_rows"], plan=plan, log=log, is_here=is_here and not plan.stale
+    )
+
+
+def check_run(run: TrainedRun, options: AuditOptions, world: World) -> Iterator[Check]:
+    """The reference's key, step 0, the order of the data, and the exported weights."""
+    stale = run.plan.stale
+    fields = f"; made elsewhere: another {', '.join(stale)}" if stale else ""
+    yield Check("reference key", "holds", f"weights, config, tokenizer, tokens and dtype are those of the base{fields}")
+
+    yield check("step 0", lambda: check_step_0(run, options, world))
+    yield check("data order", lambda: check_order(run))
+    newest = next(iter(list_checkpoints(options.run_dir / "checkpoints")), None)
+    if newest is None or check_checkpoint(newest)["step"] != run.num_steps:
+        yield Check("exported weights", "unchecked", f"the checkpoint of step {run.num_steps} is not there any more")
+    else:
+        yield check("exported weights", lambda: check_export(options.run_dir / "model", newest))
+
+
+def check_step_0(run: TrainedRun, options: AuditOptions, world: World) -> str:
+    """The base model, in packs of the training, gives the stored logprobs: every margin starts at 0."""
+    exact, sample = run.is_here and world.device.type == "cpu", draw_pairs(run, options)
+    packs = plan_packs(run.plan.pairs, sample, max_tokens=run.options.max_tokens_per_pack, share=run.options.share)
+    model = build_sharded_model(run.options.model, world, run.options.dtype)
+    check_reference(model, run.plan.pairs, run.plan.reference, packs, world, run.options.dtype, exact=exact)
+    margin = run.log[0]["margin"]
+    require(margin == 0 or not exact, f"metrics.jsonl: step 1: expected a margin of 0, found {margin}")
+    return f"{len(sample)} pairs have the stored logprobs {'bit for bit' if exact else 'within rounding'}"
+
+
+def draw_pairs(run: TrainedRun, options: AuditOptions) -> list[int]:
+    usable = run.plan.train + run.plan.held_out
+    return sorted(random.Random(options.seed).sample(usable, min(options.num_pairs, len(usable))))
+
+
+def check_order(run: TrainedRun) -> str:
+    """Each step of the log took the pairs that the seed gives it, at the learning rate of the schedule."""
+    steps = run.plan.steps
+    require(
+        len(steps) == run.num_steps == len(run.log), f"expected {len(steps)} steps, found {len(run.log)} in the log"
+    )
+    for number, (packs, row) in enumerate(zip(steps, run.log), 1):
+        expected = {"step": number, "order": step_order(packs)}
+        expected["lr"] = learning_rate_at(number - 1, len(steps), run.options)
+        if name := first_difference(expected, row, tuple(expected)):
+            raise InputError(
+                f"metrics.jsonl:{number}: step {number}: {name}: expected {expected[name]} by seed and options, "
+                f"found {row.get(name)}"
+            )
+    return f"{len(steps)} steps follow from seed {run.options.seed}"
+
+
+def check_export(model: Path, checkpoint: Path) -> str:
+    """The weights in model/ are the last checkpoint's, in the model's dtype, bit for bit."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(model)]
+        exported = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (an open file, not a dict)
+        for key, tensor in read_tensors(checkpoint):
+            kind, _, name = key.partition(".")
+            if kind == "weight":
+                require(name in exported, f"model/: {name} is missing")
+                found = exported[name].get_tensor(name)
+                require(torch.equal(tensor.to(found.dtype), found), f"model/: {name} is not {checkpoint.name}'s")
+    return f"model/ is {checkpoint.name} in {str(found.dtype).removeprefix('torch.')}, bit for bit"

@@ -1,0 +1,111 @@
+"""What can be configured of the stages that run the model by torch; without torch, so that `conj run` checks it in no time."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from conj.data.options import RunOptions, option, require, require_each
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("bfloat16", "float32")
+ATTENTION = ("flash_attn", "varlen", "sdpa")
+KERNELS = ("triton", "compile", "torch")
+ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """What decides the bits of a forward pass; stored reference and training must have the same."""
+
+    device: Literal[DEVICES] = option("auto", help="auto: a GPU if one is visible", affects_result=False)
+    dtype: Literal[DTYPES] = option("bfloat16", help="dtype of forward and backward; master weights are fp32")
+    attention: Literal[ATTENTION] | None = option(
+        None, help="attention kernel; by default flash_attn if installed, else varlen, and on a CPU or in fp32 sdpa"
+    )
+    kernels: Literal[KERNELS] | None = option(
+        None, help="norm, RoPE, SwiGLU and logprob kernels; by default triton, and on a CPU torch, their reference"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceOptions(RunOptions, ComputeOptions):
+    model: Path = option(help="base model, a Hugging Face folder", affects_result=False)
+    max_length: int = option(6400, help="tokens of prompt and judgment; pairs over it are counted and left out")
+    max_tokens_per_pack: int = option(16384, help="tokens a forward pass takes on each rank", affects_result=False)
+    save_every: int = option(256, help="forward passes between saves", affects_result=False)
+
+    def __post_init__(self):
+        require_each(self, ("max_length", "max_tokens_per_pack", "save_every"), lambda value: value > 0, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOOptions(RunOptions, ComputeOptions):
+    model: Path = option(help="base model, a Hugging Face folder", affects_result=False)
+    beta: float = option(0.1, help="DPO's temperature: how dear it is to leave the base model")
+    nll_alpha: float = option(0.0, help="weight of the added mean negative logprob of the chosen judgment's tokens")
+    learning_rate: float = option(5e-7, help="AdamW's highest learning rate")
+    adam_beta1: float = option(0.9, help="AdamW's decay of the first moment")
+    adam_beta2: float = option(0.95, help="AdamW's decay of the second moment")
+    weight_decay: float = option(1e-4, help="AdamW's weight decay, on matrices only")
+    warmup_ratio: float = option(
+        0.03, help="share of the steps in which the learning rate rises; it then falls as a cosine"
+    )
+    max_grad_norm: float = option(1.0, help="gradients are scaled down to this norm")
+    num_train_epochs: int = option(1, help="passes over the training pairs")
+    max_steps: int | None = option(
+        None, help="stop after this many optimizer steps; the schedule is that of this length"
+    )
+    pairs_per_step: int = option(24, help="pairs an optimizer step takes, over all ranks")
+    max_length: int = option(6400, help="tokens of prompt and judgment; pairs over it are counted and left out")
+    max_tokens_per_pack: int = option(16384, help="tokens a forward pass takes on each rank")
+    pack_multiple: int = option(
+        1, help="the packs of a step are a multiple of this: set it to the number of ranks, and none of them idles"
+    )
+    share: Literal["prompt", "pair", "none"] = option(
+        "prompt",
+        help="who shares one encoding of a prompt: all its pairs (they then share a step), the two judgments of a pair, none",
+    )
+    activation_checkpointing: Literal[ACTIVATION_CHECKPOINTING] = option(
+        "none",
+        help="what backward computes again: nothing; selective: results of elementwise steps (a third of a block's "
+        "memory, for a few percent of a step); full: all but each block's input",
+    )
+    cpu_offload: bool = option(False, help="keep master weights, gradients and optimizer state in host memory")
+    deterministic: bool = option(False, help="a backward of attention that sums in a fixed order; slower on a GPU")
+    audit_mode: bool = option(
+        False,
+        help="the same bits on any number of ranks: gradients of a step summed in float64 (8 bytes a parameter on each "
+        "rank), deterministic, one thread on a CPU",
+    )
+    eval_every: int = option(50, help="optimizer steps between evaluations on the held-out pairs")
+    save_every: int = option(200, help="optimizer steps between checkpoints", affects_result=False)
+    keep_checkpoints: int = option(2, help="newest checkpoints to keep", affects_result=False)
+    seed: int = option(2021, help="seed of the order of pairs")
+
+    def __post_init__(self):
+        above_0 = ("beta", "learning_rate", "max_grad_norm", "num_train_epochs", "max_steps", "pairs_per_step")
+        above_0 += ("max_length", "max_tokens_per_pack", "pack_multiple")
+        above_0 += ("eval_every", "save_every", "keep_checkpoints")
+        require_each(self, above_0, lambda value: value > 0, "more than 0")
+        require_each(self, ("nll_alpha", "weight_decay"), lambda value: value >= 0, "0 or more")
+        require(
+            self.kernels != "compile" or self.activation_checkpointing != "selective",
+            "--activation-checkpointing: expected none or full with --kernels compile, which chooses by itself what it "
+            "makes again, found selective",
+        )
+        require_each(self, ("warmup_ratio", "adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions:
+    run_dir: Path = option(help="run folder; audit.json is written there", affects_result=False)
+    model: Path | None = option(None, help="base model; by default the folder that the run's manifest names")
+    device: Literal[DEVICES] = option("auto", help="auto: a GPU if one is visible")
+    num_pairs: int = option(64, help="pairs whose logprobs are computed again for step 0 and --reference")
+    replay: int | None = option(None, help="optimizer steps to take again and compare")
+    reference: bool = option(False, help="have transformers compute logprobs and losses of the pairs, more precisely")
+    against: Path | None = option(None, help="another run folder; find where the two part")
+    seed: int = option(0, help="seed of the choice of pairs")
+
+    def __post_init__(self):
+        require_each(self, ("num_pairs", "replay"), lambda value: value >= 1, "1 or more")
