@@ -78,7 +78,7 @@ def time_saving(folder: Path, blocks: int) -> None:
             run_dir=folder / "run", model=folder / "model", dtype="float32", pairs_per_step=2, max_tokens_per_pack=1024
         )
         dpo.select_arithmetic(options, world.device)
-        pairs, _, usable = load_pairs(options.run_dir, options.model, options.max_length)
+        pairs, _, usable = load_pairs(options.find("pairs.jsonl"), options.model, options.max_length)
         steps = plan_steps(pairs, usable, pairs_per_step=options.pairs_per_step, share=options.share, seed="0")
         steps = [plan_packs(pairs, s, max_tokens=1024, share=options.share) for s in steps[:SHORT_STEPS]]
         reference = torch.zeros(len(pairs), 2)

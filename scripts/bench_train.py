@@ -158,7 +158,7 @@ def steps_of(run: Path, model: Path, share: str, args: argparse.Namespace) -> tu
     from conj.data.packs import plan_packs, plan_steps
     from conj.train.reference import load_pairs
 
-    pairs, _, usable = load_pairs(run, model, 6400)
+    pairs, _, usable = load_pairs(run / "pairs.jsonl", model, 6400)
     steps = plan_steps(pairs, usable, pairs_per_step=args.pairs_per_step, share="prompt", seed="2021:0")[: args.steps]
     return pairs, steps, [plan_packs(pairs, s, max_tokens=args.max_tokens_per_pack, share=share) for s in steps]
 

@@ -10,7 +10,7 @@ import pytest
 import conj
 from conj import InputError
 from conj.data.options import flag, parse_options
-from conj.run import COMMANDS
+from conj.settings import COMMANDS
 
 PACKAGE = Path(conj.__file__).parent
 ALLOWED = {

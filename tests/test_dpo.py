@@ -36,7 +36,7 @@ def make_reference(run, model, **changes) -> None:
 
 def load(run, model) -> tuple:
     """Pairs and stored reference logprobs of a run."""
-    pairs, _, _ = load_pairs(run, model, max_length=6400)
+    pairs, _, _ = load_pairs(run / "pairs.jsonl", model, max_length=6400)
     return pairs, load_file(run / "reference.safetensors")["logps"]
 
 

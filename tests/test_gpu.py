@@ -114,7 +114,7 @@ def test_a_pack_and_the_norm_wait_for_nothing(deterministic, tmp_path):
     base = ROOT / "demo" / "base"
     write_jsonl(tmp_path / "pairs.jsonl", random_pairs(8))
     options = dpo.DPOOptions(run_dir=tmp_path, model=base, nll_alpha=0.1, deterministic=deterministic)
-    pairs, _, usable = load_pairs(tmp_path, base, 6400)
+    pairs, _, usable = load_pairs(tmp_path / "pairs.jsonl", base, 6400)
     packs = plan_packs(pairs, usable, max_tokens=1000, share="prompt")
     with distributed("cuda") as world:
         dpo.select_arithmetic(options, world.device)

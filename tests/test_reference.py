@@ -79,7 +79,7 @@ def test_a_reference_made_elsewhere_is_refused_and_the_message_names_the_field(
 
 def test_the_key_knows_kernels_versions_and_device(run_folder, tied_model, monkeypatch):
     """Each is read where it is decided, not stated by hand: another choice gives another key."""
-    pairs, tokenizer, _ = reference.load_pairs(run_folder, tied_model, 6400)
+    pairs, tokenizer, _ = reference.load_pairs(run_folder / "pairs.jsonl", tied_model, 6400)
 
     def key(device: str = "cpu") -> dict:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")

@@ -22,7 +22,8 @@ from conj import InputError
 from conj.data import manifest
 from conj.data.benchmarks import BENCHMARKS, official_subset, resolve_data
 from conj.data.files import read_jsonl, write_jsonl
-from conj.data.options import RunOptions, option, require_each, run_command
+from conj.data.manifest import RunOptions
+from conj.data.options import option, require_each, run_command
 from conj.data.readers import Preference, describe_data, read_preferences, split_name, swapped
 
 
@@ -35,14 +36,17 @@ class PreprocessOptions(RunOptions):
     subsets: tuple[str, ...] = option((), help="names of the subsets to keep; all if not given")
     limit: int | None = option(None, help="number of rows read from the head of each data set; all if not given")
 
+    def makes(self) -> dict[Path, list]:
+        return {self.run_dir / "prompts.jsonl": describe_data(self.data)}
+
     def __post_init__(self):
         require_each(self, ("limit",), lambda value: value > 0, "a positive number of rows")
 
 
 def preprocess(options: PreprocessOptions) -> None:
     """Writes `prompts.jsonl`. Raises InputError for unusable data or when every record is left out."""
-    began, artefact = time.monotonic(), options.run_dir / "prompts.jsonl"
-    if not manifest.begin(artefact, inputs=describe_data(options.data), options=options):
+    began, [(artefact, inputs)] = time.monotonic(), options.makes().items()
+    if not manifest.begin(artefact, inputs=inputs, options=options):
         return
     rows, counts = load_prompts(options.data, options.seed, options.subsets, options.limit)
     write_jsonl(artefact, rows)

@@ -47,7 +47,7 @@ class Judge:
     verdict_pattern: str | None = None  # in place of the parser
     verdicts: dict[str, int] | None = None
     max_length: int | None = None  # tokens
-    max_new_tokens: int | None = None
+    max_new_tokens: int = 512
     backend: Literal["vllm", "openai"] = "vllm"
     prompt_dollars: float | None = None  # per million tokens
     completion_dollars: float | None = None

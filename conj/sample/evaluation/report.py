@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from conj.data.benchmarks import BENCHMARKS, CARD_COLUMNS, PUBLISHED, STYLES
 from conj.data.files import read_jsonl, replace_surrogates, write_atomic
-from conj.data.manifest import list_artefacts, read_manifest
+from conj.data.manifest import list_artefacts, locate, read_manifest
 from conj.data.preprocess import question_of
 from conj.data.prompts import REASON_KEY, VERDICT_KEY
 from conj.sample.evaluation.pictures import TRAINING_CURVES, draw_pictures
@@ -70,7 +70,8 @@ def write_report(
     judgments, in any order. A judgment that is not there is shown as one that did not fit the context. `seconds`: judge ->
     seconds a judgment, which the pages show and report.json leaves out: that is the same for the same judgments."""
     judges = {n: figures | {"seconds_per_judgment": (seconds or {}).get(n)} for n, figures in report["judges"].items()}
-    metrics = read_jsonl(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    log = locate(run / "model").with_name("metrics.jsonl")
+    metrics = read_jsonl(log) if log.exists() else []
     script = (TEMPLATES / "browser.js").read_text("utf-8")
     page = {
         "run": run.name,

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from conj import InputError
 from conj.data.files import read_jsonl, read_model_json
-from conj.data.manifest import list_artefacts, read_manifest
+from conj.data.manifest import list_artefacts, locate, read_manifest
 from conj.model.weights import weight_files
 from conj.train.reference import read_reference
 
@@ -64,7 +64,7 @@ def compare_runs(run: Path, other: Path) -> Iterator[tuple[str, bool, str]]:
 
 def _differences(a: Path, b: Path) -> Iterator[str]:
     """Of two artefacts of one stage: options, inputs, then the first place in what was made."""
-    made = [read_manifest(path) for path in (a, b)]
+    made, (a, b) = [read_manifest(path) for path in (a, b)], (locate(a), locate(b))
     options = [manifest["options"] for manifest in made]
     for name in sorted(options[0].keys() | options[1].keys()):
         values = [o.get(name) for o in options]
