@@ -78,9 +78,12 @@ def locate(artefact: Path) -> Path:
 
 def list_artefacts(run: Path) -> list[Path]:
     """The artefacts of a run folder that have a manifest, in the order of the stages."""
-    names = [path.name.removesuffix(".manifest.json") for path in sorted(run.glob("*.manifest.json"))]
-    place = {name: i for i, name in enumerate(ARTEFACTS)}
-    return [run / name for name in sorted(names, key=lambda name: place.get(name, len(place)))]
+    names = sorted(path.name.removesuffix(".manifest.json") for path in run.glob("*.manifest.json"))
+    return sorted((run / name for name in names), key=stage_order)
+
+
+def stage_order(artefact: Path) -> int:
+    return ARTEFACTS.index(artefact.name) if artefact.name in ARTEFACTS else len(ARTEFACTS)
 
 
 def manifest_path(artefact: Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from conj import InputError
 from conj.data.files import read_jsonl
-from conj.data.manifest import ARTEFACTS, hash_input, list_artefacts, locate, manifest_path, read_manifest
+from conj.data.manifest import ARTEFACTS, hash_input, list_artefacts, locate, manifest_path, read_manifest, stage_order
 from conj.data.options import require
 from conj.train.checkpoint import check_checkpoint, list_checkpoints
 
@@ -20,8 +20,8 @@ class Check(NamedTuple):
 
 
 def check_chain(run: Path, base: Path | None) -> list[Check]:
-    """Every artefact against its manifest, and every manifest against those of its inputs, in the order of the stages;
-    then whatever stands in other runs' folders that this one was made from."""
+    """Every artefact against its manifest, and every manifest against those of its inputs, in the order of the stages:
+    those of the run, and those of other runs that it was made from."""
     artefacts = list_artefacts(run)
     require(bool(artefacts), f"{run}: expected a run folder with manifests, found none")
     # Prompts and pairs may be one's own; nothing else comes without a manifest.
@@ -55,22 +55,32 @@ def check_chain(run: Path, base: Path | None) -> list[Check]:
                 away.append(entry["path"])
             elif sha256(path) != entry["sha256"]:
                 raise InputError(f"was made from another {path} than the one that stands there now")
-            elif manifest_path(path).exists() and path not in lying:
-                artefacts.append(path)  # of another run; it is checked after those of this one
-                lying.add(path)
         num_rows = len(read_jsonl(folder / artefact.name)) if artefact.suffix == ".jsonl" else made["num_rows"]
         require(num_rows == made["num_rows"], f"expected {made['num_rows']} rows, found {num_rows}")
         not_here = f"; not here, so not compared: {', '.join(away)}" if away else ""
         taken = f", in {folder}" if "taken_from" in made else ""
         return f"{num_rows} rows, sha256 {made['sha256'][:12]}{taken}{not_here}"
 
-    checks, lying = [], {locate(artefact) for artefact in artefacts}
-    for artefact in artefacts:  # grows on the way
+    checks = []
+    for artefact in sorted(artefacts + _made_from(artefacts, find), key=stage_order):
         name = artefact.name if artefact.parent == run else str(artefact)
         checks.append(check(name, lambda artefact=artefact: check_artefact(artefact)))
     for path in reversed(list_checkpoints(locate(run / "model").with_name("checkpoints"))):
         checks.append(check(f"checkpoints/{path.name}", lambda path=path: f"step {check_checkpoint(path)['step']}"))
     return checks
+
+
+def _made_from(artefacts: list[Path], find: Callable[[Path], Path]) -> list[Path]:
+    """Artefacts of other runs that these were made from, directly or by way of others."""
+    found, known = [], {locate(artefact) for artefact in artefacts}
+    for artefact in (todo := list(artefacts)):
+        with suppress(InputError):  # found by the check of that artefact
+            for path in (find(Path(entry["path"])) for entry in (read_manifest(artefact) or {"inputs": ()})["inputs"]):
+                if path not in known and manifest_path(path).exists():
+                    known.add(path)
+                    found.append(path)
+                    todo.append(path)
+    return found
 
 
 def check(name: str, find: Callable[[], str]) -> Check:
