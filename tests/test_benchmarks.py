@@ -10,13 +10,11 @@ import pytest
 from conftest import ROOT, SHARED
 
 from conj import InputError
-from conj.data.benchmarks import (
-    BENCHMARKS,
+from conj.data.benchmarks import BENCHMARKS, official_subset, resolve_data
+from conj.sample.evaluation.aggregation import (
     CARD_COLUMNS,
     PUBLISHED,
     annotator_agreement,
-    official_subset,
-    resolve_data,
     right_on_balance,
     scored_sections,
     section_value,

@@ -23,7 +23,8 @@ def report(tmp_path_factory) -> list[dict]:
 
 def test_every_kernel_compiles_for_three_architectures_without_spills(report):
     """A kernel that is left out of the report, that Triton refuses, or that overflows its registers at real sizes."""
-    source = (ROOT / "conj" / "model" / "kernels.py").read_text().splitlines()
+    source = "".join((ROOT / "conj" / "model" / f"{name}.py").read_text() for name in ("kernels", "logprob_kernels"))
+    source = source.splitlines()
     decorated = [source[i + 1] for i, line in enumerate(source) if line.startswith("@triton.jit")]
     names = {line.removeprefix("def ").split("(")[0] for line in decorated}
     assert len(names) == 8

@@ -1,4 +1,4 @@
-"""`conj.model.kernels` against fp64 oracles, beside plain torch in the same dtype.
+"""`conj.model.kernels` and `logprob_kernels` against fp64 oracles, beside plain torch in the same dtype.
 
 Without a GPU the kernels run in Triton's interpreter, from a copy of the module of this file's own: what other tests
 import (vLLM has kernels too) stays compiled. The interpreter replaces a kernel by numpy, so it shows wrong masks,
@@ -53,7 +53,8 @@ def load(path: str):
     return module
 
 
-kernels, blockwise = load("conj/model/kernels.py"), load("benchmarks/blockwise_logprob.py")
+kernels, logprob_kernels = load("conj/model/kernels.py"), load("conj/model/logprob_kernels.py")
+blockwise = load("benchmarks/blockwise_logprob.py")
 
 
 @pytest.fixture(autouse=True)
@@ -136,13 +137,13 @@ def plain_logprob(i: dict) -> Tensor:
 def our_logprob(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Logprobs and lse of logits taken as one block."""
     statistics = empty_statistics(logits)
-    kernels.logprob_update(logits, targets, 0, *statistics)
+    logprob_kernels.logprob_update(logits, targets, 0, *statistics)
     return logprobs_and_lse(*statistics)
 
 
 def our_logit_grad(logits: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    kernels.logprob_grad(logits, targets, 0, lse, upstream, out)
+    logprob_kernels.logprob_grad(logits, targets, 0, lse, upstream, out)
     return out
 
 
@@ -348,12 +349,14 @@ def logprob_by_blocks(i: dict, widths: list[int], shift: int = 0) -> tuple[Tenso
     blocks = [in_poison(logits[:, start : start + width]) for start, width in zip(starts, widths)]
     blocks = [(start + shift * (start > 0), block) for start, block in zip(starts, blocks)]
     for first_column, block in blocks:
-        kernels.logprob_update(block, targets, first_column, *state)
+        logprob_kernels.logprob_update(block, targets, first_column, *state)
     row_max, row_sum, target_logit = state
     lse = row_max + row_sum.log()
     out = torch.full_like(logits, math.nan)
     for start, (first_column, block) in zip(starts, blocks):
-        kernels.logprob_grad(block, targets, first_column, lse, i["upstream"], out[:, start : start + block.shape[1]])
+        logprob_kernels.logprob_grad(
+            block, targets, first_column, lse, i["upstream"], out[:, start : start + block.shape[1]]
+        )
     return target_logit - lse, out
 
 
@@ -426,7 +429,7 @@ def test_a_gradient_in_place_of_its_logits_is_the_same(dtype):
     (expected,) = our_logprob_grad(i)
     _, lse = our_logprob(i["logits"], i["targets"])
     logits = in_poison(i["logits"])
-    kernels.logprob_grad(logits, i["targets"], 0, lse, i["upstream"], logits)
+    logprob_kernels.logprob_grad(logits, i["targets"], 0, lse, i["upstream"], logits)
     assert torch.equal(logits, expected)
     assert logits._base.isnan().sum() == logits._base.numel() - logits.numel()
 
@@ -528,7 +531,7 @@ def test_rows_lie_where_they_should_past_2_to_the_31_elements(name):
         assert torch.equal(a, b)
     if name == "logprob_grad":
         _, lse = our_logprob(i["logits"], i["targets"])
-        kernels.logprob_grad(i["logits"], i["targets"], 0, lse, i["upstream"], moved["logits"])
+        logprob_kernels.logprob_grad(i["logits"], i["targets"], 0, lse, i["upstream"], moved["logits"])
         assert torch.equal(moved["logits"], our_logprob_grad(i)[0])
 
 

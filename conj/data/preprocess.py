@@ -22,8 +22,9 @@ from conj import InputError
 from conj.data import manifest
 from conj.data.benchmarks import BENCHMARKS, official_subset, resolve_data
 from conj.data.files import read_jsonl, write_jsonl
+from conj.data.layouts import Preference, swapped
 from conj.data.options import RunOptions, option, require_each, run_command
-from conj.data.readers import Preference, describe_data, read_preferences, split_name, swapped
+from conj.data.readers import describe_data, read_preferences, split_name
 
 
 @dataclass(frozen=True, kw_only=True)

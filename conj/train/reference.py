@@ -53,11 +53,8 @@ def reference_key(
 ) -> dict[str, str]:
     """Everything the reference logprobs depend on, field by field."""
     code = hashlib.sha256()
-    sources = [
-        Path(qwen2.__file__).with_name(f"{n}.py")
-        for n in ("qwen2", "attention", "logprob", "ops", "recompute", "kernels")
-    ]
-    for path in (*sources, Path(batch_module.__file__)):
+    names = ("qwen2", "attention", "logprob", "logprob_kernels", "ops", "kernels", "recompute")
+    for path in (*(Path(qwen2.__file__).with_name(f"{name}.py") for name in names), Path(batch_module.__file__)):
         code.update(path.read_bytes())
     return {
         "weights": json.dumps({path.name: sha256_file(path) for path in weight_files(model)}),

@@ -24,9 +24,10 @@ from typing import Literal
 from conj.data import manifest
 from conj.data.benchmarks import locate_data
 from conj.data.files import read_jsonl
+from conj.data.layouts import swapped
 from conj.data.options import RunOptions, option, require, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
-from conj.data.readers import describe_data, swapped
+from conj.data.readers import describe_data
 from conj.model.folder import JudgeModel, check_model
 from conj.sample.engines.completion import Completion, Decoding, Request
 from conj.sample.engines.http import EndpointOptions, complete_by_http

@@ -18,11 +18,12 @@ from urllib.parse import urlencode
 import jinja2
 from markupsafe import Markup
 
-from conj.data.benchmarks import BENCHMARKS, CARD_COLUMNS, PUBLISHED, STYLES
+from conj.data.benchmarks import BENCHMARKS, STYLES
 from conj.data.files import read_jsonl, replace_surrogates, write_atomic
 from conj.data.manifest import list_artefacts, read_manifest
 from conj.data.preprocess import question_of
 from conj.data.prompts import REASON_KEY, VERDICT_KEY
+from conj.sample.evaluation.aggregation import CARD_COLUMNS, PUBLISHED
 from conj.sample.evaluation.pictures import TRAINING_CURVES, draw_pictures
 
 FIGURE_NAMES = {
