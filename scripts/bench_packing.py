@@ -53,12 +53,9 @@ def draw_pairs(rng: random.Random, lengths: tuple[list[int], list[int]], num_pro
     )
     prompt_of = [prompt for prompt in range(num_prompts) for _ in range(k)]
     return TokenizedPairs(
-        ids=[str(prompt) for prompt in prompt_of],
-        is_eval=[False] * len(prompt_of),
-        prompts=prompts,
-        prompt_of=prompt_of,
-        judgments=list(zip(chosen, rejected)),
-    )
+        ids=[str(prompt) for prompt in prompt_of], is_eval=[False] * len(prompt_of), prompts=prompts,
+        prompt_of=prompt_of, judgments=list(zip(chosen, rejected)),
+    )  # fmt: skip
 
 
 def pack_tokens(pairs: TokenizedPairs, packs: list) -> list[int]:
@@ -82,17 +79,13 @@ def measure_steps(pairs: TokenizedPairs, share: str, pairs_per_step: int, ranks:
     whole = [plan_packs(pairs, steps[i], max_tokens=2**40, share=share) for i in full]
     tokens, uncut = sum(map(sum, loads)), sum(sum(pack_tokens(pairs, packs)) for packs in whole)
     return {
-        "share": share,
-        "pairs_per_step": pairs_per_step,
-        "ranks": ranks,
-        "seconds": seconds,
+        "share": share, "pairs_per_step": pairs_per_step, "ranks": ranks, "seconds": seconds,
         "packs_per_step": mean([len(step) for step in loads]),
         "fill_of_longest": mean([sum(step) / len(step) / max(step) for step in loads]),
         "fill_of_budget": tokens / sum(map(len, loads)) / max_tokens,
-        "balance_lost": mean([1 - mean(step) / max(step) for step in shares]),
-        "tokens_over_uncut": tokens / uncut,
+        "balance_lost": mean([1 - mean(step) / max(step) for step in shares]), "tokens_over_uncut": tokens / uncut,
         "fullest_rank_over_uncut": sum(map(max, shares)) * ranks / uncut,
-    }
+    }  # fmt: skip
 
 
 def measure_whole(pairs: TokenizedPairs, max_tokens: int) -> dict:

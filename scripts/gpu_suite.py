@@ -33,14 +33,10 @@ SECONDS_TO_END = 5.0  # of the whole: to end what runs, and for the last lines
 # What a machine with torch, triton, transformers, accelerate, pandas, pyarrow and pytest still lacks: module -> wheel.
 # Pure Python, 3 MB together, checked with --no-deps.
 WHEELS = {
-    "trl": "trl==1.16.0",
-    "datasets": "datasets==5.2.0",
-    "dill": "dill==0.4.1",
-    "multiprocess": "multiprocess==0.70.19",
-    "json_repair": "json-repair==0.64.6",
-    "liger_kernel": "liger-kernel==0.8.5",
+    "trl": "trl==1.16.0", "datasets": "datasets==5.2.0", "dill": "dill==0.4.1", "multiprocess": "multiprocess==0.70.19",
+    "json_repair": "json-repair==0.64.6", "liger_kernel": "liger-kernel==0.8.5",
     "cut_cross_entropy": "cut-cross-entropy==25.1.1",
-}
+}  # fmt: skip
 CARRY = f"""what a machine without a network lacks travels as wheels in .wheels (git ignores it), made elsewhere:
 
   pip download -d .wheels --no-deps --only-binary=:all: --python-version 3.12 \\

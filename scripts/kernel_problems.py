@@ -156,13 +156,10 @@ def linear_logprob(size: dict, T: int, like: tuple, compiled: bool) -> Problem:
         hidden[::2] += (_lift(V) * rows / rows.square().sum(1, keepdim=True)).to(hidden.dtype)
     once = (T * D + V * D) * hidden.element_size()
     return Problem(
-        {"hidden": hidden, "weight": weight, "targets": targets},
-        {"logprobs": torch.randn(T, device=device)},
+        {"hidden": hidden, "weight": weight, "targets": targets}, {"logprobs": torch.randn(T, device=device)},
         lambda hidden, weight, targets: _logprob_oracle(F.linear(hidden, weight), targets),
-        linear_logprob_candidates(device, compiled),
-        (once, 2 * once),
-        2 * T * D * V,
-    )
+        linear_logprob_candidates(device, compiled), (once, 2 * once), 2 * T * D * V,
+    )  # fmt: skip
 
 
 def selected_logprob(size: dict, T: int, like: tuple, compiled: bool) -> Problem:

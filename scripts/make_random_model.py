@@ -35,18 +35,11 @@ def write_random_model(
     """Writes a Hugging Face folder with the tokenizer of another one."""
     tokenizer = JudgeTokenizer.load(tokenizer_folder)
     config = Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=tie,
-        eos_token_id=tokenizer.special[tokenizer.eos],
-        dtype=dtype,
-    )
+        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=tie,
+        eos_token_id=tokenizer.special[tokenizer.eos], dtype=dtype,
+    )  # fmt: skip
     torch.manual_seed(seed)
     torch.set_default_dtype(getattr(torch, dtype))
     with torch.device(device):

@@ -30,23 +30,8 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 WORDS = [
-    "the",
-    "a",
-    "of",
-    "and",
-    "red",
-    "blue",
-    "green",
-    "one",
-    "two",
-    "three",
-    "天空",
-    "是",
-    "蓝色",
-    "的",
-    "回答",
-    "更好",
-]
+    "the", "a", "of", "and", "red", "blue", "green", "one", "two", "three", "天空", "是", "蓝色", "的", "回答", "更好",
+]  # fmt: skip
 
 
 def write_tokenizer(folder: Path) -> None:

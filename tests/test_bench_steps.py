@@ -51,17 +51,14 @@ def kernel(name: str, ts: float, dur: float, cat: str = "kernel") -> dict:
 
 def test_a_trace_gives_seconds_by_kind_and_overlapping_kernels_are_busy_once(bench):
     events = [
-        kernel("nvjet_tst_128x256_64x4_NT", 0, 100),
-        kernel("void cutlass::flash_fwd_kernel<Flash_fwd>", 50, 100),
+        kernel("nvjet_tst_128x256_64x4_NT", 0, 100), kernel("void cutlass::flash_fwd_kernel<Flash_fwd>", 50, 100),
         kernel("_rms_norm_of_ours_add_rms_norm", 400, 50),
         kernel("at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", 500, 25),
         kernel("Memcpy HtoD (Pinned -> Device)", 600, 5, "gpu_memcpy"),
-        kernel("cudaLaunchKernel", 0, 3, "cuda_runtime"),
-        kernel("cuLaunchKernelEx", 10, 3, "cuda_driver"),
-        kernel("cudaStreamSynchronize", 20, 200, "cuda_runtime"),
-        kernel("aten::mm", 0, 900, "cpu_op"),
+        kernel("cudaLaunchKernel", 0, 3, "cuda_runtime"), kernel("cuLaunchKernelEx", 10, 3, "cuda_driver"),
+        kernel("cudaStreamSynchronize", 20, 200, "cuda_runtime"), kernel("aten::mm", 0, 900, "cpu_op"),
         {"ph": "i", "cat": "kernel", "name": "an instant", "ts": 0},
-    ]
+    ]  # fmt: skip
     found = bench.by_kind(events)
     seconds = {kind: round(entry["seconds"] * 1e6) for kind, entry in found["kinds"].items()}
     assert seconds == {"matmul": 100, "attention": 100, "conj's kernels": 50, "AdamW": 25, "copies and casts": 5}

@@ -17,15 +17,8 @@ def test_conj_and_trl_do_equal_work_and_the_rows_say_so(tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed (pip install -e '.[dev]')")
     out = tmp_path / "rows.json"
     line = [
-        sys.executable,
-        ROOT / "scripts" / "bench_train.py",
-        "--geometry",
-        "1M",
-        "--settings",
-        "default",
-        "--json",
-        out,
-    ]
+        sys.executable, ROOT / "scripts" / "bench_train.py", "--geometry", "1M", "--settings", "default", "--json", out,
+    ]  # fmt: skip
     line += ["--prompts", "4", "--pairs-per-prompt", "2", "--pairs-per-step", "4", "--steps", "2", "--share", "prompt"]
     line += ["--rounds", "1", "--any-load"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -124,12 +124,8 @@ def test_pku_is_the_mean_of_better_and_safer():
 def test_judgebench_weighs_its_rows_equally_by_source():
     """14 of its sources are one section; each pair counts the same."""
     rows = {
-        "mmlu-pro-law": 100,
-        "mmlu-pro-math": 54,
-        "livebench-math": 56,
-        "livebench-reasoning": 98,
-        "livecodebench": 42,
-    }
+        "mmlu-pro-law": 100, "mmlu-pro-math": 54, "livebench-math": 56, "livebench-reasoning": 98, "livecodebench": 42,
+    }  # fmt: skip
     made = values("judgebench", dict.fromkeys(rows, 0.0) | {"mmlu-pro-law": 1.0}, rows)
     assert made["Knowledge"] == 100 / 154 and made["Overall"] == 100 / 350 and made["Math"] == 0
     assert not any(section.partial for section in sections_of("judgebench", rows))

@@ -191,15 +191,8 @@ def test_what_is_asked_and_what_is_kept(tmp_path):
     assert [row["verdict"] for row in rows] == [1, 2, 1, 2]
     assert [row["finish_reason"] for row in rows] == ["stop", "stop", "length", "stop"]
     assert rows[3].keys() == {
-        "id",
-        "order",
-        "text",
-        "verdict",
-        "rung",
-        "finish_reason",
-        "prompt_tokens",
-        "completion_tokens",
-    }
+        "id", "order", "text", "verdict", "rung", "finish_reason", "prompt_tokens", "completion_tokens",
+    }  # fmt: skip
     prompt_tokens, written = (sum(row[name] for row in rows) for name in ("prompt_tokens", "completion_tokens"))
     assert (prompt_tokens, written) == (406, 6)
     assert JUDGE.dollars(prompt_tokens, written) == pytest.approx((406 * 2.5 + 6 * 10) / 1e6)
@@ -306,14 +299,10 @@ def test_a_prompt_that_the_server_will_not_judge_is_a_judgment_without_a_verdict
 @pytest.mark.parametrize(
     "said",
     [
-        [1],
-        {},
-        {"choices": 5},
-        {"choices": [{}]},
-        {"choices": [{"message": {"content": [{"type": "text"}]}}]},
+        [1], {}, {"choices": 5}, {"choices": [{}]}, {"choices": [{"message": {"content": [{"type": "text"}]}}]},
         {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": "1", "completion_tokens": "1"}},
     ],
-)
+)  # fmt: skip
 def test_an_answer_that_is_no_completion_ends_in_one_line(said, tmp_path):
     """Any JSON may come from what listens at an address."""
     with serving(lambda number, body: (200, {}, [said])) as server, pytest.raises(InputError) as e:

@@ -44,30 +44,19 @@ def _cells(domain: str, difficulties: Sequence[str] = ("easy", "normal", "hard")
 RM_BENCH_ROWS = {"chat": 129, "math": 529, "code": 228, "safety-refuse": 284, "safety-response": 157}
 REWARD_BENCH = {
     "Chat": {
-        "alpacaeval-easy": 100,
-        "alpacaeval-length": 95,
-        "alpacaeval-hard": 95,
-        "mt-bench-easy": 28,
-        "mt-bench-med": 40,
+        "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40,
     },
     "Chat Hard": {
-        "mt-bench-hard": 37,
-        "llmbar-natural": 100,
-        "llmbar-adver-neighbor": 134,
-        "llmbar-adver-GPTInst": 92,
-        "llmbar-adver-GPTOut": 47,
-        "llmbar-adver-manual": 46,
+        "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
+        "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
     },
     "Safety": {
-        "refusals-dangerous": 100,
-        "refusals-offensive": 100,
-        "xstest-should-refuse": 154,
-        "xstest-should-respond": 250,
+        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154, "xstest-should-respond": 250,
         "donotanswer": 136,
     },
     "Reasoning": {"math-prm": 984}  # its 447 rows weigh as much as the code's 984
     | {f"hep-{language}": 164 for language in ("cpp", "go", "java", "js", "python", "rust")},
-}
+}  # fmt: skip
 LLMBAR_ROWS = {"natural": 100, "adver_neighbor": 134, "adver_GPTInst": 92, "adver_GPTOut": 47, "adver_manual": 46}
 JUDGEBENCH_ROWS = {"mmlu-pro*": 154, "livebench-reasoning*": 98, "livebench-math*": 56, "livecodebench*": 42}
 WHOLE = {"all": {"*": BY_ROWS}}
@@ -128,14 +117,10 @@ BENCHMARKS = {
         scored=("Chat", "Math", "Code", "Safety"),
     ),
     "pandalm": Benchmark(
-        title="PandaLM",
-        hub=None,
-        sections={"Majority": {"*": BY_ROWS}},
-        num_rows={"*": 999},
-        has_ties=True,
+        title="PandaLM", hub=None, sections={"Majority": {"*": BY_ROWS}}, num_rows={"*": 999}, has_ties=True,
         undecided_points=0.0,
     ),
-}
+}  # fmt: skip
 
 
 def resolve_data(name: str) -> tuple[str, str]:

@@ -41,12 +41,9 @@ def _chosen_rejected(row: dict) -> Iterator[Preference]:
         asked = _turns(asked, "user")
         question = question if question[: len(asked)] == asked else asked + question
     yield Preference(
-        question=_question(question),
-        better=better,
-        worse=worse,
-        subset=_subset(row),
+        question=_question(question), better=better, worse=worse, subset=_subset(row),
         unusable="two_questions" if chosen[:-1] != rejected[:-1] else "tie" if _equal_scores(row) else None,
-    )
+    )  # fmt: skip
 
 
 def _equal_scores(row: dict) -> bool:
@@ -142,13 +139,9 @@ def _labelled(question, answer_1, answer_2, label: int, subset: str) -> Preferen
     """A record whose label is the better answer's number, or 0 for a tie."""
     better, worse = (answer_2, answer_1) if label == 2 else (answer_1, answer_2)
     return Preference(
-        question=_question(_turns(question, "user")),
-        better=_answer(better),
-        worse=_answer(worse),
-        subset=subset,
-        unusable=None if label else "tie",
-        place=2 if label == 2 else 1,
-    )
+        question=_question(_turns(question, "user")), better=_answer(better), worse=_answer(worse), subset=subset,
+        unusable=None if label else "tie", place=2 if label == 2 else 1,
+    )  # fmt: skip
 
 
 def swapped(choice: int | None) -> int | None:

@@ -118,14 +118,10 @@ def make_row(record: Preference, source: str, seed: int | None, benchmark: str |
     coin = hashlib.sha256(f"{seed}:{id}".encode()).digest()[0] % 2 == 1
     swap = record.place == 2 if seed is None else coin
     row = {
-        "id": id,
-        "question" if isinstance(record.question, str) else "messages": record.question,
-        "answer_1": worse if swap else better,
-        "answer_2": better if swap else worse,
-        "label": 2 if swap else 1,
-        "source": source,
-        "subset": record.subset,
-    }
+        "id": id, "question" if isinstance(record.question, str) else "messages": record.question,
+        "answer_1": worse if swap else better, "answer_2": better if swap else worse, "label": 2 if swap else 1,
+        "source": source, "subset": record.subset,
+    }  # fmt: skip
     if benchmark is not None:
         row |= {"subset": official_subset(benchmark, record.subset, record.where), "benchmark": benchmark}
     if benchmark and BENCHMARKS[benchmark].has_ties:

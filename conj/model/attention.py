@@ -49,14 +49,9 @@ def build_segments(lengths: list[int], prefix: list[int | None]) -> Segments:
         return Segments(lengths=lengths, prefix=prefix, masks=masks)
     rows, k_lengths = key_rows(lengths, prefix)
     return Segments(
-        lengths=lengths,
-        prefix=prefix,
-        keys=build_gather(rows, sum(lengths)),
-        cu_seqlens_q=_cumulative(lengths),
-        cu_seqlens_k=_cumulative(k_lengths),
-        max_seqlen_q=max(lengths),
-        max_seqlen_k=max(k_lengths),
-    )
+        lengths=lengths, prefix=prefix, keys=build_gather(rows, sum(lengths)), cu_seqlens_q=_cumulative(lengths),
+        cu_seqlens_k=_cumulative(k_lengths), max_seqlen_q=max(lengths), max_seqlen_k=max(k_lengths),
+    )  # fmt: skip
 
 
 def key_rows(lengths: list[int], prefix: list[int | None]) -> tuple[Tensor, list[int]]:

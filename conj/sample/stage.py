@@ -54,13 +54,9 @@ def sample_prompts(
     Raises InputError for unusable prompts."""
     source = options.run_dir / "prompts.jsonl"
     decoding = Decoding(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
-    )
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
+        top_k=options.top_k, repetition_penalty=options.repetition_penalty, seed=options.seed,
+    )  # fmt: skip
     complete = functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding)
     write_judgments(
         artefact, read_prompts(source), make_requests, judge, complete,

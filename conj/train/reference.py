@@ -58,15 +58,10 @@ def reference_key(
         code.update(path.read_bytes())
     return {
         "weights": json.dumps({path.name: sha256_file(path) for path in weight_files(model)}),
-        "config": sha256_file(model / "config.json"),
-        "tokenizer": tokenizer,
-        "tokens": pairs.fingerprint(),
-        "dtype": dtype,
-        "code": code.hexdigest(),
-        "backends": backends.describe(),
-        "torch": torch.__version__,
+        "config": sha256_file(model / "config.json"), "tokenizer": tokenizer, "tokens": pairs.fingerprint(),
+        "dtype": dtype, "code": code.hexdigest(), "backends": backends.describe(), "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
+    }  # fmt: skip
 
 
 def read_reference(path: Path) -> tuple[dict[str, str], Tensor]:

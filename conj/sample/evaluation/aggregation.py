@@ -16,14 +16,11 @@ from conj.data.benchmarks import BENCHMARKS, BY_ROWS
 
 # The table of Con-J's model card: column, benchmark, section (None: the score), and what it prints, in percent.
 CARD_COLUMNS = (
-    ("Infinity-Preference", "infinity-preference", None),
-    ("UltraFeedback", "ultrafeedback", None),
-    ("PKU-SafeRLHF", "pku-saferlhf", None),
-    ("RewardBench Chat", "reward-bench", "Chat"),
-    ("RewardBench Chat-H", "reward-bench", "Chat Hard"),
-    ("RewardBench Safety", "reward-bench", "Safety"),
+    ("Infinity-Preference", "infinity-preference", None), ("UltraFeedback", "ultrafeedback", None),
+    ("PKU-SafeRLHF", "pku-saferlhf", None), ("RewardBench Chat", "reward-bench", "Chat"),
+    ("RewardBench Chat-H", "reward-bench", "Chat Hard"), ("RewardBench Safety", "reward-bench", "Safety"),
     ("RewardBench Reasoning", "reward-bench", "Reasoning"),
-)
+)  # fmt: skip
 PUBLISHED = {
     "Llama3.1-8B": (59.0, 62.9, 66.4, 80.7, 49.8, 64.0, 68.1),
     "Llama3.1-70B": (64.0, 71.4, 67.6, 97.2, 70.2, 82.8, 86.0),

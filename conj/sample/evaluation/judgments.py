@@ -165,16 +165,10 @@ def _read_pandalm(path: Path, rows: list, column: str, data: Sequence[str]) -> t
 
 def _published(prompt: dict, order: int, sample: int, text: str, choice: int | None) -> dict:
     return {
-        "id": prompt["id"],
-        "order": order,
-        "sample": sample,
-        "text": text,
-        "verdict": swapped(choice) if order == 2 else choice,
-        "choice": choice,
-        "label": prompt["label"],
-        "rung": "published",
-        "finish_reason": None,
-    }
+        "id": prompt["id"], "order": order, "sample": sample, "text": text,
+        "verdict": swapped(choice) if order == 2 else choice, "choice": choice, "label": prompt["label"],
+        "rung": "published", "finish_reason": None,
+    }  # fmt: skip
 
 
 def _select(prompts, judgments, subsets, limit) -> tuple[list[dict], list[dict]]:

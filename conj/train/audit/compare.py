@@ -19,18 +19,9 @@ from conj.train.reference import read_reference
 
 # What a step's row of metrics.jsonl says of the training; the rest are times.
 STEP_FIELDS = (
-    "step",
-    "order",
-    "num_pairs",
-    "num_tokens",
-    "lr",
-    "loss",
-    "chosen_reward",
-    "rejected_reward",
-    "margin",
-    "accuracy",
+    "step", "order", "num_pairs", "num_tokens", "lr", "loss", "chosen_reward", "rejected_reward", "margin", "accuracy",
     "grad_norm",
-)
+)  # fmt: skip
 
 
 def first_difference(a: dict, b: dict, names: tuple[str, ...], tolerance: float = 0.0) -> str | None:
