@@ -140,7 +140,7 @@ def kill_sampling(args: argparse.Namespace, out: Path) -> list[dict]:
         [sys.executable, "-m", "conj.data.preprocess", "--run-dir", out / "start", "--data", train, *few], out / "log"
     )
     stages = {"repeated": ("repeated.jsonl", 8, []), "hinted": ("hinted.jsonl", 2, [])}
-    stages["evaluate"] = ("judgments_base.jsonl", 2, ["--data", test, *few])
+    stages["evaluation.evaluate"] = ("judgments_base.jsonl", 2, ["--data", test, *few])
     rows = []
     for number, (stage, (artefact, per_prompt, options)) in enumerate(stages.items()):
         num_kills = len(range(number, args.kills, 3))

@@ -378,7 +378,7 @@ BASE = ROOT / "demo" / "base"
 def start_vllm(port: int, log: Path) -> subprocess.Popen:
     """vLLM's own server with the shipped judge, set as vllm.py sets the engine on a CPU."""
     arguments = ["--model", BASE, "--port", port, "--host", "127.0.0.1", "--generation-config", "vllm"]
-    arguments += ["--dtype", "float32", "--max-length", 1024, "--max-num-seqs", 8, "--enforce-eager"]
+    arguments += ["--dtype", "float32", "--max-model-len", 1024, "--max-num-seqs", 8, "--enforce-eager"]
     arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", 8192, "--kv-cache-memory-bytes", 2**30]
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, arguments)]
     # A session of its own: its engine is another process, and dies with it.
