@@ -8,13 +8,14 @@ proportional to tokens: `balance lost` is the share of time in which ranks wait 
 steps of 1 - mean rank / fullest rank. As packs are dealt largest first, rank 0 is the fullest in every round.
 """
 
-import argparse
 import json
 import random
 import sys
 import time
 from array import array
 from pathlib import Path
+
+from bench_common import argument_parser
 
 from conj import InputError
 from conj.data.manifest import describe_code
@@ -99,9 +100,7 @@ def measure_whole(pairs: TokenizedPairs, max_tokens: int) -> dict:
 
 def main() -> None:
     data = Path(__file__).resolve().parents[2] / "shared" / "data"
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--data", type=Path, default=data, help="folder that holds the three below under their names")
     parser.add_argument("--tokenizer", type=Path, help="folder; DATA/qwen2-tokenizer if not given")
     parser.add_argument("--prompts", nargs="+", help="preference data; DATA/ultrafeedback/… if not given")

@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 from bench_common import (
     QWEN2,
+    argument_parser,
     config_of,
     matmul_ceiling,
     peak_memory_bytes,
@@ -242,9 +243,7 @@ def print_row(row: dict) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of forward and backward")
     parser.add_argument("--model", choices=QWEN2, default="7B", help="whose width, and whose layers as far as they fit")

@@ -8,7 +8,6 @@ varlen attention and the head's blocks are a GPU's; master weights are fp32, com
 weights, launches of Triton kernels, waits of the host for the device; then the launches and bytes of the gradients' norm.
 """
 
-import argparse
 from array import array
 from collections import Counter
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from dataclasses import fields, is_dataclass, replace
 from unittest import mock
 
 import torch
-from bench_common import QWEN2, config_of
+from bench_common import QWEN2, argument_parser, config_of
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -152,9 +151,7 @@ def count_pack(config: Qwen2Config, how: str, pairs: TokenizedPairs, pack: list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", choices=QWEN2, default="7B", help="geometry")
     parser.add_argument("--tokens", type=int, default=16384, help="of the pack")
     parser.add_argument("--prompt-tokens", type=int, default=1500)

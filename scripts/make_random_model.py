@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from bench_common import argument_parser
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from conj.data.prompts import JudgeTokenizer
@@ -52,9 +53,7 @@ def write_random_model(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json and its config")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--hidden-size", type=int, default=128, help="width of the residual stream")

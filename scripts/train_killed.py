@@ -9,7 +9,6 @@ that the commands call, each in a fork of this process: what is imported is impo
 before the last one has ended. Exits 1 if a stage fails or something does not hold.
 """
 
-import argparse
 import json
 import multiprocessing
 import random
@@ -20,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench_common import ROOT, where_measured
+from bench_common import ROOT, argument_parser, where_measured
 from kill_common import num_lines
 
 from conj.data.files import read_jsonl, write_atomic, write_jsonl
@@ -69,9 +68,7 @@ def run_stage(function: Callable, options, kill_when: Callable[[], bool] = lambd
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="of every stage")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--prompts", type=int, default=396, help="prompts, with one pair each")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -122,11 +123,8 @@ def on_cpu(line: Sequence) -> list:
 
 def command(*arguments, ranks: int | None = None, **options) -> subprocess.CompletedProcess:
     """Runs `python -m ARGUMENTS`, or torchrun with `ranks` processes, as a user would."""
-    arguments = on_cpu(arguments)
     launch = [] if ranks is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    if ranks is not None:
-        arguments = ["--run-dir" if a == "--run-dir" else a for a in arguments]
-    line = [sys.executable, *launch, "-m", *map(str, arguments)]
+    line = [sys.executable, *launch, "-m", *map(str, on_cpu(arguments))]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(line, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300, **options)
 
@@ -154,6 +152,12 @@ def assert_one_line_error(done: subprocess.CompletedProcess, *parts: str) -> Non
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     for part in parts:
         assert part in lines[0], lines[0]
+
+
+def kernel_names() -> set[str]:
+    """Of the Triton kernels of conj.model."""
+    sources = "".join(path.read_text() for path in (ROOT / "conj" / "model").glob("*kernels.py"))
+    return set(re.findall(r"@triton\.jit.*\ndef (\w+)", sources))
 
 
 def change_config(folder: Path, **changes) -> None:

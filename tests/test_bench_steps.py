@@ -1,11 +1,10 @@
 """`scripts/bench_steps.py`: what is counted before a step runs, and what is read off its trace."""
 
 import importlib
-import re
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, kernel_names
 
 GIB = 2**30
 
@@ -68,8 +67,7 @@ def test_a_trace_gives_seconds_by_kind_and_overlapping_kernels_are_busy_once(ben
 
 
 def test_each_kernel_of_ours_is_counted_as_ours(bench):
-    source = (ROOT / "conj" / "model" / "kernels.py").read_text()
-    names = re.findall(r"@triton\.jit.*\ndef (\w+)", source)
+    names = kernel_names()
     assert len(names) >= 8
     events = [kernel(name, i, 1) for i, name in enumerate(names)]
     assert set(bench.by_kind(events)["kinds"]) == {"conj's kernels"}

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from bench_train import trl_tokenizer
+from bench_sides import trl_tokenizer
 from conftest import ROOT, assert_one_line_error, command, kill_when, num_lines, random_pairs, write_model
 from count_step import READS, LiveBytes
 from safetensors.torch import load_file, save_file

@@ -3,13 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, kernel_names
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +21,7 @@ def report(tmp_path_factory) -> list[dict]:
 
 def test_every_kernel_compiles_for_three_architectures_without_spills(report):
     """A kernel that is left out of the report, that Triton refuses, or that overflows its registers at real sizes."""
-    source = "".join((ROOT / "conj" / "model" / f"{name}.py").read_text() for name in ("kernels", "logprob_kernels"))
-    source = source.splitlines()
-    decorated = [source[i + 1] for i, line in enumerate(source) if line.startswith("@triton.jit")]
-    names = {line.removeprefix("def ").split("(")[0] for line in decorated}
+    names = kernel_names()
     assert len(names) == 8
     for architecture in ("sm_80", "sm_90a", "sm_100a"):
         rows = [row for row in report if row["architecture"] == architecture]
