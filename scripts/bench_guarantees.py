@@ -150,9 +150,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="processes that share the cores")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
     parser.add_argument("--steps", type=int, default=8, help="steps timed in a run, of 8 pairs")
-    parser.add_argument(
-        "--blocks", type=int, default=8, help="blocks with a checkpoint in a round, and as many without"
-    )
+    parser.add_argument("--blocks", type=int, default=8, help="of a round with a checkpoint, and as many without")
     parser.add_argument("--geometry", choices=GEOMETRIES, default="20M", help="the model")
     parser.add_argument("--ceiling", type=float, default=0.0, help="GFLOP/s of fp32 matmuls on this machine when idle")
     parser.add_argument("--json", type=Path, help="file to write the rows to")

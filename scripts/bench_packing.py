@@ -24,6 +24,12 @@ from conj.data.preprocess import load_prompts, question_of
 from conj.data.prompts import JudgeTokenizer, judge_messages, judgment_text
 
 SHAPES = [(24, 1), (24, 8), (25, 8), (192, 8), (384, 64)]  # pairs a step, ranks
+COLUMNS = {
+    "share": "{share}", "pairs a step": "{pairs_per_step}", "ranks": "{ranks}", "seconds": "{seconds:.1f}",
+    "packs a step": "{packs_per_step:.2f}", "fill of longest": "{fill_of_longest:.2%}",
+    "fill of budget": "{fill_of_budget:.2%}", "balance lost": "{balance_lost:.2%}",
+    "tokens / uncut": "{tokens_over_uncut:.3f}", "fullest rank x ranks / uncut": "{fullest_rank_over_uncut:.3f}",
+}  # fmt: skip
 
 
 def real_lengths(tokenizer_folder: Path, prompts: list[str], judgments: list[Path]) -> tuple[list[int], list[int]]:
@@ -31,9 +37,8 @@ def real_lengths(tokenizer_folder: Path, prompts: list[str], judgments: list[Pat
     tokenizer = JudgeTokenizer.load(tokenizer_folder)
     missing = [str(path) for path in [*prompts, *judgments] if not Path(path).exists()]
     if missing or not judgments:
-        raise InputError(
-            f"{', '.join(missing) or 'judgments'}: no such file; give --data FOLDER, or the files themselves"
-        )
+        named = ", ".join(missing) or "judgments"
+        raise InputError(f"{named}: no such file; give --data FOLDER, or the files themselves")
     rows, _ = load_prompts(prompts)
     messages = [judge_messages(question_of(row), row["answer_1"], row["answer_2"]) for row in rows]
     texts = [
@@ -123,24 +128,13 @@ def main() -> None:
         f"(mean {mean(lengths[1]):.0f}, most {max(lengths[1])}); packs of {args.max_tokens_per_pack} tokens"
     )
     rows = [measure_whole(pairs, args.max_tokens_per_pack)]
-    print(
-        "Whole data, `--share prompt`: {packs} packs, {fill_of_budget:.2%} full, {seconds:.1f} s.\n".format(**rows[0])
-    )
-    print(
-        "| share | pairs a step | ranks | seconds | packs a step | fill of longest | fill of budget | balance lost ",
-        end="",
-    )
-    print("| tokens / uncut | fullest rank x ranks / uncut |\n" + "|---" * 10 + "|")
+    print("All data, `--share prompt`: {packs} packs, {fill_of_budget:.2%} full, {seconds:.1f} s.\n".format(**rows[0]))
+    print("|", " | ".join(COLUMNS), "|\n" + "|---" * len(COLUMNS) + "|")
     for share in ("prompt", "pair", "none"):
         for pairs_per_step, ranks in SHAPES:
             row = measure_steps(pairs, share, pairs_per_step, ranks, args.max_tokens_per_pack)
             rows.append(row)
-            print(
-                "| {share} | {pairs_per_step} | {ranks} | {seconds:.1f} | {packs_per_step:.2f} | {fill_of_longest:.2%} "
-                "| {fill_of_budget:.2%} | {balance_lost:.2%} | {tokens_over_uncut:.3f} "
-                "| {fullest_rank_over_uncut:.3f} |".format(**row),
-                flush=True,
-            )
+            print("|", " | ".join(COLUMNS.values()).format(**row), "|", flush=True)
     if args.json:
         settings = {name: value for name, value in vars(args).items() if isinstance(value, int)}
         args.json.write_text(json.dumps({"settings": settings, "code": describe_code(), "rows": rows}, indent=1) + "\n")

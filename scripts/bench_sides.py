@@ -11,23 +11,15 @@ from make_random_model import write_random_model
 
 SETTINGS = {"beta": 0.1, "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.0}
 GEOMETRIES = {
-    "1M": dict(hidden_size=128, intermediate_size=384, layers=4, heads=4, kv_heads=2, vocab_size=1_536, tie=True),
-    "20M": dict(hidden_size=384, intermediate_size=1024, layers=5, heads=6, kv_heads=2, vocab_size=32_000, tie=True),
-    "large-vocabulary": dict(
-        hidden_size=128, intermediate_size=384, layers=4, heads=4, kv_heads=2, vocab_size=151_936, tie=True,
-    ),
-} | {
-    f"qwen2-{name.lower()}": dict(
-        hidden_size=size["D"], intermediate_size=size["F"], layers=size["L"], heads=size["N"], kv_heads=size["K"],
-        vocab_size=size["V"], tie=size["tie"],
-    )
-    for name, size in QWEN2.items()
-}  # fmt: skip
+    "1M": {"D": 128, "F": 384, "N": 4, "K": 2, "H": 32, "V": 1_536, "L": 4, "tie": True},
+    "20M": {"D": 384, "F": 1024, "N": 6, "K": 2, "H": 64, "V": 32_000, "L": 5, "tie": True},
+    "large-vocabulary": {"D": 128, "F": 384, "N": 4, "K": 2, "H": 32, "V": 151_936, "L": 4, "tie": True},
+} | {f"qwen2-{name.lower()}": size for name, size in QWEN2.items()}
 
 
 def make_model(folder: Path, dtype: str, geometry: str, device: str) -> dict:
     """In a process of its own: random numbers for 7 B parameters are drawn on the GPU, which gives their memory back."""
-    write_random_model(folder, ROOT / "demo" / "base", dtype=dtype, device=device, **GEOMETRIES[geometry])
+    write_random_model(folder, ROOT / "demo" / "base", GEOMETRIES[geometry], dtype=dtype, device=device)
     return {}
 
 

@@ -113,7 +113,7 @@ def compare(folder: Path, geometry: str, args: argparse.Namespace) -> Iterator[d
     for share in args.share:
         ours = results["conj", share, ""]
         row = {
-            "geometry": geometry, "vocab_size": GEOMETRIES[geometry]["vocab_size"], "share": share, "dtype": args.dtype,
+            "geometry": geometry, "vocab_size": GEOMETRIES[geometry]["V"], "share": share, "dtype": args.dtype,
             "pairs_per_step": args.pairs_per_step, "steps": args.steps, "rounds": args.rounds, "matmul_ceiling": min(ceilings),
             "any_load": args.any_load,
             "settings_conj": {name: getattr(args, name) for name in ("max_tokens_per_pack", "activation_checkpointing")},

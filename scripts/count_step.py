@@ -21,9 +21,10 @@ from torch._subclasses import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import JITFunction
 
 from conj.data.packs import Group, TokenizedPairs
-from conj.model import attention, backends, kernels, logprob, qwen2
+from conj.model import attention, backends, logprob, qwen2
 from conj.model.qwen2 import Qwen2, Qwen2Config
 from conj.train.batch import Batch, collate
 from conj.train.optimizer import gradient_norm
@@ -74,9 +75,8 @@ def uniform_pack(tokens: int, prompt: int, judgment: int, pairs_per_prompt: int)
         ids=[""] * num_pairs, is_eval=[False] * num_pairs, prompts=[ids * prompt] * count,
         prompt_of=[i // pairs_per_prompt for i in range(num_pairs)], judgments=[(ids * judgment,) * 2] * num_pairs,
     )  # fmt: skip
-    return pairs, [
-        Group(prompt=i, pairs=list(range(i * pairs_per_prompt, (i + 1) * pairs_per_prompt))) for i in range(count)
-    ]
+    members = [list(range(i * pairs_per_prompt, (i + 1) * pairs_per_prompt)) for i in range(count)]
+    return pairs, [Group(prompt=i, pairs=members[i]) for i in range(count)]
 
 
 class _Attention(torch.autograd.Function):
@@ -103,9 +103,7 @@ def nothing_runs(launches: Counter):
         mock.patch.dict(qwen2.KEPT_LOGITS, cpu=qwen2.KEPT_LOGITS["cuda"]),
         mock.patch.object(backends, "current", backends.Backends(attention="varlen", kernels="triton")),
         mock.patch.object(attention, "_varlen_attention", lambda: lambda q, k, v, *_: _Attention.apply(q, k, v)),
-        mock.patch.object(
-            kernels.triton.runtime.JITFunction, "run", lambda self, *_, **__: launches.update([self.fn.__name__])
-        ),
+        mock.patch.object(JITFunction, "run", lambda self, *_, **__: launches.update([self.fn.__name__])),
     ):
         yield
 

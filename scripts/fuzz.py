@@ -109,9 +109,8 @@ def prepare(kind: str, root: Path) -> Callable[[bytes], str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=form)
     parser.add_argument("target", choices=("verdicts", "model-folder"), help="what reads the inputs")
     parser.add_argument("--runs", type=int, default=10_000, help="number of inputs")
     parser.add_argument("--seed", type=int, default=0, help="seed of the inputs")
@@ -138,9 +137,8 @@ def main() -> int:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(
-        dir="/dev/shm" if Path("/dev/shm").is_dir() else None, ignore_cleanup_errors=True
-    ) as root:
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(dir=memory, ignore_cleanup_errors=True) as root:
         yield Path(root)
 
 

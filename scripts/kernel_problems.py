@@ -77,10 +77,8 @@ def _normal(*shape: int, like: tuple[str, torch.dtype], scale: float = 1.0) -> T
 
 
 def _compared(ours: Callable, eager: Callable, device: str, compiled: bool) -> list[Candidate]:
-    found = [
-        Candidate("conj", ours, "Triton" if device == "cuda" else "on a CPU plain torch, the reference or near it")
-    ]
-    found.append(Candidate("torch eager", eager))
+    note = "Triton" if device == "cuda" else "on a CPU plain torch, the reference or near it"
+    found = [Candidate("conj", ours, note), Candidate("torch eager", eager)]
     return found + ([Candidate("torch.compile", torch.compile(eager, dynamic=False))] if compiled else [])
 
 

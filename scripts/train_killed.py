@@ -34,9 +34,8 @@ def pair_of(preference: dict, label: int, write: Callable[[str, int], str] = jud
     """A row of pairs.jsonl, but for id and split; `write(reason, verdict)` gives a judgment, whose reason is the better
     answer."""
     answers = [preference["chosen"], preference["rejected"]][:: 1 if label == 1 else -1]
-    chosen, rejected = (
-        [{"role": "assistant", "content": write(preference["chosen"], verdict)}] for verdict in (label, 3 - label)
-    )
+    texts = [write(preference["chosen"], verdict) for verdict in (label, 3 - label)]
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in texts)
     row = {"prompt": judge_messages(preference["prompt"], *answers), "chosen": chosen, "rejected": rejected}
     return row | {"label": label, "pair_type": "repeated"}
 

@@ -31,24 +31,35 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 WORDS = [
-    "the", "a", "of", "and", "red", "blue", "green", "one", "two", "three", "天空", "是", "蓝色", "的", "回答", "更好",
-]  # fmt: skip
+    "the",
+    "a",
+    "of",
+    "and",
+    "red",
+    "blue",
+    "green",
+    "one",
+    "two",
+    "three",
+    "天空",
+    "是",
+    "蓝色",
+    "的",
+    "回答",
+    "更好",
+]
 
 
 def write_tokenizer(folder: Path) -> None:
     """A byte-level BPE tokenizer in Qwen2's form: no added token but the three control tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=560, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=560, initial_alphabet=alphabet, show_progress=False)
     corpus = [JUDGE_INSTRUCTION, *HINT_INSTRUCTIONS.values(), judgment_text(" ".join(WORDS), 1)] * 3
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
@@ -127,6 +138,15 @@ def command(*arguments, ranks: int | None = None, **options) -> subprocess.Compl
     line = [sys.executable, *launch, "-m", *map(str, on_cpu(arguments))]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(line, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300, **options)
+
+
+def run_script(name: str, *arguments) -> subprocess.CompletedProcess:
+    """Runs a script as a user would, to its end without an error."""
+    line = [sys.executable, ROOT / "scripts" / name, *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def kill_when(line: list, ready_to_kill, seconds: float = 120) -> None:

@@ -382,9 +382,8 @@ def start_vllm(port: int, log: Path) -> subprocess.Popen:
     arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", 8192, "--kv-cache-memory-bytes", 2**30]
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, arguments)]
     # A session of its own: its engine is another process, and dies with it.
-    return subprocess.Popen(
-        line, env=os.environ | ENVIRONMENT, stdout=open(log, "ab"), stderr=subprocess.STDOUT, start_new_session=True
-    )
+    output = {"stdout": open(log, "ab"), "stderr": subprocess.STDOUT}
+    return subprocess.Popen(line, env=os.environ | ENVIRONMENT, start_new_session=True, **output)
 
 
 def kill(server: subprocess.Popen) -> None:
@@ -446,9 +445,8 @@ def test_vllms_server_gives_the_offline_verdicts_and_may_be_killed(tmp_path):
         for server in servers:
             kill(server)
     assert 10 <= killed_at[0] < len(over_http) == len(rows)
-    complete = functools.partial(
-        complete_by_vllm, model=model, options=EngineOptions(model=BASE, max_num_seqs=8), decoding=decoding
-    )
+    options = EngineOptions(model=BASE, max_num_seqs=8)
+    complete = functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding)
     expected = append_samples(tmp_path / "offline.jsonl", offline, complete, row_of, "verdict", True)
     verdicts = Counter(row["verdict"] for row in expected)
     shown = [f"{row['p_first']:.2g}" for row in expected if row["p_first"] is not None][:8]

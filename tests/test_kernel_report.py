@@ -1,11 +1,9 @@
 """`scripts/kernel_report.py`: the kernels compile for GPUs that this machine need not have."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, kernel_names
+from conftest import kernel_names, run_script
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -13,9 +11,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> list[dict]:
     path = tmp_path_factory.mktemp("report") / "rows.json"
-    line = [sys.executable, ROOT / "scripts" / "kernel_report.py", "--json", path]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_script("kernel_report.py", "--json", path)
     return json.loads(path.read_text())
 
 

@@ -100,9 +100,8 @@ def test_subsets_are_chosen_by_name(tmp_path):
 def test_benchmark_keeps_repeated_rows_and_says_what_they_are(tmp_path):
     """Official counts are over rows, so the second of two equal ones is a row of its own; without `benchmark` nothing
     changes."""
-    data = write(
-        tmp_path / "rows.jsonl", [row("q1"), row("q2"), row("q1"), row("q1"), row("tie", label=0), row("i", "s", "s")]
-    )
+    rows = [row("q1"), row("q2"), row("q1"), row("q1"), row("tie", label=0), row("i", "s", "s")]
+    data = write(tmp_path / "rows.jsonl", rows)
     plain, _ = load_prompts([data])
     rows, counts = load_prompts([data], benchmark=True)
     id = plain[0]["id"]

@@ -59,50 +59,35 @@ REWARD_BENCH = {
 }  # fmt: skip
 LLMBAR_ROWS = {"natural": 100, "adver_neighbor": 134, "adver_GPTInst": 92, "adver_GPTOut": 47, "adver_manual": 46}
 JUDGEBENCH_ROWS = {"mmlu-pro*": 154, "livebench-reasoning*": 98, "livebench-math*": 56, "livecodebench*": 42}
+JUDGEBENCH_SECTIONS = ("Knowledge", "Reasoning", "Math", "Coding")
 WHOLE = {"all": {"*": BY_ROWS}}
 
 BENCHMARKS = {
     "reward-bench": Benchmark(
-        title="RewardBench",
-        hub="allenai/reward-bench:filtered",
-        sections=REWARD_BENCH,
+        title="RewardBench", hub="allenai/reward-bench:filtered", sections=REWARD_BENCH,
         num_rows={subset: rows for section in REWARD_BENCH.values() for subset, rows in section.items()}
         | {"math-prm": 447},
     ),
     "ultrafeedback": Benchmark(
-        title="UltraFeedback", hub="HuggingFaceH4/ultrafeedback_binarized:test_prefs", sections=WHOLE
+        title="UltraFeedback", hub="HuggingFaceH4/ultrafeedback_binarized:test_prefs", sections=WHOLE,
     ),
     "pku-saferlhf": Benchmark(
-        title="PKU-SafeRLHF",
-        hub="PKU-Alignment/PKU-SafeRLHF:test",
+        title="PKU-SafeRLHF", hub="PKU-Alignment/PKU-SafeRLHF:test",
         sections={"Better": {"better": 1}, "Safer": {"safer": 1}},
     ),
     "infinity-preference": Benchmark(title="Infinity-Preference", hub="BAAI/Infinity-Preference:test", sections=WHOLE),
     "llmbar": Benchmark(
-        title="LLMBar",
-        hub=None,
-        sections={
-            "Natural": {"natural": 1},
-            "Adversarial": {subset: 1 for subset in LLMBAR_ROWS if subset != "natural"},
-        },
-        num_rows=LLMBAR_ROWS,
-        undecided_points=0.0,
+        title="LLMBar", hub=None, num_rows=LLMBAR_ROWS, undecided_points=0.0,
+        sections={"Natural": {"natural": 1}, "Adversarial": {name: 1 for name in LLMBAR_ROWS if name != "natural"}},
     ),
     "judgebench": Benchmark(
-        title="JudgeBench",
-        hub="ScalerLab/JudgeBench:gpt",
-        sections={
-            name: {pattern: BY_ROWS}
-            for name, pattern in zip(("Knowledge", "Reasoning", "Math", "Coding"), JUDGEBENCH_ROWS)
-        }
+        title="JudgeBench", hub="ScalerLab/JudgeBench:gpt", num_rows=JUDGEBENCH_ROWS, scored=("Overall",),
+        sections={name: {pattern: BY_ROWS} for name, pattern in zip(JUDGEBENCH_SECTIONS, JUDGEBENCH_ROWS)}
         | {"Overall": dict.fromkeys(JUDGEBENCH_ROWS, BY_ROWS)},
-        num_rows=JUDGEBENCH_ROWS,
-        scored=("Overall",),
         net_of_orders=True,
     ),
     "rm-bench": Benchmark(
-        title="RM-Bench",
-        hub="THU-KEG/RM-Bench:train",
+        title="RM-Bench", hub="THU-KEG/RM-Bench:train", scored=("Chat", "Math", "Code", "Safety"),
         sections={name: _cells(name.lower()) for name in ("Chat", "Math", "Code")}
         | {"Safety": _cells("safety-refuse") | _cells("safety-response")}
         | {
@@ -114,7 +99,6 @@ BENCHMARKS = {
             for level in ("easy", "normal", "hard")
         },
         num_rows={cell: rows for domain, rows in RM_BENCH_ROWS.items() for cell in _cells(domain)},
-        scored=("Chat", "Math", "Code", "Safety"),
     ),
     "pandalm": Benchmark(
         title="PandaLM", hub=None, sections={"Majority": {"*": BY_ROWS}}, num_rows={"*": 999}, has_ties=True,

@@ -91,9 +91,8 @@ def _pandalm(row: dict) -> Iterator[Preference]:
 
 def _conj(row: dict) -> Iterator[Preference]:
     label = _member(row, "label", (0, 1, 2))
-    yield _labelled(
-        row["messages"] if "messages" in row else row["question"], row["answer_1"], row["answer_2"], label, _subset(row)
-    )
+    asked = row["messages"] if "messages" in row else row["question"]
+    yield _labelled(asked, row["answer_1"], row["answer_2"], label, _subset(row))
 
 
 @dataclass(frozen=True)
@@ -130,9 +129,8 @@ def recognise(row: dict) -> Layout:
         if row.keys() >= set(layout.columns):
             return layout
     expected = "; ".join(f"{layout.name} ({', '.join(layout.columns)})" for layout in LAYOUTS)
-    raise InputError(
-        f"columns {', '.join(map(str, row)) or 'none'} are of no known layout; expected one of: {expected}"
-    )
+    found = ", ".join(map(str, row)) or "none"
+    raise InputError(f"columns {found} are of no known layout; expected one of: {expected}")
 
 
 def _labelled(question, answer_1, answer_2, label: int, subset: str) -> Preference:

@@ -154,9 +154,8 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self.activation_checkpointing = (
-            "none"  # or selective (all but what elementwise steps make again), full (a block's input alone)
-        )
+        # or selective (all but what elementwise steps make again), full (a block's input alone)
+        self.activation_checkpointing = "none"
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         how, casts = self.activation_checkpointing, self.input_layernorm.weight.dtype != x.dtype

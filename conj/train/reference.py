@@ -91,9 +91,8 @@ def load_reference(
             "make it again"
         )
     if logps.shape != (num_pairs, 2) or logps.dtype != torch.float32:
-        raise InputError(
-            f"{path}: expected float32 logprobs ({num_pairs}, 2), found {logps.dtype} {tuple(logps.shape)}"
-        )
+        found = f"{logps.dtype} {tuple(logps.shape)}"
+        raise InputError(f"{path}: expected float32 logprobs ({num_pairs}, 2), found {found}")
     return logps, stale
 
 

@@ -166,9 +166,8 @@ def make_judgments(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[st
     if options.parser is not None:
         require(judge.verdict_pattern is None, f"--parser: judge {judge.name} has a verdict_pattern of its own")
         judge = dataclasses.replace(judge, parser=options.parser)
-    options = dataclasses.replace(
-        options, max_new_tokens=options.max_new_tokens or judge.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-    )
+    max_new_tokens = options.max_new_tokens or judge.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    options = dataclasses.replace(options, max_new_tokens=max_new_tokens)
     models = find_models(options, judge)  # before the data: a mistyped path should not cost a download
     prompts, counts = load_prompts(options.data, options.seed, options.subsets, options.limit, benchmark=True)
     for name, model in models.items():
@@ -213,9 +212,8 @@ def find_models(options: EvaluateOptions, judge: Judge) -> dict[str, JudgeModel 
     require(
         options.model is not None, f"--model: expected a folder for judge {judge.name} ({judge.model or 'any model'})"
     )
-    check = functools.partial(
-        check_model, max_length=options.max_length or judge.max_length, chat_template=judge.chat_template
-    )
+    max_length = options.max_length or judge.max_length
+    check = functools.partial(check_model, max_length=max_length, chat_template=judge.chat_template)
     if options.name or options.judge != "con-j":
         return {name: check(options.model)}
     trained = {"trained": check(options.run_dir / "model")} if (options.run_dir / "model").exists() else {}

@@ -71,9 +71,8 @@ def _read_own(path, rows, data, seed, subsets, limit) -> tuple[list[dict], list[
     for row in judgments:
         asked.setdefault(row["id"], set()).add((row["order"], row["sample"]))
     orders = {order for keys in asked.values() for order, _ in keys}
-    whole = {
-        (order, sample) for order in orders for sample in range(max(map(len, asked.values()), default=0) // len(orders))
-    }
+    num_samples = max(map(len, asked.values()), default=0) // len(orders)
+    whole = {(order, sample) for order in orders for sample in range(num_samples)}
     if torn := [id for id, keys in asked.items() if keys != whole]:
         raise InputError(
             f"{path}: expected {len(whole)} judgments of each prompt (orders {_some(sorted(orders))}, samples from 0 on), "
@@ -157,9 +156,8 @@ def _read_pandalm(path: Path, rows: list, column: str, data: Sequence[str]) -> t
         prompt["id"] = next_copy(prompt["id"], prompts) if prompt["id"] in prompts else prompt["id"]
         prompts[prompt["id"]] = prompt
         text = results[idx].get(column.removesuffix("result") + "reason")
-        judgments.append(
-            _published(prompt, 1, 0, text if isinstance(text, str) else "", RESULTS[str(results[idx][column])])
-        )
+        text = text if isinstance(text, str) else ""
+        judgments.append(_published(prompt, 1, 0, text, RESULTS[str(results[idx][column])]))
     return list(prompts.values()), judgments
 
 

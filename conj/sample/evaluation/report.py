@@ -228,9 +228,7 @@ def pack_judgments(judges: dict[str, dict], prompts: list[dict], judgments: dict
     subsets = {name: {b: f["subsets"] for b, f in figures["benchmarks"].items()} for name, figures in judges.items()}
     titles = {name: f["title"] for figures in judges.values() for name, f in figures["benchmarks"].items()}
     prompts = sorted(prompts, key=lambda prompt: prompt["id"])
-    contents = [
-        {"judges": list(judges), "orders": orders, "titles": list(titles.items()), "num_questions": len(prompts)}
-    ]
+    contents = [dict(judges=list(judges), orders=orders, titles=list(titles.items()), num_questions=len(prompts))]
     for start in range(0, len(prompts), QUESTIONS_A_BLOCK):
         chunk = prompts[start : start + QUESTIONS_A_BLOCK]
         contents.append([pack_question(prompt, rows, subsets) for prompt in chunk])

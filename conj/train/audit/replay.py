@@ -56,9 +56,7 @@ def replay(run: TrainedRun, folder: Path, num_steps: int, world: World) -> Itera
         else f"within {TOLERANCE[run.options.dtype]:g}, since this is another machine or version"
     )
     name = f"replay of steps {start + 1} to {start + num_steps}"
-    found = (
-        differing[0] + f" ({len(differing)} differences)" if differing else (f"log and {compared} checkpoints {how}")
-    )
+    found = f"{differing[0]} ({len(differing)} differences)" if differing else f"log and {compared} checkpoints {how}"
     yield Check(name, "BROKEN" if differing else "holds", found)
 
 
