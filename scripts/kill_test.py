@@ -104,9 +104,8 @@ def kill_training(args: argparse.Namespace, out: Path) -> list[dict]:
     loading = []  # when the log of metrics was there
     watch = Aim(ready=lambda s: (undisturbed / "metrics.jsonl").exists() and loading.append(s))  # never kills
     run_command(line(undisturbed), out / "log", watch)
-    print(
-        f"undisturbed: {num_lines(undisturbed / 'metrics.jsonl')} steps, first one after {loading[0]:.1f} s", flush=True
-    )
+    num_steps = num_lines(undisturbed / "metrics.jsonl")
+    print(f"undisturbed: {num_steps} steps, first one after {loading[0]:.1f} s", flush=True)
 
     def next_aim(run: Path, kills: Counter) -> Aim | None:
         left, inside = args.kills - kills.total(), sum(kills[phase] for phase in INSIDE_SAVE)
@@ -134,11 +133,10 @@ def kill_training(args: argparse.Namespace, out: Path) -> list[dict]:
 def kill_sampling(args: argparse.Namespace, out: Path) -> list[dict]:
     train, test = (ROOT / "demo" / f"{name}.jsonl" for name in ("train", "test"))
     few = ["--limit", args.limit]
-    run_command(
-        [sys.executable, "-m", "conj.data.preprocess", "--run-dir", out / "start", "--data", train, *few], out / "log"
-    )
+    prepare = [sys.executable, "-m", "conj.data.preprocess", "--run-dir", out / "start", "--data", train, *few]
+    run_command(prepare, out / "log")
     stages = {"repeated": ("repeated.jsonl", 8, []), "hinted": ("hinted.jsonl", 2, [])}
-    stages["evaluate"] = ("judgments_base.jsonl", 2, ["--data", test, *few])
+    stages["evaluation.evaluate"] = ("judgments_base.jsonl", 2, ["--data", test, *few])
     rows = []
     for number, (stage, (artefact, per_prompt, options)) in enumerate(stages.items()):
         num_kills = len(range(number, args.kills, 3))
@@ -159,9 +157,8 @@ def kill_stage(
 
     shutil.copytree(out / "start", undisturbed)
     run_command(line(undisturbed), out / "log")
-    keys = {
-        tuple(row.get(name) for name in ("id", "kind", "index", "order")) for row in read_jsonl(undisturbed / artefact)
-    }
+    names = ("id", "kind", "index", "order")
+    keys = {tuple(map(row.get, names)) for row in read_jsonl(undisturbed / artefact)}
     if not len(keys) == num_lines(undisturbed / artefact) == total:
         sys.exit(f"{undisturbed / artefact}: {len(keys)} different keys, expected one a row and {total} rows")
     print(f"{stage}: undisturbed {time.monotonic() - began:.0f} s, {total} rows", flush=True)
@@ -230,9 +227,7 @@ def main() -> int:
             sub.add_argument("--inside-save", type=int, default=20, help="kills that must land inside a save")
         if name != "sample":
             sub.add_argument("--ranks", type=int, default=2, help="number of processes")
-            sub.add_argument(
-                "--device", choices=("cpu", "cuda"), default="cpu", help="cuda takes a GPU for each process"
-            )
+            sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU for each process")
         else:
             sub.add_argument("--limit", type=int, default=40, help="number of prompts")
     args = parser.parse_args()

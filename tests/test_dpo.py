@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from bench_train import trl_tokenizer
+from bench_sides import trl_tokenizer
 from conftest import ROOT, assert_one_line_error, command, kill_when, num_lines, random_pairs, write_model
 from count_step import READS, LiveBytes
 from safetensors.torch import load_file, save_file
@@ -198,16 +198,8 @@ def test_a_killed_reference_run_ends_with_the_same_file(run_folder, tied_model, 
     write_jsonl(run_folder / "pairs.jsonl", random_pairs(200))
     other = shutil.copytree(run_folder, tmp_path / "killed")
     arguments = [
-        "--dtype",
-        "float32",
-        "--max-tokens-per-pack",
-        "800",
-        "--save-every",
-        "1",
-        "--model",
-        tied_model,
-        "--run-dir",
-    ]
+        "--dtype", "float32", "--max-tokens-per-pack", "800", "--save-every", "1", "--model", tied_model, "--run-dir",
+    ]  # fmt: skip
     assert command("conj.train.reference", *arguments, run_folder).returncode == 0
     path = other / "reference.safetensors"
     kill_when(["conj.train.reference", *arguments, other], path.exists)

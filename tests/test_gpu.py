@@ -39,9 +39,8 @@ def attention_and_gradients(name: str, dtype: torch.dtype, deterministic: bool =
     backends.select(GPU, attention=name, deterministic=deterministic)
     generator = torch.Generator().manual_seed(0)
     total = sum(LENGTHS)
-    inputs = [
-        torch.randn(total, heads, 64, generator=generator).to(GPU, dtype).requires_grad_() for heads in (14, 2, 2)
-    ]
+    drawn = (torch.randn(total, heads, 64, generator=generator) for heads in (14, 2, 2))
+    inputs = [x.to(GPU, dtype).requires_grad_() for x in drawn]
     upstream = torch.randn(total, 14, 64, generator=generator).to(GPU, dtype)
     output = attention(*inputs, to_device(build_segments(LENGTHS, PREFIX), GPU))
     return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]

@@ -120,9 +120,8 @@ def make_rows(
             row = {"prompt": messages, "chosen": chosen, "rejected": rejected, "id": id, "label": label}
             rows.append({**row, "pair_type": pair.pair_type, "split": split})
     if not rows:
-        raise InputError(
-            f"{options.run_dir}: no pair can be made: {', '.join(f'{k} {v}' for k, v in counts.items() if v)}"
-        )
+        found = ", ".join(f"{k} {v}" for k, v in counts.items() if v)
+        raise InputError(f"{options.run_dir}: no pair can be made: {found}")
     return rows, dict(counts)
 
 

@@ -22,9 +22,10 @@ from conj import InputError
 from conj.data import manifest
 from conj.data.benchmarks import BENCHMARKS, official_subset, resolve_data
 from conj.data.files import read_jsonl, write_jsonl
+from conj.data.layouts import Preference, swapped
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require_each, run_command
-from conj.data.readers import Preference, describe_data, read_preferences, split_name, swapped
+from conj.data.readers import describe_data, read_preferences, split_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,14 +122,10 @@ def make_row(record: Preference, source: str, seed: int | None, benchmark: str |
     coin = hashlib.sha256(f"{seed}:{id}".encode()).digest()[0] % 2 == 1
     swap = record.place == 2 if seed is None else coin
     row = {
-        "id": id,
-        "question" if isinstance(record.question, str) else "messages": record.question,
-        "answer_1": worse if swap else better,
-        "answer_2": better if swap else worse,
-        "label": 2 if swap else 1,
-        "source": source,
-        "subset": record.subset,
-    }
+        "id": id, "question" if isinstance(record.question, str) else "messages": record.question,
+        "answer_1": worse if swap else better, "answer_2": better if swap else worse, "label": 2 if swap else 1,
+        "source": source, "subset": record.subset,
+    }  # fmt: skip
     if benchmark is not None:
         row |= {"subset": official_subset(benchmark, record.subset, record.where), "benchmark": benchmark}
     if benchmark and BENCHMARKS[benchmark].has_ties:

@@ -61,9 +61,8 @@ def _read_config(path: Path) -> dict:
 
 def _end_ids(folder: Path, config: dict, tokenizer: JudgeTokenizer) -> list[int]:
     """Tokens that end a judgment: the tokenizer's, and those that the model's configuration names."""
-    generation = (
-        read_model_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
-    )
+    path = folder / "generation_config.json"
+    generation = read_model_json(path) if path.exists() else {}
     found = {tokenizer.special[tokenizer.eos]}
     for eos in (config.get("eos_token_id"), generation.get("eos_token_id")):
         found |= {i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int}

@@ -58,13 +58,9 @@ def sample_prompts(
     Raises InputError for unusable prompts."""
     [(artefact, inputs)] = options.makes().items()
     decoding = Decoding(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
-    )
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
+        top_k=options.top_k, repetition_penalty=options.repetition_penalty, seed=options.seed,
+    )  # fmt: skip
     complete = functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding)
     write_judgments(
         artefact, read_prompts(inputs[0]), make_requests, judge, complete, inputs=inputs, model=model, options=options, decoding=decoding,

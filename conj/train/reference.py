@@ -53,23 +53,15 @@ def reference_key(
 ) -> dict[str, str]:
     """Everything the reference logprobs depend on, field by field."""
     code = hashlib.sha256()
-    sources = [
-        Path(qwen2.__file__).with_name(f"{n}.py")
-        for n in ("qwen2", "attention", "logprob", "ops", "recompute", "kernels")
-    ]
-    for path in (*sources, Path(batch_module.__file__)):
+    names = ("qwen2", "attention", "logprob", "logprob_kernels", "ops", "kernels", "recompute")
+    for path in (*(Path(qwen2.__file__).with_name(f"{name}.py") for name in names), Path(batch_module.__file__)):
         code.update(path.read_bytes())
     return {
         "weights": json.dumps({path.name: sha256_file(path) for path in weight_files(model)}),
-        "config": sha256_file(model / "config.json"),
-        "tokenizer": tokenizer,
-        "tokens": pairs.fingerprint(),
-        "dtype": dtype,
-        "code": code.hexdigest(),
-        "backends": backends.describe(),
-        "torch": torch.__version__,
+        "config": sha256_file(model / "config.json"), "tokenizer": tokenizer, "tokens": pairs.fingerprint(),
+        "dtype": dtype, "code": code.hexdigest(), "backends": backends.describe(), "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
+    }  # fmt: skip
 
 
 def read_reference(path: Path) -> tuple[dict[str, str], Tensor]:
@@ -99,9 +91,8 @@ def load_reference(
             "make it again"
         )
     if logps.shape != (num_pairs, 2) or logps.dtype != torch.float32:
-        raise InputError(
-            f"{path}: expected float32 logprobs ({num_pairs}, 2), found {logps.dtype} {tuple(logps.shape)}"
-        )
+        found = f"{logps.dtype} {tuple(logps.shape)}"
+        raise InputError(f"{path}: expected float32 logprobs ({num_pairs}, 2), found {found}")
     return logps, stale
 
 

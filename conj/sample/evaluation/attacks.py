@@ -21,11 +21,12 @@ import numpy as np
 
 from conj.data import manifest
 from conj.data.files import read_jsonl, write_atomic
+from conj.data.layouts import swapped
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
 from conj.data.prompts import judge_messages, judgment_text
-from conj.data.readers import describe_data, swapped
+from conj.data.readers import describe_data
 from conj.data.verdicts import PARSERS
 from conj.model.folder import JudgeModel, check_model
 from conj.sample.engines.completion import Completion, Decoding, Request

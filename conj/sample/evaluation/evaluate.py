@@ -25,10 +25,11 @@ from typing import Literal
 from conj.data import manifest
 from conj.data.benchmarks import locate_data
 from conj.data.files import read_jsonl
+from conj.data.layouts import swapped
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
-from conj.data.readers import describe_data, swapped
+from conj.data.readers import describe_data
 from conj.model.folder import JudgeModel, check_model
 from conj.sample.engines.completion import Completion, Decoding, Request
 from conj.sample.engines.http import EndpointOptions, complete_by_http
@@ -230,9 +231,8 @@ def find_models(options: EvaluateOptions, judge: Judge) -> dict[str, JudgeModel 
     require(
         options.model is not None, f"--model: expected a folder for judge {judge.name} ({judge.model or 'any model'})"
     )
-    check = functools.partial(
-        check_model, max_length=options.max_length or judge.max_length, chat_template=judge.chat_template
-    )
+    max_length = options.max_length or judge.max_length
+    check = functools.partial(check_model, max_length=max_length, chat_template=judge.chat_template)
     if options.name or options.judge != "con-j":
         return {name: check(options.model)}
     trained = options.find("model")

@@ -19,18 +19,9 @@ from conj.train.reference import read_reference
 
 # What a step's row of metrics.jsonl says of the training; the rest are times.
 STEP_FIELDS = (
-    "step",
-    "order",
-    "num_pairs",
-    "num_tokens",
-    "lr",
-    "loss",
-    "chosen_reward",
-    "rejected_reward",
-    "margin",
-    "accuracy",
+    "step", "order", "num_pairs", "num_tokens", "lr", "loss", "chosen_reward", "rejected_reward", "margin", "accuracy",
     "grad_norm",
-)
+)  # fmt: skip
 
 
 def first_difference(a: dict, b: dict, names: tuple[str, ...], tolerance: float = 0.0) -> str | None:
@@ -129,9 +120,8 @@ def _model_difference(a: Path, b: Path) -> str:
             return f": {name} is in one of them only"
         if files[0].read_bytes() != files[1].read_bytes():
             contents = [read_model_json(file) if name.endswith(".json") else {} for file in files]
-            keys = sorted(
-                k for k in contents[0].keys() | contents[1].keys() if contents[0].get(k) != contents[1].get(k)
-            )
+            one, two = contents
+            keys = sorted(k for k in one.keys() | two.keys() if one.get(k) != two.get(k))
             return f": {name} differs" + (f" in {', '.join(keys[:10])}" if keys else "")
     tensors = [{key: path for path in weight_files(f) for key in _keys(path)} for f in (a, b)]
     if different := sorted(tensors[0].keys() ^ tensors[1].keys()):

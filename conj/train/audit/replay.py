@@ -59,9 +59,7 @@ def replay(run: TrainedRun, num_steps: int, world: World) -> Iterator[Check]:
         else f"within {TOLERANCE[run.options.dtype]:g}, since this is another machine or version"
     )
     name = f"replay of steps {start + 1} to {start + num_steps}"
-    found = (
-        differing[0] + f" ({len(differing)} differences)" if differing else (f"log and {compared} checkpoints {how}")
-    )
+    found = f"{differing[0]} ({len(differing)} differences)" if differing else f"log and {compared} checkpoints {how}"
     yield Check(name, "BROKEN" if differing else "holds", found)
 
 
