@@ -29,24 +29,25 @@ ENGINE = (
     "data_parallel_size gpu_memory_utilization "
 )
 COMPUTE = "device dtype attention kernels "
-SAMPLING = "run_dir temperature top_p top_k repetition_penalty seed " + ENGINE
-OPTIONS = {  # sorted: their order is that of the help alone
-    "preprocess": "run_dir data seed subsets limit",
-    "repeated": SAMPLING + "num_samples parser",
-    "hinted": SAMPLING,
-    "pairs": "run_dir max_right_vs_wrong max_right_vs_unparsed max_hinted pair_types chosen_length rationale eval_fraction seed",
-    "reference": COMPUTE + "run_dir model max_length max_tokens_per_pack save_every",
-    "dpo": COMPUTE + (
-        "run_dir model beta nll_alpha learning_rate adam_beta1 adam_beta2 weight_decay warmup_ratio max_grad_norm "
+RUN = "run_dir from_runs "
+SAMPLING = "temperature top_p top_k repetition_penalty seed " + ENGINE
+OPTIONS = {  # their order is that of the help alone
+    "preprocess": RUN + "data seed subsets limit",
+    "repeated": RUN + SAMPLING + "num_samples parser",
+    "hinted": RUN + SAMPLING,
+    "pairs": RUN + "max_right_vs_wrong max_right_vs_unparsed max_hinted pair_types chosen_length rationale eval_fraction seed",
+    "reference": RUN + COMPUTE + "model max_length max_tokens_per_pack save_every",
+    "dpo": RUN + COMPUTE + (
+        "model beta nll_alpha learning_rate adam_beta1 adam_beta2 weight_decay warmup_ratio max_grad_norm "
         "num_train_epochs max_steps pairs_per_step max_length max_tokens_per_pack pack_multiple share "
         "activation_checkpointing cpu_offload deterministic audit_mode eval_every save_every keep_checkpoints seed"
     ),
-    "evaluate": ENGINE + (
-        "base_url max_concurrency requests_per_minute max_retries request_timeout run_dir data subsets limit judge "
+    "evaluate": RUN + ENGINE + (
+        "base_url max_concurrency requests_per_minute max_retries request_timeout data subsets limit judge "
         "judge_text name judgments parser num_samples temperature verdict_probability seed num_resamples"
     ),
     "audit": "run_dir model device num_pairs replay reference against seed",
-    "attacks": ENGINE + "run_dir data subsets limit parser seed num_resamples",
+    "attacks": RUN + ENGINE + "data subsets limit parser seed num_resamples",
     "judge": ENGINE + "question answer_1 answer_2",
 }  # fmt: skip
 RECIPE = {  # the published recipe, and where ours differs on purpose (DESIGN, README)
@@ -109,10 +110,9 @@ def test_nothing_unpickles():
 @pytest.mark.parametrize("command", OPTIONS)
 def test_the_options_of_a_command_are_these_documented_and_read(command):
     """An option that nothing reads is a promise that nothing keeps; one that disappears breaks a user's script."""
-    part = COMMANDS[command].module.split(".")[1]
     used = {
         node.attr
-        for path in files(part)
+        for path in files()
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("options", "self")
     }

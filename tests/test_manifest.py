@@ -12,13 +12,21 @@ from conftest import ROOT
 from conj import InputError
 from conj.data import manifest
 from conj.data.files import write_jsonl
-from conj.data.manifest import begin, describe_inputs, finish, manifest_path, read_manifest, write_sealed
+from conj.data.manifest import (
+    RunOptions,
+    begin,
+    describe_inputs,
+    finish,
+    locate,
+    manifest_path,
+    read_manifest,
+    write_sealed,
+)
 from conj.data.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    run: Path = option(help="run folder", affects_result=False)
+class Options(RunOptions):
     n: int = option(8, help="a number that the result depends on")
     batch: int = option(1, help="a number that it does not depend on", affects_result=False)
 
@@ -136,3 +144,37 @@ time.sleep(60)
     other.kill()
     other.wait()
     assert begin(run / "c", inputs=[run / "a"], options=Options(run_dir=run))
+
+
+# ---- Built on another run folder ----
+
+
+def build(run: Path, base: Path, **changes) -> bool:
+    """The stages of `run`'s fixture in a folder that builds on `base`."""
+    options = Options(run_dir=run, from_runs=(base,))
+    stage(run, "a", [base / "raw"], from_runs=(base,))
+    return stage(run, "b", [base / "raw", options.find("a")], from_runs=(base,), **changes)
+
+
+def test_what_another_run_holds_complete_is_taken_from_there_and_not_made_again(run):
+    assert not build(run / "new", run)
+    assert sorted(path.name for path in (run / "new").iterdir()) == ["a.manifest.json", "b.manifest.json"]
+    assert locate(run / "new" / "b").samefile(run / "b")
+    assert Options(run_dir=run / "newer", from_runs=(run / "new",)).find("b").samefile(run / "b")
+    (run / "elsewhere").mkdir()
+    assert Options(run_dir=run / "elsewhere", from_runs=(run,)).find("raw") == run / "raw"
+
+
+def test_with_other_options_it_is_made_here_from_what_the_other_run_holds(run):
+    assert build(run / "new", run, n=9)
+    assert (run / "new" / "b").exists() and not (run / "new" / "a").exists()
+    assert read_manifest(run / "new" / "b")["inputs"][1]["path"] == str(run / "a")
+
+
+def test_what_was_taken_is_made_anew_when_it_is_asked_for_otherwise_or_changed_there(run):
+    """A reference holds nothing that could be lost, so it never stands in the way."""
+    build(run / "new", run)
+    assert build(run / "new", run, n=9)
+    build(run / "newer", run)
+    (run / "b").write_text("spoiled")
+    assert build(run / "newer", run) and (run / "newer" / "b").exists()

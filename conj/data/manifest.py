@@ -71,9 +71,9 @@ class RunOptions:
 def locate(artefact: Path) -> Path:
     """Where an artefact lies: here, or in another run folder, from which its run has taken it."""
     made = None if artefact.exists() else read_manifest(artefact)
-    return (
-        artefact if made is None or "taken_from" not in made else artefact.parent / made["taken_from"] / artefact.name
-    )
+    if made is None or "taken_from" not in made:
+        return artefact
+    return Path(os.path.normpath(artefact.parent / made["taken_from"] / artefact.name))
 
 
 def list_artefacts(run: Path) -> list[Path]:
