@@ -117,10 +117,9 @@ def test_a_checkpoint_holds_every_weight_and_both_moments_whole(trained):
     assert check_checkpoint(path)["num_updates"] == 4
 
 
-def test_two_fresh_runs_write_the_same_bits(trained, tied_model, tmp_path):
+def test_two_fresh_runs_write_the_same_bits(trained, tied_model, run_folder):
     """Weights, optimizer state and the metrics log, times aside; bf16 as well as fp32 is the slow variant's."""
-    run = tmp_path / "run"
-    write_jsonl(run / "pairs.jsonl", random_pairs(30))
+    run = run_folder
     make_reference(run, tied_model)
     dpo.main(dpo_options(run, tied_model, max_steps=4, save_every=1, keep_checkpoints=3))
     for name in ("reference.safetensors", "model", "checkpoints/step-00000004/rank-00000.safetensors"):
@@ -128,10 +127,9 @@ def test_two_fresh_runs_write_the_same_bits(trained, tied_model, tmp_path):
     assert metrics_of(run) == metrics_of(trained)
 
 
-def test_another_seed_writes_other_bits(trained, tied_model, tmp_path):
+def test_another_seed_writes_other_bits(trained, tied_model, run_folder):
     """Negative control of the test above."""
-    run = tmp_path / "run"
-    write_jsonl(run / "pairs.jsonl", random_pairs(30))
+    run = run_folder
     make_reference(run, tied_model)
     dpo.main(dpo_options(run, tied_model, max_steps=4, seed=1))
     assert hash_input(run / "model") != hash_input(trained / "model")

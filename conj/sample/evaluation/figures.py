@@ -119,14 +119,12 @@ def score_judge(judged: Judged, arrays: Choices, num_resamples: int, seed: int) 
     figures = scores.summarize(arrays.ratios(), num_resamples, seed, arrays.clusters)
     votes = scores.vote_curve(arrays.samples, arrays.labels, num_resamples, seed, arrays.clusters) if several else []
     figures |= {
-        "num_judgments": len(judged.rows),
-        "overlong": sum(row["id"] not in made for row in judged.prompts),
+        "num_judgments": len(judged.rows), "overlong": sum(row["id"] not in made for row in judged.prompts),
         "rungs": {rung: count / len(judged.rows) for rung, count in rungs.most_common()},
         "tokens_per_judgment": None if None in tokens or not tokens else float(np.mean(tokens)),
         "dollars": sum(row["dollars"] for row in judged.rows) if all("dollars" in row for row in judged.rows) else None,
-        "votes": votes,
-        "probability": scores.calibrate(arrays.probability, arrays.labels),
-    }
+        "votes": votes, "probability": scores.calibrate(arrays.probability, arrays.labels),
+    }  # fmt: skip
     places = defaultdict(list)
     for i, row in enumerate(judged.prompts):
         places[row["benchmark"] or row["source"]].append(i)
