@@ -190,8 +190,8 @@ def test_white_space_is_kept_or_cut_as_the_template_says(small_folder, tmp_path)
     shutil.copytree(small_folder, tmp_path, dirs_exist_ok=True)
     messages = [{"role": "system", "content": " \n"}, {"role": "user", "content": "\n y  z \t"}]
     trimmed = [{**m, "content": m["content"].strip()} for m in messages]
-    trimmed = CHATML.replace("['content']", "['content'] | trim")
-    kept, cut = (JudgeTokenizer.load(small_folder, t) for t in (CHATML, trimmed))
+    trimming = CHATML.replace("['content']", "['content'] | trim")
+    kept, cut = (JudgeTokenizer.load(small_folder, template) for template in (CHATML, trimming))
     assert cut.prompt_ids(messages) == kept.prompt_ids(trimmed) != kept.prompt_ids(messages)
 
 
