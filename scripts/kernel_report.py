@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,15 +56,10 @@ def recorded_launches() -> Iterator[list]:
 def call_all_launchers() -> None:
     """Every launcher once, with the sizes of training; those with an optional argument with and without it."""
 
-    def bf16(*shape):
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    def meta(dtype: torch.dtype) -> Callable:
+        return lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
 
-    def fp32(*shape):
-        return torch.empty(shape, dtype=torch.float32, device="meta")
-
-    def int64(*shape):
-        return torch.empty(shape, dtype=torch.int64, device="meta")
-
+    bf16, fp32, int64 = map(meta, (torch.bfloat16, torch.float32, torch.int64))
     x, logits = bf16(T, D), bf16(T, COLUMNS)
     logprob_kernels.logprob_update(logits, int64(T), COLUMNS, fp32(T), fp32(T), fp32(T))
     logprob_kernels.logprob_grad(logits, int64(T), COLUMNS, fp32(T), fp32(T), logits)

@@ -155,7 +155,7 @@ def listing(run: Path) -> dict[str, tuple[int, int]]:
     return {p.relative_to(run).as_posix(): mark(p) for p in run.rglob("*")}
 
 
-def kill_repeatedly(
+def kill_often(
     name: str,
     out: Path,
     line: Callable[[Path], list],

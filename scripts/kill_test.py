@@ -18,17 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from kill_common import (
-    ROOT,
-    Aim,
-    kill_repeatedly,
-    listing,
-    mark,
-    num_lines,
-    report,
-    run_command,
-    step_folders,
-)
+from kill_common import ROOT, Aim, kill_often, listing, mark, num_lines, report, run_command, step_folders
 
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.preprocess import load_prompts, question_of
@@ -124,7 +114,7 @@ def kill_training(args: argparse.Namespace, out: Path) -> list[dict]:
         path, steps = run / "metrics.jsonl", num_lines(run / "metrics.jsonl") + rng.randint(1, 12)
         return Aim(ready=lambda _: num_lines(path) >= steps, delay=rng.uniform(0, 0.2))
 
-    return kill_repeatedly("run", out, line, training_phase, next_aim)
+    return kill_often("run", out, line, training_phase, next_aim)
 
 
 # ---- Sampling ----
@@ -147,7 +137,7 @@ def kill_sampling(args: argparse.Namespace, out: Path) -> list[dict]:
 def kill_stage(
     stage: str, artefact: str, total: int, num_kills: int, options: list, seed: str, out: Path
 ) -> list[dict]:
-    """Kills a stage that writes `total` rows to `artefact`; see kill_repeatedly."""
+    """Kills a stage that writes `total` rows to `artefact`; see kill_often."""
     began, rng, undisturbed = time.monotonic(), random.Random(seed), out / f"undisturbed-{stage}"
     few = ["--max-new-tokens", "64", "--max-num-seqs", "8"]  # at the same time: rows come one by one
 
@@ -179,7 +169,7 @@ def kill_stage(
         wanted = have + rng.randint(1, max(1, (total - have) // 2))
         return Aim(ready=lambda _: num_lines(run / artefact) >= wanted, poll=0.005)
 
-    return kill_repeatedly(stage, out, line, phase, next_aim)
+    return kill_often(stage, out, line, phase, next_aim)
 
 
 # ---- All stages ----
@@ -208,7 +198,7 @@ def kill_pipeline(args: argparse.Namespace, out: Path) -> list[dict]:
         moment = rng.uniform(1, args.longest)
         return Aim(ready=lambda seconds: seconds >= moment) if time.monotonic() < end else None
 
-    return kill_repeatedly("pipeline", out, line, phase, next_aim)
+    return kill_often("pipeline", out, line, phase, next_aim)
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
+from kill_common import num_lines  # noqa: F401  # for the tests
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -31,23 +32,8 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 WORDS = [
-    "the",
-    "a",
-    "of",
-    "and",
-    "red",
-    "blue",
-    "green",
-    "one",
-    "two",
-    "three",
-    "天空",
-    "是",
-    "蓝色",
-    "的",
-    "回答",
-    "更好",
-]
+    "the", "a", "of", "and", "red", "blue", "green", "one", "two", "three", "天空", "是", "蓝色", "的", "回答", "更好",
+]  # fmt: skip
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -159,10 +145,6 @@ def kill_when(line: list, ready_to_kill, seconds: float = 120) -> None:
     assert process.poll() is None, "the command ended before it could be killed"
     process.send_signal(signal.SIGKILL)
     process.wait()
-
-
-def num_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess, *parts: str) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import CHATML, assert_one_line_error, command
 from fake_engine import use_fake_engine
+from test_evaluate import first_and_second  # none of the attacks writes the prompt's own 回答2： mark
 
 from conj.data.files import write_jsonl
 from conj.data.preprocess import load_prompts
@@ -24,12 +25,6 @@ def make_benchmark(path) -> str:
     rows = [{"prompt": f"q{i}", "chosen": f"right {i}", "rejected": f"wrong {i}"} for i in range(NUM_QUESTIONS)]
     write_jsonl(path, rows)
     return str(path)
-
-
-def first_and_second(prompt: str) -> tuple[str, str]:
-    """The two answers of a prompt's text; none of the attacks writes the prompt's own 回答2： mark."""
-    first, second = prompt.rpartition("\n回答1：")[2].split("\n回答2：")
-    return first, second.removesuffix("\nassistant\n")
 
 
 def knowing(prompt: str) -> str:
@@ -223,14 +218,11 @@ def test_a_question_that_does_not_fit_is_left_out_of_every_figure():
     assert (figures["n"], figures["overlong"], figures["attacks"]["repeat"]["attacked"]) == (2, 1, 4)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
-        (["--model", "nowhere"], ["nowhere", "no such model folder"]),
-        (["--num-resamples", "0"], ["--num-resamples", "1 or more", "0"]),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "parts"), [
+    (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
+    (["--model", "nowhere"], ["nowhere", "no such model folder"]),
+    (["--num-resamples", "0"], ["--num-resamples", "1 or more", "0"]),
+])  # fmt: skip
 def test_bad_input_ends_in_one_line(tied_model, tmp_path, arguments, parts):
     """Before the engine starts, naming what is wrong."""
     data = make_benchmark(tmp_path / "test.jsonl")

@@ -172,23 +172,15 @@ def test_what_was_deleted_to_save_room_is_unchecked_and_no_failure(run, trained)
         made["inputs"][-1]["path"] = "nowhere/base"
         write_sealed(manifest_path(run / artefact), made)
     holds, checks = audited(run)
-    assert (
-        holds
-        and checks["training"].outcome == "unchecked"
-        and "name its folder with --model" in checks["training"].found
-    )
+    assert holds and checks["training"].outcome == "unchecked"
+    assert "name its folder with --model" in checks["training"].found
     assert audited(run, model=trained[1])[1]["step 0"].outcome == "holds"
 
 
-@pytest.mark.parametrize(
-    ("name", "first"),
-    [
-        ("model.manifest.json", "model"),
-        ("reference.safetensors.manifest.json", "reference.safetensors"),
-        ("checkpoints/step-00000003/manifest.json", "model"),
-        ("metrics.jsonl", "model"),
-    ],
-)
+@pytest.mark.parametrize(("name", "first"), [
+    ("model.manifest.json", "model"), ("reference.safetensors.manifest.json", "reference.safetensors"),
+    ("checkpoints/step-00000003/manifest.json", "model"), ("metrics.jsonl", "model"),
+])  # fmt: skip
 def test_a_deleted_manifest_or_log_is_found(name, first, run):
     (run / name).unlink()
     holds, checks = audited(run)

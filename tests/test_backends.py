@@ -16,14 +16,12 @@ from conj.train.sharding import distributed
 CPU, GPU = Machine(), Machine(num_gpus=1, capability=(9, 0))
 FAULT = "flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEi"
 MACHINES = {
-    "no GPU": CPU,
-    "GPU": GPU,
-    "GPU, flash-attn": Machine(num_gpus=1, capability=(9, 0), flash_attn=""),
+    "no GPU": CPU, "GPU": GPU, "GPU, flash-attn": Machine(num_gpus=1, capability=(9, 0), flash_attn=""),
     "GPU, broken flash-attn": Machine(num_gpus=1, capability=(9, 0), flash_attn=FAULT),
     "old GPU": Machine(num_gpus=1, capability=(7, 5)),
     "old GPU, flash-attn": Machine(num_gpus=1, capability=(7, 5), flash_attn=""),
     "2 ranks, 1 GPU": Machine(num_gpus=1, capability=(9, 0), num_local_ranks=2),
-}
+}  # fmt: skip
 ASKED = list(itertools.product(DEVICES, ("bfloat16", "float32"), (None, *ATTENTION), (None, *KERNELS)))
 
 

@@ -29,8 +29,8 @@ def test_out_of_memory_takes_an_eighth_of_the_layers_and_tries_again(monkeypatch
             raise torch.OutOfMemoryError("none left")
         return {"layers": config.num_hidden_layers}, None
 
-    monkeypatch.setattr("run", run)
-    monkeypatch.setattr("largest_pack", lambda *_: 12000)
+    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench, "largest_pack", lambda *_: 12000)
     monkeypatch.setattr("sys.argv", ["bench_steps.py", "--device", "cpu"])
     row, _ = bench.run_what_fits(bench.QWEN2["7B"], "full", None, [], bench.parse(), None)
     assert tried == [28, 24, 21] and row == {"layers": 21}

@@ -14,18 +14,9 @@ def test_conj_and_trl_do_equal_work_and_the_rows_say_so(tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed (pip install -e '.[dev]')")
     out = tmp_path / "rows.json"
     sizes = [
-        "--prompts",
-        "4",
-        "--pairs-per-prompt",
-        "2",
-        "--pairs-per-step",
-        "4",
-        "--steps",
-        "2",
-        "--rounds",
-        "1",
+        "--prompts", "4", "--pairs-per-prompt", "2", "--pairs-per-step", "4", "--steps", "2", "--rounds", "1",
         "--any-load",
-    ]
+    ]  # fmt: skip
     what = ["--geometry", "1M", "--settings", "default", "--share", "prompt"]
     run_script("bench_train.py", *what, *sizes, "--json", out)
     rows = json.loads(out.read_text())

@@ -46,14 +46,11 @@ def test_published_subsets_give_the_published_sections_and_score(name):
     assert not any(section.partial for section in sections_of("reward-bench", ROWS))
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"math-prm": 447},  # the rows it has
-        {"xstest-should-refuse": 250, "xstest-should-respond": 154},  # swapped: so until September 2024
-        {"alpacaeval-easy": 805},  # before filtering
-    ],
-)
+@pytest.mark.parametrize("changed", [
+    {"math-prm": 447},  # the rows it has
+    {"xstest-should-refuse": 250, "xstest-should-respond": 154},  # swapped: so until September 2024
+    {"alpacaeval-easy": 805},  # before filtering
+])  # fmt: skip
 def test_other_weights_do_not_give_them(changed, monkeypatch):
     """Negative control: each of these mistakes is in circulation."""
     official = BENCHMARKS["reward-bench"]
@@ -139,10 +136,8 @@ def test_judgebench_pair_is_right_when_right_answers_outnumber_wrong_ones():
 def test_pandalm_agreement_is_with_each_annotator_and_between_them():
     made = annotator_agreement([(1, 1, 2), (0, 1, 0), (2, 2, 2), (1, 2, 0)], [1, 1, 2, None])
     assert made == {"annotator_1": 0.5, "annotator_2": 0.75, "annotator_3": 0.25} | {
-        "annotator_1_annotator_2": 0.5,
-        "annotator_1_annotator_3": 0.5,
-        "annotator_2_annotator_3": 0.25,
-    }
+        "annotator_1_annotator_2": 0.5, "annotator_1_annotator_3": 0.5, "annotator_2_annotator_3": 0.25,
+    }  # fmt: skip
 
 
 def test_published_table_is_the_cards():
@@ -158,23 +153,20 @@ def test_published_table_is_the_cards():
     assert rows == PUBLISHED
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("reward-bench", ("allenai/reward-bench:filtered", "reward-bench")),
-        ("allenai/reward-bench", ("allenai/reward-bench:filtered", "reward-bench")),
-        ("allenai/reward-bench:filtered", ("allenai/reward-bench:filtered", "reward-bench")),
-        ("allenai/reward-bench:raw", ("allenai/reward-bench:raw", "")),
-        ("reward-bench=copy/rb.jsonl", ("copy/rb.jsonl", "reward-bench")),
-        ("ultrafeedback=copy:test_prefs", ("copy:test_prefs", "ultrafeedback")),
-        (
-            "HuggingFaceH4/ultrafeedback_binarized:train_prefs",
-            ("HuggingFaceH4/ultrafeedback_binarized:train_prefs", ""),
-        ),
-        ("somebody/preferences", ("somebody/preferences", "")),
-        ("no/such/file.json", ("no/such/file.json", "")),
-    ],
-)
+@pytest.mark.parametrize(("name", "expected"), [
+    ("reward-bench", ("allenai/reward-bench:filtered", "reward-bench")),
+    ("allenai/reward-bench", ("allenai/reward-bench:filtered", "reward-bench")),
+    ("allenai/reward-bench:filtered", ("allenai/reward-bench:filtered", "reward-bench")),
+    ("allenai/reward-bench:raw", ("allenai/reward-bench:raw", "")),
+    ("reward-bench=copy/rb.jsonl", ("copy/rb.jsonl", "reward-bench")),
+    ("ultrafeedback=copy:test_prefs", ("copy:test_prefs", "ultrafeedback")),
+    (
+        "HuggingFaceH4/ultrafeedback_binarized:train_prefs",
+        ("HuggingFaceH4/ultrafeedback_binarized:train_prefs", ""),
+    ),
+    ("somebody/preferences", ("somebody/preferences", "")),
+    ("no/such/file.json", ("no/such/file.json", "")),
+])  # fmt: skip
 def test_benchmark_is_named_on_the_command_line(name, expected):
     """Training splits and other data sets under similar names are no benchmark."""
     assert resolve_data(name) == expected
@@ -188,17 +180,12 @@ def test_benchmark_that_the_hub_lacks_says_how_to_give_its_files():
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"prompt": "q", "chosen": "a", "rejected": "b", "subset": "hep-go"}, "reward-bench"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b", "subset": "mine"}, ""),
-        ({"prompt": "q", "chosen": TURNS, "rejected": TURNS, "task_category": "Math"}, "infinity-preference"),
-        ({"chosen": TURNS, "rejected": TURNS, "source": "magpie"}, ""),
-        ({"something": "else"}, ""),
-        (7, ""),
-    ],
-)
+@pytest.mark.parametrize(("row", "expected"), [
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "subset": "hep-go"}, "reward-bench"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "subset": "mine"}, ""),
+    ({"prompt": "q", "chosen": TURNS, "rejected": TURNS, "task_category": "Math"}, "infinity-preference"),
+    ({"chosen": TURNS, "rejected": TURNS, "source": "magpie"}, ""), ({"something": "else"}, ""), (7, ""),
+])  # fmt: skip
 def test_local_file_is_recognised_by_its_rows(row, expected, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row))
@@ -210,17 +197,12 @@ def test_local_folder_is_recognised_by_its_rows(name, expected):
     assert resolve_data(str(DATA / name)) == (str(DATA / name), expected)
 
 
-@pytest.mark.parametrize(
-    ("where", "expected"),
-    [
-        ("data/llmbar/natural.json: row 3", "natural"),
-        ("data/llmbar/adver_neighbor.json: row 3", "adver_neighbor"),
-        ("Dataset/LLMBar/Adversarial/GPTInst/dataset.json:3", "adver_GPTInst"),
-        ("Adversarial/Manual/evaluators/GPT-4/CoT/result.json: row 1", "adver_manual"),
-        ("copies/llmbar-adver-GPTOut.jsonl:12", "adver_GPTOut"),
-        ("data/mine.json: row 3", ""),
-    ],
-)
+@pytest.mark.parametrize(("where", "expected"), [
+    ("data/llmbar/natural.json: row 3", "natural"), ("data/llmbar/adver_neighbor.json: row 3", "adver_neighbor"),
+    ("Dataset/LLMBar/Adversarial/GPTInst/dataset.json:3", "adver_GPTInst"),
+    ("Adversarial/Manual/evaluators/GPT-4/CoT/result.json: row 1", "adver_manual"),
+    ("copies/llmbar-adver-GPTOut.jsonl:12", "adver_GPTOut"), ("data/mine.json: row 3", ""),
+])  # fmt: skip
 def test_llmbar_subset_is_told_by_file_or_folder(where, expected):
     assert official_subset("llmbar", "", where) == expected
 

@@ -14,14 +14,7 @@ from test_dpo import dpo_options, make_reference, metrics_of
 from conj.data.files import write_jsonl
 from conj.data.manifest import hash_input, read_sealed, write_sealed
 from conj.train import checkpoint, dpo
-from conj.train.checkpoint import (
-    check_checkpoint,
-    copy_by_chunks,
-    copy_to_host,
-    find_checkpoint,
-    list_checkpoints,
-    read_tensors,
-)
+from conj.train.checkpoint import check_checkpoint, find_checkpoint, list_checkpoints, read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +110,9 @@ def test_a_checkpoint_holds_every_weight_and_both_moments_whole(trained):
     assert check_checkpoint(path)["num_updates"] == 4
 
 
-def test_two_fresh_runs_write_the_same_bits(trained, tied_model, tmp_path):
+def test_two_fresh_runs_write_the_same_bits(trained, tied_model, run_folder):
     """Weights, optimizer state and the metrics log, times aside; bf16 as well as fp32 is the slow variant's."""
-    run = tmp_path / "run"
-    write_jsonl(run / "pairs.jsonl", random_pairs(30))
+    run = run_folder
     make_reference(run, tied_model)
     dpo.main(dpo_options(run, tied_model, max_steps=4, save_every=1, keep_checkpoints=3))
     for name in ("reference.safetensors", "model", "checkpoints/step-00000004/rank-00000.safetensors"):
@@ -128,10 +120,9 @@ def test_two_fresh_runs_write_the_same_bits(trained, tied_model, tmp_path):
     assert metrics_of(run) == metrics_of(trained)
 
 
-def test_another_seed_writes_other_bits(trained, tied_model, tmp_path):
+def test_another_seed_writes_other_bits(trained, tied_model, run_folder):
     """Negative control of the test above."""
-    run = tmp_path / "run"
-    write_jsonl(run / "pairs.jsonl", random_pairs(30))
+    run = run_folder
     make_reference(run, tied_model)
     dpo.main(dpo_options(run, tied_model, max_steps=4, seed=1))
     assert hash_input(run / "model") != hash_input(trained / "model")
@@ -200,7 +191,7 @@ def test_copies_by_chunks_keep_every_bit(chunk_bytes, num_chunks):
     state, device = odd_state(), LateDevice()
     host = blank(state)
     chunks = [torch.zeros(chunk_bytes, dtype=torch.uint8) for _ in range(num_chunks)]
-    copy_by_chunks([(state[name], host[name]) for name in state], chunks, device.send)
+    checkpoint.copy_by_chunks([(state[name], host[name]) for name in state], chunks, device.send)
     assert same_bits(host, state) and device.most == num_chunks and device.under_way == 0
 
 
@@ -209,14 +200,14 @@ def test_a_chunk_that_is_emptied_before_it_is_full_is_seen():
     state = odd_state()
     host = blank(state)
     chunks = [torch.zeros(64, dtype=torch.uint8) for _ in range(2)]
-    copy_by_chunks([(state[name], host[name]) for name in state], chunks, lambda source, chunk: lambda: None)
+    checkpoint.copy_by_chunks([(state[name], host[name]) for name in state], chunks, lambda source, chunk: lambda: None)
     assert not same_bits(host, state)
 
 
 def test_a_cpus_state_is_copied_as_it_is_whatever_its_strides():
     state = {"transposed": torch.randn(5, 3).T, **odd_state()}
     host = blank(state)
-    copy_to_host(state, host)
+    checkpoint.copy_to_host(state, host)
     assert same_bits(host, state)
 
 
@@ -231,5 +222,5 @@ def test_a_gpus_state_is_copied_as_the_work_before_leaves_it(chunk_bytes, monkey
     for _ in range(50):
         b = a @ a  # a tenth of a second or so
     state["large"] += 1 + 0 * b[0, 0]
-    copy_to_host(state, host)
+    checkpoint.copy_to_host(state, host)
     assert same_bits(host, state) and (host["large"] == 1).all()

@@ -83,9 +83,7 @@ def trl_loss_and_gradients(policy, base, rows, folder):
     )  # fmt: skip
     model, ref_model = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (policy, base))
     data = Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows])
-    trainer = DPOTrainer(
-        model=model, ref_model=ref_model, args=arguments, train_dataset=data, processing_class=tokenizer
-    )
+    trainer = DPOTrainer(model, ref_model, args=arguments, train_dataset=data, processing_class=tokenizer)
     model.eval()
     loss = trainer.compute_loss(model, next(iter(trainer.get_train_dataloader())))
     loss.backward()
@@ -197,9 +195,8 @@ def test_a_killed_training_run_ends_as_an_undisturbed_one(ready, tied_model, tmp
 def test_a_killed_reference_run_ends_with_the_same_file(run_folder, tied_model, tmp_path):
     write_jsonl(run_folder / "pairs.jsonl", random_pairs(200))
     other = shutil.copytree(run_folder, tmp_path / "killed")
-    arguments = [
-        "--dtype", "float32", "--max-tokens-per-pack", "800", "--save-every", "1", "--model", tied_model, "--run-dir",
-    ]  # fmt: skip
+    arguments = ["--dtype", "float32", "--max-tokens-per-pack", "800", "--save-every", "1"]
+    arguments += ["--model", tied_model, "--run-dir"]
     assert command("conj.train.reference", *arguments, run_folder).returncode == 0
     path = other / "reference.safetensors"
     kill_when(["conj.train.reference", *arguments, other], path.exists)
@@ -249,9 +246,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_pairs(ready, ti
         optimizer = dpo.build_optimizer(model, options)
         before = {name: p.clone() for name, p in model.named_parameters()}
         packs = packs_of(pairs, [0, first_of_next], options)
-        metrics = train_step(
-            model, optimizer, pairs, packs, batches_of(pairs, logps, [packs], world), 1e-3, options, world
-        )
+        batches = batches_of(pairs, logps, [packs], world)
+        metrics = train_step(model, optimizer, pairs, packs, batches, 1e-3, options, world)
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
         assert metrics["skipped"] and metrics["not_finite_ids"] == [pairs.ids[first_of_next]]
         packs = packs_of(pairs, [0], options)
@@ -266,9 +262,8 @@ def test_the_nll_term_is_the_mean_negative_logprob_of_chosen_tokens(ready, tied_
         losses = []
         for alpha in (0.0, 0.5):
             options = dpo_options(ready, tied_model, nll_alpha=alpha)
-            losses.append(
-                metrics_of_packs(model, pairs, logps, packs_of(pairs, [0, 1], options), options, world)["loss"]
-            )
+            packs = packs_of(pairs, [0, 1], options)
+            losses.append(metrics_of_packs(model, pairs, logps, packs, options, world)["loss"])
     nll = sum(-logps[i, 0].item() / len(pairs.judgments[i][0]) for i in (0, 1)) / 2
     assert losses[1] - losses[0] == pytest.approx(0.5 * nll, rel=1e-5)
 
@@ -409,9 +404,8 @@ def test_bad_input_gets_one_line_exit_code_2_and_loses_nothing(case, run_folder,
     "option", ["--learning-rate=nan", "--nll-alpha=-1", "--warmup-ratio=1.5", "--pairs-per-step=0"]
 )
 def test_an_option_out_of_range_gets_one_line(option, ready, tied_model):
-    assert_one_line_error(
-        command("conj.train.dpo", "--run-dir", ready, "--model", tied_model, option), option.split("=")[0]
-    )
+    done = command("conj.train.dpo", "--run-dir", ready, "--model", tied_model, option)
+    assert_one_line_error(done, option.split("=")[0])
 
 
 def test_a_corrected_command_works_after_an_error(ready, tied_model):

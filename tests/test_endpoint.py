@@ -121,10 +121,8 @@ def answer(body: dict) -> dict:
         ]
     }
     choice = {"index": 0, "finish_reason": "length" if number == 2 else "stop"}
-    choice |= {
-        "message": {"role": "assistant", "content": text},
-        "logprobs": logprobs if body.get("logprobs") else None,
-    }
+    choice |= {"message": {"role": "assistant", "content": text}}
+    choice |= {"logprobs": logprobs if body.get("logprobs") else None}
     return {
         "id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice],
         "usage": {"prompt_tokens": 100 + number, "completion_tokens": number, "total_tokens": 100 + 2 * number},
@@ -251,9 +249,8 @@ def test_when_retries_are_used_up_the_same_command_goes_on(tmp_path, undisturbed
     """A night's run must not be lost to an outage that is longer than patience."""
     file, requests = tmp_path / "rows.jsonl", make_requests()
     with serving(lambda number, body: (200, {}) if number < 5 else (503, {})) as server:
-        with pytest.raises(
-            InputError, match="no answer after 1 retries: .*503.*; 5 of the 12 judgments .* goes on"
-        ) as e:
+        outage = "no answer after 1 retries: .*503.*; 5 of the 12 judgments .* goes on"
+        with pytest.raises(InputError, match=outage) as e:
             judge_all(file, server.url, requests, max_retries=1)
         assert "\n" not in str(e.value)
         kept = {row["id"] for row in read_jsonl(file)}
@@ -276,14 +273,11 @@ def test_a_refused_request_ends_the_run_at_once(status, tmp_path):
     assert len(read_jsonl(tmp_path / "rows.jsonl")) == 2
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        ({"code": "context_length_exceeded"}, "context_length"),
-        ({"message": "This model's maximum context length is 8192 tokens", "code": 400}, "context_length"),
-        ({"code": "content_filter"}, "content_filter"),
-    ],
-)
+@pytest.mark.parametrize(("error", "reason"), [
+    ({"code": "context_length_exceeded"}, "context_length"),
+    ({"message": "This model's maximum context length is 8192 tokens", "code": 400}, "context_length"),
+    ({"code": "content_filter"}, "content_filter"),
+])  # fmt: skip
 def test_a_prompt_that_the_server_will_not_judge_is_a_judgment_without_a_verdict(error, reason, tmp_path):
     """Too long, or stopped by a filter: every rerun would end at this one prompt, and the other ones never be asked."""
     with serving(lambda number, body: (400, {}, error) if number == 2 else (200, {})) as server:
@@ -296,13 +290,10 @@ def test_a_prompt_that_the_server_will_not_judge_is_a_judgment_without_a_verdict
     assert count_judgments(rows, {row["id"]: 1 for row in rows}, "verdict")[f"refused_{reason}"] == 1
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        [1], {}, {"choices": 5}, {"choices": [{}]}, {"choices": [{"message": {"content": [{"type": "text"}]}}]},
-        {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": "1", "completion_tokens": "1"}},
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("said", [
+    [1], {}, {"choices": 5}, {"choices": [{}]}, {"choices": [{"message": {"content": [{"type": "text"}]}}]},
+    {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": "1", "completion_tokens": "1"}},
+])  # fmt: skip
 def test_an_answer_that_is_no_completion_ends_in_one_line(said, tmp_path):
     """Any JSON may come from what listens at an address."""
     with serving(lambda number, body: (200, {}, [said])) as server, pytest.raises(InputError) as e:
@@ -356,15 +347,12 @@ def test_decoding_without_a_word_in_the_api_is_refused(tmp_path):
             judge_all(tmp_path / "rows.jsonl", "http://127.0.0.1:1/v1", make_requests(1), decoding)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"max_concurrency": 0}, "--max-concurrency: expected 1 or more"),
-        ({"max_retries": -1}, "--max-retries: expected 0 or more"),
-        ({"requests_per_minute": 0.0}, "--requests-per-minute: expected above 0"),
-        ({"request_timeout": 0.0}, "--request-timeout: expected above 0"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"max_concurrency": 0}, "--max-concurrency: expected 1 or more"),
+    ({"max_retries": -1}, "--max-retries: expected 0 or more"),
+    ({"requests_per_minute": 0.0}, "--requests-per-minute: expected above 0"),
+    ({"request_timeout": 0.0}, "--request-timeout: expected above 0"),
+])  # fmt: skip
 def test_options_are_checked(changes, message):
     with pytest.raises(InputError, match=message):
         EndpointOptions(**changes)

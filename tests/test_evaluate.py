@@ -155,25 +155,22 @@ def test_the_trained_model_is_judged_beside_the_base(tied_model, tmp_path, monke
     assert (change["judge"], change["against"]) == ("trained", "base") and change["p_value"] < 0.05
 
 
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
-        (["--model", "nowhere"], ["nowhere", "no such model folder"]),
-        (["--num-resamples", "0"], ["--num-resamples", "1 or more", "0"]),
-        (["--num-samples", "3"], ["--num-samples", "--temperature"]),
-        (["--judge", "nobody"], ["nobody", "con-j"]),
-        (["--name", "/../../escaped"], ["--name", "escaped"]),
-        (["--seed", "-1"], ["--seed", "0 or more"]),
-        (["--max-retries", "-1"], ["--max-retries", "0 or more"]),
-        (["--base-url", "http://localhost:1/v1"], ["--base-url", "con-j runs on vLLM"]),
-        (["--judge", "gpt-4o"], ["--model", "behind an endpoint"]),
-        (
-            ["--judgments", "x.jsonl", "--num-samples", "2", "--temperature", "1"],
-            ["--model, --num-samples", "no model"],
-        ),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "parts"), [
+    (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
+    (["--model", "nowhere"], ["nowhere", "no such model folder"]),
+    (["--num-resamples", "0"], ["--num-resamples", "1 or more", "0"]),
+    (["--num-samples", "3"], ["--num-samples", "--temperature"]),
+    (["--judge", "nobody"], ["nobody", "con-j"]),
+    (["--name", "/../../escaped"], ["--name", "escaped"]),
+    (["--seed", "-1"], ["--seed", "0 or more"]),
+    (["--max-retries", "-1"], ["--max-retries", "0 or more"]),
+    (["--base-url", "http://localhost:1/v1"], ["--base-url", "con-j runs on vLLM"]),
+    (["--judge", "gpt-4o"], ["--model", "behind an endpoint"]),
+    (
+        ["--judgments", "x.jsonl", "--num-samples", "2", "--temperature", "1"],
+        ["--model, --num-samples", "no model"],
+    ),
+])  # fmt: skip
 def test_bad_input_ends_in_one_line(tied_model, tmp_path, arguments, parts):
     """Before the engine starts, naming what is wrong."""
     data = make_benchmark(tmp_path / "test.jsonl")

@@ -8,16 +8,11 @@ from conj import InputError
 from conj.data.files import dump_line, read_jsonl, recover_jsonl, write_atomic, write_jsonl
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"id": 1', "expected a JSON object, found '{\"id\": 1'"),
-        ("[1]", "expected a JSON object, found list"),
-        ("", "expected a JSON object, found ''"),
-        ("[" * 100_000, "expected a JSON object"),
-        ('{"text": "x"}', "missing column id; found text"),
-    ],
-)
+@pytest.mark.parametrize(("line", "message"), [
+    ('{"id": 1', "expected a JSON object, found '{\"id\": 1'"), ("[1]", "expected a JSON object, found list"),
+    ("", "expected a JSON object, found ''"), ("[" * 100_000, "expected a JSON object"),
+    ('{"text": "x"}', "missing column id; found text"),
+])  # fmt: skip
 def test_bad_line_is_named(line, message, tmp_path):
     """File, line, what was expected and what was found."""
     path = tmp_path / "rows.jsonl"

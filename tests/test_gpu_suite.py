@@ -51,14 +51,8 @@ def imported_roots(path) -> set[str]:
 def test_all_that_the_suite_imports_is_there_or_travels():
     """An import that fails in the second minute on a lent GPU costs the phase."""
     scripts = [
-        "bench_common",
-        "bench_kernels",
-        "bench_steps",
-        "bench_train",
-        "bench_sides",
-        "kernel_problems",
-        "kill_common",
-    ]
+        "bench_common", "bench_kernels", "bench_steps", "bench_train", "bench_sides", "kernel_problems", "kill_common",
+    ]  # fmt: skip
     files = [ROOT / "scripts" / f"{name}.py" for name in (*scripts, "train_killed", "make_random_model", "gpu_suite")]
     files += [ROOT / "tests" / f"{name}.py" for name in ("conftest", "test_gpu", "test_kernels", "test_logprob")]
     files += [path for part in ("data", "model", "train") for path in (ROOT / "conj" / part).glob("*.py")]

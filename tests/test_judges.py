@@ -53,13 +53,10 @@ def test_a_text_is_filled_in_one_pass(tmp_path):
     assert [m["role"] for m in judge_prompt(load_judge(write(tmp_path, OWN)), "q", "x", "y")] == ["user"]
 
 
-@pytest.mark.parametrize(
-    ("text", "verdict"),
-    [
-        ("better: A", 1), ("better: B, not better: A", 1), ("better: A. No: better: B", 2), ("better: neither", 0),
-        ("better: C", None), ("", None), ("Better: A", None),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "verdict"), [
+    ("better: A", 1), ("better: B, not better: A", 1), ("better: A. No: better: B", 2), ("better: neither", 0),
+    ("better: C", None), ("", None), ("Better: A", None),
+])  # fmt: skip
 def test_the_last_match_of_a_pattern_counts(text, verdict, tmp_path):
     """A judge weighs before it decides."""
     judge = load_judge(write(tmp_path, OWN))
@@ -122,39 +119,36 @@ def test_prometheus_takes_its_text_from_its_package_and_runs_none_of_it(tmp_path
 PROMPT = 'prompt = "con-j"\n'
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "mine.toml: user: found no text"),
-        (PROMPT + "user = '{question}{answer_1}{answer_2}'", "expected prompt or user, found both"),
-        (PROMPT + "system = 'x'", "system: expected none beside prompt"),
-        ("user = '{question} {answer_1}'", r"user: expected {answer_2} in the text"),
-        (PROMPT + "colour = 1", "colour: no key of a judge; expected one of name, model"),
-        ("prompt = 'another'", "prompt: expected con-j, found 'another'"),
-        ("prompt = ['con-j']", "prompt: expected con-j"),
-        (PROMPT + "parser = 'lenient'", "parser: expected strict or released"),
-        (PROMPT + "backend = 'http'", "backend: expected vllm or openai"),
-        (PROMPT + "backend = 'openai'", "model: expected the name that the endpoint knows"),
-        (PROMPT + "backend = 'openai'\nmodel = 'x'\nchat_template = 'x'", "chat_template: expected none"),
-        (PROMPT + "max_length = 0", "max_length: expected a number from 1 up, found 0"),
-        (PROMPT + "max_new_tokens = true", "max_new_tokens: expected a number from 1 up, found True"),
-        (PROMPT + "prompt_dollars = nan", "prompt_dollars: expected a number from 0 up"),
-        (PROMPT + "prompt_dollars = 'x'", "prompt_dollars: expected a number from 0 up"),
-        (PROMPT + "model = 3", "model: expected a text, found 3"),
-        (PROMPT + "verdict_pattern = '(a)'", "expected verdict_pattern and verdicts, or neither"),
-        (PROMPT + "verdict_pattern = '('\nverdicts = {A = 1, B = 2}", "verdict_pattern: expected a regular expression"),
-        (
-            PROMPT + "verdict_pattern = 'A|B'\nverdicts = {A = 1, B = 2}",
-            r"verdict_pattern: expected one \(group\), found 0",
-        ),
-        (PROMPT + "verdict_pattern = '(a)'\nverdicts = {A = 1}", "verdicts: expected texts for 1 and for 2"),
-        (PROMPT + "verdict_pattern = '(a)'\nverdicts = {A = 1, B = 3}", "verdicts: expected a table"),
-        (PROMPT + "verdict_pattern = '(a)'\nverdicts = {A = true, B = 2}", "verdicts: expected a table"),
-        (PROMPT + "verdict_pattern = '(a)'\nverdicts = {A = 1, a = 2}", "differ in more than case"),
-        (PROMPT + "text = 3", "text: expected package, file, system, user, fill"),
-        ("prompt = ", "mine.toml: cannot be read"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "mine.toml: user: found no text"),
+    (PROMPT + "user = '{question}{answer_1}{answer_2}'", "expected prompt or user, found both"),
+    (PROMPT + "system = 'x'", "system: expected none beside prompt"),
+    ("user = '{question} {answer_1}'", r"user: expected {answer_2} in the text"),
+    (PROMPT + "colour = 1", "colour: no key of a judge; expected one of name, model"),
+    ("prompt = 'another'", "prompt: expected con-j, found 'another'"),
+    ("prompt = ['con-j']", "prompt: expected con-j"),
+    (PROMPT + "parser = 'lenient'", "parser: expected strict or released"),
+    (PROMPT + "backend = 'http'", "backend: expected vllm or openai"),
+    (PROMPT + "backend = 'openai'", "model: expected the name that the endpoint knows"),
+    (PROMPT + "backend = 'openai'\nmodel = 'x'\nchat_template = 'x'", "chat_template: expected none"),
+    (PROMPT + "max_length = 0", "max_length: expected a number from 1 up, found 0"),
+    (PROMPT + "max_new_tokens = true", "max_new_tokens: expected a number from 1 up, found True"),
+    (PROMPT + "prompt_dollars = nan", "prompt_dollars: expected a number from 0 up"),
+    (PROMPT + "prompt_dollars = 'x'", "prompt_dollars: expected a number from 0 up"),
+    (PROMPT + "model = 3", "model: expected a text, found 3"),
+    (PROMPT + "verdict_pattern = '(a)'", "expected verdict_pattern and verdicts, or neither"),
+    (PROMPT + "verdict_pattern = '('\nverdicts = {A = 1, B = 2}", "verdict_pattern: expected a regular expression"),
+    (
+        PROMPT + "verdict_pattern = 'A|B'\nverdicts = {A = 1, B = 2}",
+        r"verdict_pattern: expected one \(group\), found 0",
+    ),
+    (PROMPT + "verdict_pattern = '(a)'\nverdicts = {A = 1}", "verdicts: expected texts for 1 and for 2"),
+    (PROMPT + "verdict_pattern = '(a)'\nverdicts = {A = 1, B = 3}", "verdicts: expected a table"),
+    (PROMPT + "verdict_pattern = '(a)'\nverdicts = {A = true, B = 2}", "verdicts: expected a table"),
+    (PROMPT + "verdict_pattern = '(a)'\nverdicts = {A = 1, a = 2}", "differ in more than case"),
+    (PROMPT + "text = 3", "text: expected package, file, system, user, fill"),
+    ("prompt = ", "mine.toml: cannot be read"),
+])  # fmt: skip
 def test_a_file_that_is_no_judge_is_refused_by_its_key(text, message, tmp_path):
     """A misspelt key would leave a default in its place, and the figures would be another judge's."""
     with pytest.raises(InputError, match=message):

@@ -196,17 +196,14 @@ def test_judgments_of_another_seed_are_refused(own):
         read_judgments_file(own[0], [LLMBAR], seed=7, limit=20)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"order": 3}, "expected order to be one of 1, 2; found 3"),
-        ({"order": True}, "expected order to be int"),
-        ({"verdict": 5}, "expected verdict to be one of None, 0, 1, 2; found 5"),
-        ({"verdict": "1"}, "expected verdict to be one of None, 0, 1, 2; found '1'"),
-        ({"choice": 2}, "expected choice 1, of verdict 1 in order 1; found 2"),
-        ({"text": None}, "expected text to be str"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"order": 3}, "expected order to be one of 1, 2; found 3"),
+    ({"order": True}, "expected order to be int"),
+    ({"verdict": 5}, "expected verdict to be one of None, 0, 1, 2; found 5"),
+    ({"verdict": "1"}, "expected verdict to be one of None, 0, 1, 2; found '1'"),
+    ({"choice": 2}, "expected choice 1, of verdict 1 in order 1; found 2"),
+    ({"text": None}, "expected text to be str"),
+])  # fmt: skip
 def test_malformed_own_row_is_named(change, message, own):
     path, prompts = own
     rows = judgments_of(prompts)
@@ -215,18 +212,15 @@ def test_malformed_own_row_is_named(change, message, own):
         read_judgments_file(path, [LLMBAR], limit=20)
 
 
-@pytest.mark.parametrize(
-    ("results", "message"),
-    [
-        ([{}], "expected results with 'swap = False' and its winner"),
-        (
-            [{"swap = False": {"winner": "a"}, "swap = True": {"winner": "1"}}],
-            "expected winner '1', '2' or null; found 'a'",
-        ),
-        ([{"swap = False": {"winner": [1]}}], r"expected winner .*; found \[1\]"),
-        ("none", "expected results to be list"),
-    ],
-)
+@pytest.mark.parametrize(("results", "message"), [
+    ([{}], "expected results with 'swap = False' and its winner"),
+    (
+        [{"swap = False": {"winner": "a"}, "swap = True": {"winner": "1"}}],
+        "expected winner '1', '2' or null; found 'a'",
+    ),
+    ([{"swap = False": {"winner": [1]}}], r"expected winner .*; found \[1\]"),
+    ("none", "expected results to be list"),
+])  # fmt: skip
 def test_malformed_llmbar_row_is_named(results, message, tmp_path):
     good = json.loads(RESULT.read_text("utf-8"))[0]
     (tmp_path / "result.json").write_text(json.dumps([good, good | {"results": results}]))
@@ -234,16 +228,13 @@ def test_malformed_llmbar_row_is_named(results, message, tmp_path):
         read_judgments_file(tmp_path / "result.json")
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"idx": 18, "x_result": "3"}], "row 1: expected x_result to be one of 0, 1, 2, Tie, garbage; found '3'"),
-        ([{"idx": 18, "x_result": 1}] * 2, "row 2: idx 18 appears twice"),
-        ([{"idx": 18, "x_result": 1}, {"idx": 1}], "row 2: missing column x_result; found idx"),
-        ([{"idx": 5000, "x_result": 1}], "1 results whose idx is not in the data: 5000"),
-        ([{"idx": 18, "x_result": 1}], r"11 rows of the data without a result: 91, .* and 1 more"),
-    ],
-)
+@pytest.mark.parametrize(("rows", "message"), [
+    ([{"idx": 18, "x_result": "3"}], "row 1: expected x_result to be one of 0, 1, 2, Tie, garbage; found '3'"),
+    ([{"idx": 18, "x_result": 1}] * 2, "row 2: idx 18 appears twice"),
+    ([{"idx": 18, "x_result": 1}, {"idx": 1}], "row 2: missing column x_result; found idx"),
+    ([{"idx": 5000, "x_result": 1}], "1 results whose idx is not in the data: 5000"),
+    ([{"idx": 18, "x_result": 1}], r"11 rows of the data without a result: 91, .* and 1 more"),
+])  # fmt: skip
 def test_malformed_pandalm_results_are_named(rows, message, tmp_path):
     (tmp_path / "out.json").write_text(json.dumps(rows))
     with pytest.raises(InputError, match=rf"out\.json: {message}"):
@@ -255,13 +246,10 @@ def test_pandalm_results_need_its_test_set():
         read_judgments_file(DATA / "pandalm_outputs" / "pandalm-7b-testset-v1.json", [LLMBAR])
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"sample": "x"}, {"sample": -1}, {"sample": 10_000_000}, {"sample": 0.5}, {"p_first": 7.0}, {"p_first": "a"},
-        {"token_ids": 5}, {"completion_tokens": "a"}, {"dollars": "a"},
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("change", [
+    {"sample": "x"}, {"sample": -1}, {"sample": 10_000_000}, {"sample": 0.5}, {"p_first": 7.0}, {"p_first": "a"},
+    {"token_ids": 5}, {"completion_tokens": "a"}, {"dollars": "a"},
+])  # fmt: skip
 def test_a_row_that_no_judge_of_ours_wrote_is_refused(own, change):
     """Taken as they are, such rows become figures, or end the report after it has cost what it costs."""
     path, prompts = own

@@ -28,7 +28,8 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from conj.data.packs import plan_packs, tokenize_pairs  # noqa: E402
 from conj.data.prompts import JudgeTokenizer  # noqa: E402
-from conj.model import backends  # noqa: E402
+from conj.model import backends, ops  # noqa: E402
+from conj.model import kernels as compiled  # noqa: E402, F401  # before the copy of the head's kernels imports them
 from conj.model.logprob import empty_statistics, linear_logprob_reference, logprobs_and_lse  # noqa: E402
 from conj.model.ops import rms_norm_reference, rope_reference  # noqa: E402
 from conj.model.weights import load_model  # noqa: E402
@@ -572,7 +573,8 @@ def test_the_model_on_triton_equals_the_model_on_torch(damage, untied_model, mon
     monkeypatch.setattr(backends.current, "kernels", "torch")
     expected_logps, expected = logps_and_gradients(untied_model, pairs)
     monkeypatch.setattr(backends.current, "kernels", "triton")
-    monkeypatch.setitem(sys.modules, "conj.model.kernels", kernels)
+    monkeypatch.setattr(ops, "_kernels", lambda: kernels)
+    monkeypatch.setitem(sys.modules, "conj.model.logprob_kernels", logprob_kernels)
     if damage:
         right = kernels.sum_rows
         monkeypatch.setattr(kernels, "sum_rows", lambda x, starts, rows: right(x, starts, rows.roll(1)))

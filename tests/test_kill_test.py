@@ -46,17 +46,14 @@ def test_every_difference_between_two_runs_is_named(tmp_path):
         assert part in found
 
 
-@pytest.mark.parametrize(
-    ("phase", "files"),
-    [
-        ("loading", []),
-        ("step", ["metrics.jsonl"]),
-        ("shards", ["metrics.jsonl", "checkpoints/step-00000006.part/rank-00000.safetensors"]),
-        ("manifest and rename", ["metrics.jsonl", "checkpoints/step-00000006.part/manifest.json.part"]),
-        ("deletion", ["metrics.jsonl", "checkpoints/step-00000006/manifest.json"]),
-        ("export", ["metrics.jsonl", "model.part/config.json"]),
-    ],
-)
+@pytest.mark.parametrize(("phase", "files"), [
+    ("loading", []),
+    ("step", ["metrics.jsonl"]),
+    ("shards", ["metrics.jsonl", "checkpoints/step-00000006.part/rank-00000.safetensors"]),
+    ("manifest and rename", ["metrics.jsonl", "checkpoints/step-00000006.part/manifest.json.part"]),
+    ("deletion", ["metrics.jsonl", "checkpoints/step-00000006/manifest.json"]),
+    ("export", ["metrics.jsonl", "model.part/config.json"]),
+])  # fmt: skip
 def test_where_a_kill_landed_is_read_off_what_it_left(phase, files, tmp_path):
     """What an earlier kill left, here a torn checkpoint, says nothing about this one."""
     for name in ("step-00000002", "step-00000004", "step-00000006.part"):

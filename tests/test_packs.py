@@ -80,12 +80,10 @@ def drawn_pairs(num_prompts: int, seed: int = 0, fewest: int = 5, most: int = 5)
 
     prompt_of = [prompt for prompt in range(num_prompts) for _ in range(rng.randint(fewest, most))]
     return TokenizedPairs(
-        ids=[f"p{prompt}" for prompt in prompt_of],
-        is_eval=[False] * len(prompt_of),
-        prompts=[ids(PROMPT_TOKENS) for _ in range(num_prompts)],
-        prompt_of=prompt_of,
+        ids=[f"p{prompt}" for prompt in prompt_of], is_eval=[False] * len(prompt_of),
+        prompts=[ids(PROMPT_TOKENS) for _ in range(num_prompts)], prompt_of=prompt_of,
         judgments=[(ids(JUDGMENT_TOKENS), ids(JUDGMENT_TOKENS)) for _ in prompt_of],
-    )
+    )  # fmt: skip
 
 
 def tokens_of(pairs, packs) -> list[int]:

@@ -45,26 +45,23 @@ def prompt(id: str, question: str = "q", label: int = 1) -> dict:
 HINT, REVERSED = judgment_text("hint", 1), judgment_text("reversed", 2)
 
 
-@pytest.mark.parametrize(
-    ("made", "expected"),
-    [
-        ({"right": 4, "wrong": 4}, ["repeated"] * 3),
-        ({"right": 2, "wrong": 6}, ["repeated"] * 2),
-        ({"right": 5, "wrong": 1, "unparsed": 2}, ["repeated", "repeated_vs_unparsed"]),
-        ({"right": 1, "wrong": 1, "unparsed": 6}, ["repeated"]),
-        ({"right": 8}, []),
-        ({"wrong": 5, "unparsed": 3}, []),
-        ({"hint": HINT, "hint_reversed": REVERSED}, ["hinted"]),
-        ({"hint": HINT, "hint_reversed": CUT}, ["hinted_vs_unparsed"]),
-        ({"hint": CUT, "hint_reversed": REVERSED}, []),
-        ({"hint": REVERSED, "hint_reversed": CUT}, []),
-        ({"hint": HINT}, []),
-        (
-            {"right": 4, "wrong": 3, "unparsed": 1, "hint": HINT, "hint_reversed": REVERSED},
-            ["repeated"] * 3 + ["repeated_vs_unparsed", "hinted"],
-        ),
-    ],
-)
+@pytest.mark.parametrize(("made", "expected"), [
+    ({"right": 4, "wrong": 4}, ["repeated"] * 3),
+    ({"right": 2, "wrong": 6}, ["repeated"] * 2),
+    ({"right": 5, "wrong": 1, "unparsed": 2}, ["repeated", "repeated_vs_unparsed"]),
+    ({"right": 1, "wrong": 1, "unparsed": 6}, ["repeated"]),
+    ({"right": 8}, []),
+    ({"wrong": 5, "unparsed": 3}, []),
+    ({"hint": HINT, "hint_reversed": REVERSED}, ["hinted"]),
+    ({"hint": HINT, "hint_reversed": CUT}, ["hinted_vs_unparsed"]),
+    ({"hint": CUT, "hint_reversed": REVERSED}, []),
+    ({"hint": REVERSED, "hint_reversed": CUT}, []),
+    ({"hint": HINT}, []),
+    (
+        {"right": 4, "wrong": 3, "unparsed": 1, "hint": HINT, "hint_reversed": REVERSED},
+        ["repeated"] * 3 + ["repeated_vs_unparsed", "hinted"],
+    ),
+])  # fmt: skip
 def test_recipe(made, expected):
     """At most 3 right against wrong, 1 right against unparsed, 1 hinted; a right judgment is used once."""
     assert types(pair_up(judgments(**made))) == expected
@@ -211,14 +208,11 @@ def test_hinted_judgments_are_needed_only_for_hinted_pairs(run, capsys):
     assert len((run / "pairs.jsonl").read_text("utf-8").splitlines()) == 2
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"id": "other"}, "id 'other' is not in prompts.jsonl"),
-        ({"verdict": 3}, "expected verdict 1, 2 or null, found 3"),
-        ({"kind": "hint_wrong"}, "expected kind repeated, hint or hint_reversed, found 'hint_wrong'"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"id": "other"}, "id 'other' is not in prompts.jsonl"),
+    ({"verdict": 3}, "expected verdict 1, 2 or null, found 3"),
+    ({"kind": "hint_wrong"}, "expected kind repeated, hint or hint_reversed, found 'hint_wrong'"),
+])  # fmt: skip
 def test_judgment_that_does_not_fit_is_named(change, message, run, capsys):
     """Judgments of another run's prompts would otherwise be dropped without a word."""
     rows = judgments(right=2, wrong=2)

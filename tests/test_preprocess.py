@@ -187,14 +187,11 @@ def test_mistake_does_not_block_the_run_folder(tmp_path, capsys):
     assert len(read_prompts(tmp_path / "prompts.jsonl")) == 134
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"label": 3}, "expected label 1 or 2, found 3"),
-        ({"messages": []}, "expected either question or messages"),
-        ({"id": "x"}, "id x appears twice"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"label": 3}, "expected label 1 or 2, found 3"),
+    ({"messages": []}, "expected either question or messages"),
+    ({"id": "x"}, "id x appears twice"),
+])  # fmt: skip
 def test_prompts_are_checked_when_read(change, message, tmp_path):
     """Later stages trust what `read_prompts` lets through."""
     good = row(id="x", source="s", subset="")

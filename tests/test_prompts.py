@@ -162,20 +162,17 @@ def test_fingerprint_changes_with_template_and_vocabulary(small_folder, tmp_path
     assert JudgeTokenizer.load(tmp_path).fingerprint != before
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("tokenizer.json", None, "not a model folder: tokenizer.json is missing"),
-        ("tokenizer.json", "{", "cannot be read"),
-        ("tokenizer.json", '{"added_tokens": []}', "cannot be read"),
-        ("tokenizer_config.json", '{"eos_token": "<|im_end|>"}', "no chat template"),
-        (
-            "tokenizer_config.json",
-            '{"eos_token": "</s>", "chat_template": "x"}',
-            "eos_token '</s>' is not an added token",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("tokenizer.json", None, "not a model folder: tokenizer.json is missing"),
+    ("tokenizer.json", "{", "cannot be read"),
+    ("tokenizer.json", '{"added_tokens": []}', "cannot be read"),
+    ("tokenizer_config.json", '{"eos_token": "<|im_end|>"}', "no chat template"),
+    (
+        "tokenizer_config.json",
+        '{"eos_token": "</s>", "chat_template": "x"}',
+        "eos_token '</s>' is not an added token",
+    ),
+])  # fmt: skip
 def test_wrong_folder_is_an_input_error(name, content, message, small_folder, tmp_path):
     """The usual mistake is the wrong path; it must not surface as a traceback from a tokenizer."""
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -193,8 +190,8 @@ def test_white_space_is_kept_or_cut_as_the_template_says(small_folder, tmp_path)
     shutil.copytree(small_folder, tmp_path, dirs_exist_ok=True)
     messages = [{"role": "system", "content": " \n"}, {"role": "user", "content": "\n y  z \t"}]
     trimmed = [{**m, "content": m["content"].strip()} for m in messages]
-    trimmed = CHATML.replace("['content']", "['content'] | trim")
-    kept, cut = (JudgeTokenizer.load(small_folder, t) for t in (CHATML, trimmed))
+    trimming = CHATML.replace("['content']", "['content'] | trim")
+    kept, cut = (JudgeTokenizer.load(small_folder, template) for template in (CHATML, trimming))
     assert cut.prompt_ids(messages) == kept.prompt_ids(trimmed) != kept.prompt_ids(messages)
 
 
@@ -287,13 +284,10 @@ def test_control_pieces_in_text_stay_text(llama2):
                 assert attack.strip() in tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "unigram"}, "expected a BPE model with byte fallback"),
-        ({"byte_fallback": False}, "expected a BPE model with byte fallback"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model_type": "unigram"}, "expected a BPE model with byte fallback"),
+    ({"byte_fallback": False}, "expected a BPE model with byte fallback"),
+])  # fmt: skip
 def test_a_sentencepiece_model_that_loses_characters_is_refused(changes, message, llama2):
     """Without byte fallback a rare character becomes none at all, and the judge reads another answer."""
     import sentencepiece

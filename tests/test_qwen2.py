@@ -260,10 +260,8 @@ def test_gathered_keys_of_the_varlen_backends_equal_segment_by_segment():
     for i in range(len(lengths)):
         rows = index[cu_k[i] : cu_k[i + 1]]
         queries, keys, values = (
-            q[cu_q[i] : cu_q[i + 1]],
-            k[rows].repeat_interleave(2, 1),
-            v[rows].repeat_interleave(2, 1),
-        )
+            q[cu_q[i] : cu_q[i + 1]], k[rows].repeat_interleave(2, 1), v[rows].repeat_interleave(2, 1),
+        )  # fmt: skip
         scores = torch.einsum("qnh,knh->nqk", queries, keys) / 8**0.5
         visible = torch.ones(len(queries), len(keys)).tril(len(keys) - len(queries)).bool()
         outputs.append(torch.einsum("nqk,knh->qnh", scores.masked_fill(~visible, -torch.inf).softmax(-1), values))

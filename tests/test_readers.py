@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,20 +32,12 @@ def records(*rows: dict, path: Path) -> list:
     return list(read_preferences(write(path / "rows.jsonl", list(rows))))
 
 
-def user(text):
-    return {"role": "user", "content": text}
+def turn(role: str, text: str, keys: tuple[str, str] = ("role", "content")) -> dict:
+    return dict(zip(keys, (role, text)))
 
 
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def human(text):
-    return {"from": "human", "value": text}
-
-
-def gpt(text):
-    return {"from": "gpt", "value": text}
+user, assistant = (partial(turn, role) for role in ("user", "assistant"))
+human, gpt = (partial(turn, role, keys=("from", "value")) for role in ("human", "gpt"))
 
 
 LAYOUTS = {
@@ -59,9 +52,7 @@ LAYOUTS = {
     ),
     "infinity": (
         {
-            "prompt": "q",
-            "chosen": [user("q"), assistant("a")],
-            "rejected": [user("q"), assistant("b")],
+            "prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")],
             "task_category": "Math",
         },
         "Math",
@@ -133,15 +124,13 @@ def test_rm_bench_row_is_nine_records_named_by_difficulty():
 @pytest.mark.parametrize(
     "row",
     [
-        LLMBAR | {"label": 0},
-        LAYOUTS["judgebench"][0] | {"label": "A=B"},
+        LLMBAR | {"label": 0}, LAYOUTS["judgebench"][0] | {"label": "A=B"},
         LAYOUTS["ultrafeedback"][0] | {"score_chosen": 7.5},
         LAYOUTS["strings"][0] | {"metadata": {"score_chosen": 6.0, "score_rejected": 6.0}},
-        LAYOUTS["pandalm"][0] | {"annotator1": 0, "annotator3": 0},
-        LAYOUTS["pandalm"][0] | {"annotator3": 0},
+        LAYOUTS["pandalm"][0] | {"annotator1": 0, "annotator3": 0}, LAYOUTS["pandalm"][0] | {"annotator3": 0},
     ],
     ids=["label 0", "A=B", "scores", "metadata scores", "majority 0", "no majority"],
-)
+)  # fmt: skip
 def test_ties_state_no_preference(row, tmp_path):
     """The label of a tie is arbitrary."""
     (record,) = records(row, path=tmp_path)
@@ -256,40 +245,32 @@ def test_malformed_array_is_named_by_line(tmp_path):
         list(read_preferences(str(path)))
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"input": "q", "output_1": "a", "label": 1}, "missing column output_2; found input, label, output_1"),
-        (LLMBAR | {"output_1": None}, "missing column output_1"),
-        (LLMBAR | {"label": 3}, "expected label to be one of 0, 1, 2; found 3"),
-        (LLMBAR | {"label": True}, "found True"),
-        (LLMBAR | {"label": "2"}, "found '2'"),
-        (LLMBAR | {"label": [2]}, r"found \[2\]"),
-        (LLMBAR | {"input": 7}, "expected a question of text, found int"),
-        (LLMBAR | {"output_2": {"text": "b"}}, "expected an answer of text, found dict"),
-        ([1, 2], "expected a JSON object, found list"),
-    ],
-)
+@pytest.mark.parametrize(("row", "message"), [
+    ({"input": "q", "output_1": "a", "label": 1}, "missing column output_2; found input, label, output_1"),
+    (LLMBAR | {"output_1": None}, "missing column output_1"),
+    (LLMBAR | {"label": 3}, "expected label to be one of 0, 1, 2; found 3"),
+    (LLMBAR | {"label": True}, "found True"), (LLMBAR | {"label": "2"}, "found '2'"),
+    (LLMBAR | {"label": [2]}, r"found \[2\]"), (LLMBAR | {"input": 7}, "expected a question of text, found int"),
+    (LLMBAR | {"output_2": {"text": "b"}}, "expected an answer of text, found dict"),
+    ([1, 2], "expected a JSON object, found list"),
+])  # fmt: skip
 def test_bad_row_is_named(row, message, tmp_path):
     """What was expected, what was found, and where."""
     with pytest.raises(InputError, match=rf"rows\.jsonl:2: .*{message}"):
         records(LLMBAR, row, path=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"chosen": [], "rejected": []},
-        {"chosen": "a", "rejected": "b"},
-        {"chosen": [assistant("a")], "rejected": [assistant("b")]},
-        {"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": []},
-        {"prompt": [], "chosen": "a", "rejected": "b"},
-        {"prompt": "q", "chosen": [{"text": "a"}], "rejected": [assistant("b")]},
-        {"prompt": "q", "chosen": ["a", "b"], "rejected": ["c"]},
-        {"prompt": "q", "chosen": ["a", "b", "c"], "rejected": "d"},
-        {"prompt": ["q"], "chosen": "a", "rejected": "b", "metadata": "text"},
-    ],
-)
+@pytest.mark.parametrize("row", [
+    {"chosen": [], "rejected": []},
+    {"chosen": "a", "rejected": "b"},
+    {"chosen": [assistant("a")], "rejected": [assistant("b")]},
+    {"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": []},
+    {"prompt": [], "chosen": "a", "rejected": "b"},
+    {"prompt": "q", "chosen": [{"text": "a"}], "rejected": [assistant("b")]},
+    {"prompt": "q", "chosen": ["a", "b"], "rejected": ["c"]},
+    {"prompt": "q", "chosen": ["a", "b", "c"], "rejected": "d"},
+    {"prompt": ["q"], "chosen": "a", "rejected": "b", "metadata": "text"},
+])  # fmt: skip
 def test_unreadable_chosen_and_rejected_are_an_input_error(row, tmp_path):
     """Whatever stands in these columns, the user sees one line and no traceback."""
     with pytest.raises(InputError, match=r"rows\.jsonl:1: "):
@@ -337,14 +318,11 @@ def test_file_of_other_content_is_an_input_error(name, tmp_path):
         list(read_preferences(str(tmp_path / name)))
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("ultrafeedback", 1000), ("dpo_zh", 300), ("llmbar", 234), ("pandalm/testset-v1.json", 999),
-        ("layouts/judgebench.jsonl", 3), ("layouts/rm_bench.json", 27),
-        ("llmbar_judge_outputs/natural/GPT-4_CoT/result.json", 100),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "count"), [
+    ("ultrafeedback", 1000), ("dpo_zh", 300), ("llmbar", 234), ("pandalm/testset-v1.json", 999),
+    ("layouts/judgebench.jsonl", 3), ("layouts/rm_bench.json", 27),
+    ("llmbar_judge_outputs/natural/GPT-4_CoT/result.json", 100),
+])  # fmt: skip
 def test_real_data_sets_are_read_whole(name, count):
     """Counts from the sources' own descriptions."""
     if not (SHARED / name).exists():

@@ -150,17 +150,14 @@ def test_pages_of_twenty(report):
     assert report.ids_here() == list(range(20, 40)) and "page=2" in report.driver.current_url
 
 
-@pytest.mark.parametrize(
-    ("choice", "expected"),
-    [
-        ({"show": "wrong"}, WRONG | TURNED | THEIRS_WRONG), ({"show": "wrong", "judge": "ours"}, WRONG | TURNED),
-        ({"show": "wrong", "judge": "<b>theirs"}, THEIRS_WRONG), ({"show": "inconsistent"}, TURNED),
-        ({"show": "unparsed"}, UNPARSED | MISSING), ({"show": "unparsed", "judge": "<b>theirs"}, set()),
-        ({"benchmark": "rm-bench"}, set(range(15))),
-        ({"benchmark": "rm-bench", "subset": "code/easy/markdown-concise"}, {0, 3, 6, 9, 12}),
-        ({"subset": EVIL_SHOWN}, {7}), ({"benchmark": "llmbar", "show": "wrong", "judge": "ours"}, {44}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("choice", "expected"), [
+    ({"show": "wrong"}, WRONG | TURNED | THEIRS_WRONG), ({"show": "wrong", "judge": "ours"}, WRONG | TURNED),
+    ({"show": "wrong", "judge": "<b>theirs"}, THEIRS_WRONG), ({"show": "inconsistent"}, TURNED),
+    ({"show": "unparsed"}, UNPARSED | MISSING), ({"show": "unparsed", "judge": "<b>theirs"}, set()),
+    ({"benchmark": "rm-bench"}, set(range(15))),
+    ({"benchmark": "rm-bench", "subset": "code/easy/markdown-concise"}, {0, 3, 6, 9, 12}),
+    ({"subset": EVIL_SHOWN}, {7}), ({"benchmark": "llmbar", "show": "wrong", "judge": "ours"}, {44}),
+])  # fmt: skip
 def test_each_filter_shows_exactly_its_questions(report, choice, expected):
     """What the page counts is what the report counts."""
     report.open().choose(**choice)
@@ -168,22 +165,19 @@ def test_each_filter_shows_exactly_its_questions(report, choice, expected):
     assert report.count() == (f"{len(expected)} of 45 questions" if expected else "None of 45 questions")
 
 
-@pytest.mark.parametrize(
-    ("query", "expected"),
-    [
-        ("QUESTION 1", [1, *range(10, 20)]),  # of the question, in any case
-        ("B31", [31]),  # of an answer
-        ("理由充分", [0]),  # of a reason
-        ("über", [0]),
-        ("strasse", []),
-        ("STRAßE?", [8]),  # of a turn of a conversation
-        ("50% (a+b)? \\d", [0]),  # what a pattern means elsewhere is text
-        (".", []),
-        ("017", [17]),  # an id
-        ("<script>alert(1)", [7]),
-        ("nowhere", []),
-    ],
-)
+@pytest.mark.parametrize(("query", "expected"), [
+    ("QUESTION 1", [1, *range(10, 20)]),  # of the question, in any case
+    ("B31", [31]),  # of an answer
+    ("理由充分", [0]),  # of a reason
+    ("über", [0]),
+    ("strasse", []),
+    ("STRAßE?", [8]),  # of a turn of a conversation
+    ("50% (a+b)? \\d", [0]),  # what a pattern means elsewhere is text
+    (".", []),
+    ("017", [17]),  # an id
+    ("<script>alert(1)", [7]),
+    ("nowhere", []),
+])  # fmt: skip
 def test_search_finds_texts_as_they_are(report, query, expected):
     """A search that misses what stands there sends its reader to grep."""
     report.open().choose(q=query)

@@ -112,21 +112,18 @@ def tokenizer(tied_model) -> JudgeTokenizer:
     return JudgeTokenizer.load(tied_model)
 
 
-@pytest.mark.parametrize(
-    ("written", "finish_reason", "text", "verdict"),
-    [
-        (" 回答2更好。\n", "stop", judgment_text("回答2更好。", 2), 2),
-        ('say "no" {x}', "stop", judgment_text('say "no" {x}', 2), 2),
-        (judgment_text("own", 2), "stop", judgment_text("own", 2), 2),
-        (judgment_text("own", 1), "stop", judgment_text("own", 1), None),  # contradicts the hint
-        (judgment_text("", 2), "stop", judgment_text("", 2), None),  # no reason
-        ('{"原因": "torn', "stop", '{"原因": "torn', None),  # JSON within JSON is no reason
-        ("", "stop", "", None),
-        ("One. Two is to", "length", judgment_text("One.", 2), 2),
-        ("no sentence", "length", "no sentence", None),
-        ("no full stop, but it ended", "stop", judgment_text("no full stop, but it ended", 2), 2),
-    ],
-)
+@pytest.mark.parametrize(("written", "finish_reason", "text", "verdict"), [
+    (" 回答2更好。\n", "stop", judgment_text("回答2更好。", 2), 2),
+    ('say "no" {x}', "stop", judgment_text('say "no" {x}', 2), 2),
+    (judgment_text("own", 2), "stop", judgment_text("own", 2), 2),
+    (judgment_text("own", 1), "stop", judgment_text("own", 1), None),  # contradicts the hint
+    (judgment_text("", 2), "stop", judgment_text("", 2), None),  # no reason
+    ('{"原因": "torn', "stop", '{"原因": "torn', None),  # JSON within JSON is no reason
+    ("", "stop", "", None),
+    ("One. Two is to", "length", judgment_text("One.", 2), 2),
+    ("no sentence", "length", "no sentence", None),
+    ("no full stop, but it ended", "stop", judgment_text("no full stop, but it ended", 2), 2),
+])  # fmt: skip
 def test_a_hinted_text_becomes_a_judgment_with_the_verdict_of_the_hint(
     tokenizer, written, finish_reason, text, verdict
 ):
@@ -180,18 +177,15 @@ def test_the_usage_snippet_prints_the_reason_and_the_verdict(tied_model, monkeyp
 # ---- Bad input ----
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda model: (model / "config.json").unlink(), "config.json is missing"),
-        (lambda model: (model / "config.json").write_text("{"), "cannot be read|expected vocab_size to be a number"),
-        (lambda model: (model / "tokenizer.json").unlink(), "tokenizer.json is missing"),
-        (lambda model: (model / "model.safetensors").unlink(), r"no \*.safetensors"),
-        (lambda model: os.truncate(model / "model.safetensors", 5000), "model.safetensors: not whole"),
-        (lambda model: change_config(model, vocab_size=100), "the vocabulary 100 entries"),
-        (lambda model: change_config(model, auto_map={"AutoModel": "x.Y"}), "remote code"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda model: (model / "config.json").unlink(), "config.json is missing"),
+    (lambda model: (model / "config.json").write_text("{"), "cannot be read|expected vocab_size to be a number"),
+    (lambda model: (model / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    (lambda model: (model / "model.safetensors").unlink(), r"no \*.safetensors"),
+    (lambda model: os.truncate(model / "model.safetensors", 5000), "model.safetensors: not whole"),
+    (lambda model: change_config(model, vocab_size=100), "the vocabulary 100 entries"),
+    (lambda model: change_config(model, auto_map={"AutoModel": "x.Y"}), "remote code"),
+])  # fmt: skip
 def test_a_damaged_model_folder_is_refused_before_the_engine_starts(model_copy, damage, message):
     """vLLM would say so half a minute later, in a hundred lines, or run code from the folder."""
     damage(model_copy)
@@ -199,17 +193,14 @@ def test_a_damaged_model_folder_is_refused_before_the_engine_starts(model_copy, 
         check_model(model_copy, None)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["--model", "nowhere"], ["nowhere", "no such model folder"]),
-        (["--max-length", "9999"], ["--max-length", "2048", "9999"]),
-        (["--temperature", "0"], ["--temperature", "above 0"]),
-        (["--pipeline-parallel-size", "0"], ["--pipeline-parallel-size", "1 or more"]),
-        (["--data-parallel-size", "2"], ["--data-parallel-size 2", "vllm serve", 'backend = "openai"']),
-        (["--run-dir", "nowhere"], ["nowhere/prompts.jsonl", "no such file"]),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "parts"), [
+    (["--model", "nowhere"], ["nowhere", "no such model folder"]),
+    (["--max-length", "9999"], ["--max-length", "2048", "9999"]),
+    (["--temperature", "0"], ["--temperature", "above 0"]),
+    (["--pipeline-parallel-size", "0"], ["--pipeline-parallel-size", "1 or more"]),
+    (["--data-parallel-size", "2"], ["--data-parallel-size 2", "vllm serve", 'backend = "openai"']),
+    (["--run-dir", "nowhere"], ["nowhere/prompts.jsonl", "no such file"]),
+])  # fmt: skip
 def test_bad_options_end_in_one_line(tied_model, tmp_path, arguments, parts):
     """The contract of every command."""
     run = ["--run-dir", make_run(tmp_path), "--model", tied_model]
@@ -255,14 +246,11 @@ def test_parallelism_reaches_vllm(tied_model, monkeypatch):
     assert (seen["tensor_parallel_size"], seen["pipeline_parallel_size"], seen["dtype"]) == (4, 3, "bfloat16")
 
 
-@pytest.mark.parametrize(
-    ("built_for", "device", "said"),
-    [
-        ("cpu", "cuda", "--device: expected auto or cpu, which the vLLM that is installed is built for, found cuda"),
-        ("cuda", "cpu", "--device: expected auto or cuda, which the vLLM that is installed is built for, found cpu"),
-        ("", "auto", "--device: the vLLM that is installed is built for GPUs, and finds none"),
-    ],
-)
+@pytest.mark.parametrize(("built_for", "device", "said"), [
+    ("cpu", "cuda", "--device: expected auto or cpu, which the vLLM that is installed is built for, found cuda"),
+    ("cuda", "cpu", "--device: expected auto or cuda, which the vLLM that is installed is built for, found cpu"),
+    ("", "auto", "--device: the vLLM that is installed is built for GPUs, and finds none"),
+])  # fmt: skip
 def test_a_device_that_vllm_is_not_built_for_is_refused(built_for, device, said, tied_model, monkeypatch):
     stub_vllm(monkeypatch, built_for)
     options = EngineOptions(model=tied_model, device=device)
@@ -369,7 +357,7 @@ class TestEngine:
 
     def test_a_killed_run_ends_with_the_file_of_an_undisturbed_one(self, live_model, tmp_path):
         """SIGKILL gives no chance to tidy up."""
-        arguments = ["--model", live_model, "--n", "8", "--max-new-tokens", "32", "--max-num-seqs", "4"]
+        arguments = ["--model", live_model, "--num-samples", "8", "--max-new-tokens", "32", "--max-num-seqs", "4"]
         runs = [make_run(tmp_path / name, 6) for name in ("undisturbed", "killed")]
         lines = [["conj.sample.repeated", "--run-dir", run, *arguments] for run in runs]
         artefact = runs[1] / "repeated.jsonl"

@@ -5,19 +5,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from conj.sample.evaluation import scores
 from conj.sample.evaluation.aggregation import Section, section_value
-from conj.sample.evaluation.scores import (
-    NOT_JUDGED,
-    TIE,
-    UNPARSED,
-    bootstrap,
-    calibrate,
-    compare,
-    figure_ratios,
-    majority,
-    summarize,
-    vote_curve,
-)
+from conj.sample.evaluation.scores import NOT_JUDGED, TIE, UNPARSED, bootstrap, compare, figure_ratios, summarize
 
 
 def figures(choices, labels, longer=None) -> dict:
@@ -103,18 +93,18 @@ def test_questions_of_one_text_are_drawn_together():
 
 def test_the_majority_decides_and_a_draw_is_no_verdict():
     samples = np.array([[1, 1, 2], [1, 2, 0], [0, 0, 2], [0, 0, 0], [TIE, TIE, 1], [NOT_JUDGED] * 3])
-    assert majority(samples).tolist() == [1, UNPARSED, 2, UNPARSED, TIE, NOT_JUDGED]
+    assert scores.majority(samples).tolist() == [1, UNPARSED, 2, UNPARSED, TIE, NOT_JUDGED]
 
 
 def test_the_curve_of_votes_is_the_mean_over_all_ways_to_pick_the_samples():
     """Against brute force. Taking the first k samples instead would depend on their order."""
     rng = np.random.default_rng(3)
     samples, labels = rng.integers(0, 3, (6, 2, 5)), rng.integers(1, 3, 6)
-    curve = vote_curve(samples, labels, 20, 0)
+    curve = scores.vote_curve(samples, labels, 20, 0)
     for k, point in enumerate(curve, 1):
         points = []
         for picked in combinations(range(5), k):
-            choices = majority(samples[:, :, picked])
+            choices = scores.majority(samples[:, :, picked])
             points.append(np.where(choices == UNPARSED, 0.5, choices == labels[:, None]).mean())
         assert point["num_samples"] == k and point["accuracy"] == pytest.approx(np.mean(points))
 
@@ -122,7 +112,7 @@ def test_the_curve_of_votes_is_the_mean_over_all_ways_to_pick_the_samples():
 def test_votes_help_a_judge_that_is_right_more_often_than_not():
     rng = np.random.default_rng(0)
     samples = np.where(rng.random((400, 2, 9)) < 0.7, 1, 2)
-    accuracies = [point["accuracy"] for point in vote_curve(samples, np.ones(400, int), 20, 0)]
+    accuracies = [point["accuracy"] for point in scores.vote_curve(samples, np.ones(400, int), 20, 0)]
     assert accuracies[0] == pytest.approx(0.7, abs=0.02) and accuracies[8] == pytest.approx(0.901, abs=0.02)
     assert accuracies[::2] == sorted(accuracies[::2])
 
@@ -135,36 +125,36 @@ def test_calibration_finds_the_temperature_of_an_overconfident_judge():
     rng = np.random.default_rng(0)
     odds = rng.normal(0, 1.5, 4000)
     labels = np.where(rng.random(4000) < 1 / (1 + np.exp(-odds)), 1, 2)
-    found = calibrate(1 / (1 + np.exp(-3 * odds)), labels)
+    found = scores.calibrate(1 / (1 + np.exp(-3 * odds)), labels)
     assert found["temperature"] == pytest.approx(3, rel=0.1)
     assert found["ece_raw"] > 0.1 and found["ece"] < 0.03 and found["brier"] < found["brier_raw"]
-    honest = calibrate(1 / (1 + np.exp(-odds)), labels)
+    honest = scores.calibrate(1 / (1 + np.exp(-odds)), labels)
     assert honest["temperature"] == pytest.approx(1, rel=0.1) and honest["ece_raw"] < 0.03
 
 
 def test_a_temperature_is_not_fitted_on_what_it_is_measured_on():
     """A judge whose probabilities mean nothing: fitted on themselves, few questions would look better than chance."""
     rng = np.random.default_rng(1)
-    briers = [calibrate(rng.random(20), rng.integers(1, 3, 20))["brier"] for _ in range(200)]
+    briers = [scores.calibrate(rng.random(20), rng.integers(1, 3, 20))["brier"] for _ in range(200)]
     assert np.mean(briers) >= 0.25
 
 
 def test_questions_without_a_probability_or_a_better_answer_are_left_out():
     probability, labels = np.full(12, np.nan), np.ones(12, int)
-    assert calibrate(probability, labels) is None
+    assert scores.calibrate(probability, labels) is None
     probability[:8], labels[:2] = 0.9, TIE
-    assert calibrate(probability, labels)["num"] == 6
+    assert scores.calibrate(probability, labels)["num"] == 6
 
 
 def test_a_judge_that_is_always_right_has_no_best_temperature():
     """Every larger confidence fits better: the bound that the search ends at is no finding."""
     rng = np.random.default_rng(0)
     labels = rng.integers(1, 3, 50)
-    found = calibrate(np.where(labels == 1, 0.8, 0.2), labels)
+    found = scores.calibrate(np.where(labels == 1, 0.8, 0.2), labels)
     assert found["temperature"] is None and found["brier"] < 0.001
 
 
 def test_a_probability_of_one_half_names_neither_answer():
     """Half right, whichever is: counted as the second answer's, a judge of no opinion would look wrong or right."""
     for label in (1, 2):
-        assert calibrate(np.full(10, 0.5), np.full(10, label))["ece_raw"] == 0
+        assert scores.calibrate(np.full(10, 0.5), np.full(10, label))["ece_raw"] == 0

@@ -115,21 +115,14 @@ def test_released_parser_keeps_its_published_traps(text):
 
 MEGABYTE = 1_000_000
 HOSTILE = {
-    "brackets": "[" * MEGABYTE,
-    "braces": "{" * MEGABYTE,
-    "spaced braces": "{ " * (MEGABYTE // 2),
-    "nested objects": '{"a":' * (MEGABYTE // 5),
-    "many objects": '{"a":1}' * (MEGABYTE // 7),
-    "open strings": '{"' * (MEGABYTE // 2),
-    "keys": '"更好的回答"' * (MEGABYTE // 7),
-    "word": "回答" * (MEGABYTE // 2),
-    "spaces": '{"原因": "' + " " * MEGABYTE,
-    "key and spaces": '{"原因": "x", "更好的回答"' + " " * MEGABYTE,
+    "brackets": "[" * MEGABYTE, "braces": "{" * MEGABYTE, "spaced braces": "{ " * (MEGABYTE // 2),
+    "nested objects": '{"a":' * (MEGABYTE // 5), "many objects": '{"a":1}' * (MEGABYTE // 7),
+    "open strings": '{"' * (MEGABYTE // 2), "keys": '"更好的回答"' * (MEGABYTE // 7), "word": "回答" * (MEGABYTE // 2),
+    "spaces": '{"原因": "' + " " * MEGABYTE, "key and spaces": '{"原因": "x", "更好的回答"' + " " * MEGABYTE,
     "quotes": '{"原因": "' + '"' * MEGABYTE + '更好的回答": 1',
     "commas": '{"原因": "' + ", " * (MEGABYTE // 2) + '"更好的回答": x}',
-    "digits": '{"更好的回答": ' + "1" * MEGABYTE + "}",
-    "fences": "```" * (MEGABYTE // 3),
-}
+    "digits": '{"更好的回答": ' + "1" * MEGABYTE + "}", "fences": "```" * (MEGABYTE // 3),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
@@ -204,11 +197,7 @@ IN_PROSE = [
     ("两者都不好。", NONE, NONE),
     ("无法判断，请提供更多信息。", NONE, NONE),
     ('先想一想。回答1漏了一步。\n\n{"原因": "回答1漏了一步", "更好的回答": 2}', (2, "embedded"), (2, "key")),
-    (
-        '好的，以下是我的判断：\n```json\n{"原因": "更切题", "更好的回答": 1}\n```\n希望有帮助！',
-        (1, "fenced"),
-        (1, "key"),
-    ),
+    ('以下是我的判断：\n```json\n{"原因": "更切题", "更好的回答": 1}\n```\n希望有帮助！', (1, "fenced"), (1, "key")),
     ('```\n{"更好的回答": 2, "原因": "回答1跑题"}\n```', (2, "fenced"), (2, "key")),
     ('<think>回答1更好？</think>{"原因": "回答2有据", "更好的回答": 2}', (2, "embedded"), (2, "key")),
 ]

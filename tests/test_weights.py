@@ -109,14 +109,8 @@ def clear(path):
 
 NORM = "model.norm.weight"
 DAMAGE = {
-    "missing tensor": (
-        lambda f: change_weights(f, lambda t: t.pop(NORM)),
-        "missing 1 tensors, first model.norm.weight",
-    ),
-    "unexpected tensor": (
-        lambda f: change_weights(f, lambda t: t.update(extra=torch.ones(1))),
-        "unexpected tensor 'extra'",
-    ),
+    "missing tensor": (lambda f: change_weights(f, lambda t: t.pop(NORM)), "missing 1 tensors, first model.norm.weight"),
+    "unexpected tensor": (lambda f: change_weights(f, lambda t: t.update(extra=torch.ones(1))), "unexpected tensor 'extra'"),
     "wrong shape": (lambda f: change_weights(f, lambda t: t.update({NORM: torch.ones(63)})), "expected shape (64,)"),
     "integer dtype": (lambda f: change_weights(f, lambda t: t.update({NORM: torch.ones(64).int()})), "found I32"),
     "truncated file": (truncate, "not a whole safetensors file"),
@@ -130,8 +124,7 @@ DAMAGE = {
     "half a million empty tensors": (add_empty_tensors, "expected a header of at most"),
     "a pipe for a file": (lambda f: os.mkfifo(clear(f / "config.json")), "expected a file"),
     "config key that stands twice": (
-        lambda f: (f / "config.json").write_text('{"hidden_size": 64, "hidden_size": 32}'),
-        "'hidden_size' stands 2 times",
+        lambda f: (f / "config.json").write_text('{"hidden_size": 64, "hidden_size": 32}'), "'hidden_size' stands 2 times",
     ),
     "a thousand million layers": (lambda f: change_config(f, num_hidden_layers=10**9), "below 1001"),
     "number larger than a float": (lambda f: change_config(f, rms_norm_eps=10**400), "rms_norm_eps"),
@@ -143,7 +136,7 @@ DAMAGE = {
     "scaled rope": (lambda f: change_config(f, rope_parameters={"rope_type": "yarn", "factor": 4}), "rope_type"),
     "malformed config": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
     "text for a number": (lambda f: change_config(f, hidden_size="wide"), "wide"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

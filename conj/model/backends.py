@@ -44,11 +44,9 @@ def this_machine(device: str) -> Machine:
     """Its facts, as far as a choice with this `device` reads them: a run on the CPU asks nothing of CUDA."""
     num_gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
     return Machine(
-        num_gpus=num_gpus,
-        capability=min(map(torch.cuda.get_device_capability, range(num_gpus)), default=(0, 0)),
-        num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        flash_attn=_try_flash_attn() if num_gpus else None,
-    )
+        num_gpus=num_gpus, capability=min(map(torch.cuda.get_device_capability, range(num_gpus)), default=(0, 0)),
+        num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", 1)), flash_attn=_try_flash_attn() if num_gpus else None,
+    )  # fmt: skip
 
 
 def _try_flash_attn() -> str | None:

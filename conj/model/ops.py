@@ -19,6 +19,12 @@ def _use_triton() -> bool:
     return backends.current.kernels == "triton"
 
 
+def _kernels():
+    from conj.model import kernels  # here: Triton is not on every machine
+
+    return kernels
+
+
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * recomputed(_normalized, x, eps)
 
@@ -46,37 +52,29 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        from conj.model.kernels import add_rms_norm_forward
-
-        y, _, inv_rms = add_rms_norm_forward(x, None, weight, eps)
+        y, _, inv_rms = _kernels().add_rms_norm_forward(x, None, weight, eps)
         ctx.save_for_backward(x, weight, inv_rms)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        from conj.model.kernels import add_rms_norm_backward
-
         x, weight, inv_rms = ctx.saved_tensors
-        grad_x, grad_weight = add_rms_norm_backward(grad.contiguous(), None, x, weight, inv_rms)
+        grad_x, grad_weight = _kernels().add_rms_norm_backward(grad.contiguous(), None, x, weight, inv_rms)
         return grad_x, grad_weight.to(weight.dtype), None
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, delta, weight, eps):
-        from conj.model.kernels import add_rms_norm_forward
-
-        y, total, inv_rms = add_rms_norm_forward(x, delta, weight, eps)
+        y, total, inv_rms = _kernels().add_rms_norm_forward(x, delta, weight, eps)
         ctx.save_for_backward(total, weight, inv_rms)
         return y, total
 
     @staticmethod
     def backward(ctx, grad, grad_total):
-        from conj.model.kernels import add_rms_norm_backward
-
         total, weight, inv_rms = ctx.saved_tensors
         grads = grad.contiguous(), grad_total.contiguous()
-        grad_x, grad_weight = add_rms_norm_backward(*grads, total, weight, inv_rms)
+        grad_x, grad_weight = _kernels().add_rms_norm_backward(*grads, total, weight, inv_rms)
         return grad_x, grad_x, grad_weight.to(weight.dtype), None
 
 
@@ -102,9 +100,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
     if _use_triton():
-        from conj.model.kernels import rope as rotate
-
-        return rotate(q.contiguous(), k.contiguous(), cos, sin, inverse=inverse)
+        return _kernels().rope(q.contiguous(), k.contiguous(), cos, sin, inverse=inverse)
     sign, half = (-1 if inverse else 1), cos.shape[-1] // 2
     rotated = [x * cos[:, None] for x in (q, k)]  # three passes over memory, where the reference takes eight
     for x, y in zip((q, k), rotated):
@@ -136,16 +132,12 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
-        from conj.model.kernels import swiglu_forward
-
         ctx.save_for_backward(gate, up)
-        return swiglu_forward(gate, up)
+        return _kernels().swiglu_forward(gate, up)
 
     @staticmethod
     def backward(ctx, grad):
-        from conj.model.kernels import swiglu_backward
-
-        return swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
+        return _kernels().swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +170,4 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        from conj.model.kernels import sum_rows
-
-        return sum_rows(grad.contiguous(), ctx.gather.starts, ctx.gather.takers), None
+        return _kernels().sum_rows(grad.contiguous(), ctx.gather.starts, ctx.gather.takers), None

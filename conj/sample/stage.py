@@ -159,11 +159,9 @@ def append_samples(
                 completions, desc=artefact.name, total=len(requests), initial=len(done), unit=" judgments"
             ):
                 row = {
-                    **request.key,
-                    **judge(request, completion),
-                    "finish_reason": completion.finish_reason,
+                    **request.key, **judge(request, completion), "finish_reason": completion.finish_reason,
                     **{column: getattr(completion, column) for column in _cost_columns(request)},
-                }
+                }  # fmt: skip
                 if verdict_probability:
                     row["p_first"] = completion.p_first if row[outcome] else None
                 file.write(dump_line(row))

@@ -189,11 +189,9 @@ def make_judgments(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[st
             continue
         asked = {row["id"] for row in rows} | set(made["counts"]["overlong_ids"])
         found[path.stem.removeprefix("judgments_")] = Judged(
-            prompts=[row for row in prompts if row["id"] in asked],
-            rows=rows,
-            is_part=options.takes_part or not asked.issuperset(labels),
-            seconds_per_judgment=seconds_per_judgment(made),
-        )
+            prompts=[row for row in prompts if row["id"] in asked], rows=rows,
+            is_part=options.takes_part or not asked.issuperset(labels), seconds_per_judgment=seconds_per_judgment(made),
+        )  # fmt: skip
     return found, counts
 
 
@@ -264,12 +262,10 @@ def judge_prompts(
         known = completion.prompt_tokens is not None and completion.completion_tokens is not None
         dollars = judge.dollars(completion.prompt_tokens, completion.completion_tokens) if known else None
         return {
-            "text": completion.text,
-            "verdict": verdict.value,
+            "text": completion.text, "verdict": verdict.value,
             "choice": swapped(verdict.value) if request.key["order"] == 2 else verdict.value,
-            "label": labels[request.key["id"]],
-            "rung": verdict.rung,
-        } | ({} if dollars is None else {"dollars": dollars})
+            "label": labels[request.key["id"]], "rung": verdict.rung,
+        } | ({} if dollars is None else {"dollars": dollars})  # fmt: skip
 
     if model is None:
         complete = functools.partial(complete_by_http, judge=judge, options=options, decoding=decoding)

@@ -9,14 +9,7 @@ import numpy as np
 from conj.data.benchmarks import BENCHMARKS
 from conj.data.preprocess import question_of
 from conj.data.prompts import question_text
-from conj.sample.evaluation import scores
-from conj.sample.evaluation.aggregation import (
-    annotator_agreement,
-    right_on_balance,
-    scored_sections,
-    section_value,
-    sections_of,
-)
+from conj.sample.evaluation import aggregation, scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +112,12 @@ def score_judge(judged: Judged, arrays: Choices, num_resamples: int, seed: int) 
     figures = scores.summarize(arrays.ratios(), num_resamples, seed, arrays.clusters)
     votes = scores.vote_curve(arrays.samples, arrays.labels, num_resamples, seed, arrays.clusters) if several else []
     figures |= {
-        "num_judgments": len(judged.rows),
-        "overlong": sum(row["id"] not in made for row in judged.prompts),
+        "num_judgments": len(judged.rows), "overlong": sum(row["id"] not in made for row in judged.prompts),
         "rungs": {rung: count / len(judged.rows) for rung, count in rungs.most_common()},
         "tokens_per_judgment": None if None in tokens or not tokens else float(np.mean(tokens)),
         "dollars": sum(row["dollars"] for row in judged.rows) if all("dollars" in row for row in judged.rows) else None,
-        "votes": votes,
-        "probability": scores.calibrate(arrays.probability, arrays.labels),
-    }
+        "votes": votes, "probability": scores.calibrate(arrays.probability, arrays.labels),
+    }  # fmt: skip
     places = defaultdict(list)
     for i, row in enumerate(judged.prompts):
         places[row["benchmark"] or row["source"]].append(i)
@@ -157,24 +148,24 @@ def score_benchmark(
         return entry
     points = arrays.ratios(known.undecided_points)["accuracy"]
     if known.net_of_orders:
-        points = right_on_balance(arrays.choices(), arrays.labels), np.ones(len(prompts))
+        points = aggregation.right_on_balance(arrays.choices(), arrays.labels), np.ones(len(prompts))
     ratios = {subset: (points[0] * of, points[1] * of) for subset, of in members.items()}
     drawn = scores.bootstrap(ratios, num_resamples, seed, arrays.clusters, stratified=True)
     values, draws = {subset: scores.figure(ratio) for subset, ratio in ratios.items()}, {}
-    sections = sections_of(name, {subset: int(of.sum()) for subset, of in members.items()})
+    sections = aggregation.sections_of(name, {subset: int(of.sum()) for subset, of in members.items()})
     for section in sections:
-        draws[section.name] = section_value(section, drawn)
+        draws[section.name] = aggregation.section_value(section, drawn)
         between = None if draws[section.name] is None else scores.interval(draws[section.name])
-        found = shown(section_value(section, values), between, section.partial or is_part)
+        found = shown(aggregation.section_value(section, values), between, section.partial or is_part)
         entry["sections"][section.name] = found | {"n": section.n}
     entry["in_no_section"] = len(prompts) - sum(
         int(of.sum()) for subset, of in members.items() if any(subset in section.weights for section in sections)
     )
-    scored = [entry["sections"][section] for section in scored_sections(name)]
+    scored = [entry["sections"][section] for section in aggregation.scored_sections(name)]
     values = [section["value"] for section in scored]
     partial = any(section["partial"] for section in scored)
     if None not in values:
-        between = scores.interval(sum(draws[section] for section in scored_sections(name)) / len(scored))
+        between = scores.interval(sum(draws[section] for section in aggregation.scored_sections(name)) / len(scored))
         entry["score"] = shown(float(np.mean(values)), between, partial)
     else:
         entry["score"] = shown(None, None, partial=True)
@@ -192,5 +183,5 @@ def agreement_with_annotators(votes: list[list[int]], choices: np.ndarray) -> di
     """The mean over the judged orders of the shares that `annotator_agreement` gives."""
     said = {1: 1, 2: 2, scores.TIE: 0, scores.UNPARSED: None}
     orders = [order for order in choices.T.tolist() if order[0] != scores.NOT_JUDGED]
-    found = [annotator_agreement(votes, [said[choice] for choice in order]) for order in orders]
+    found = [aggregation.annotator_agreement(votes, [said[choice] for choice in order]) for order in orders]
     return {name: float(np.mean([shares[name] for shares in found])) for name in found[0]}

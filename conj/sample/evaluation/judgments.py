@@ -20,13 +20,11 @@ from conj.data.readers import read_preferences, read_rows
 OWN = {"id": str, "order": int, "text": str, "verdict": object, "label": int, "rung": str}
 COUNT = (lambda value: type(value) is int and value >= 0, "a number from 0 up")
 OPTIONAL = {
-    "sample": COUNT,
-    "prompt_tokens": COUNT,
-    "completion_tokens": COUNT,
+    "sample": COUNT, "prompt_tokens": COUNT, "completion_tokens": COUNT,
     "token_ids": (lambda value: isinstance(value, list), "a list"),
     "p_first": (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"),
     "dollars": (lambda value: type(value) in (int, float) and 0 <= value < math.inf, "a number from 0 up"),
-}
+}  # fmt: skip
 WINNERS = {"1": 1, "2": 2, None: None, "None": None}
 RESULTS = {"0": 0, "1": 1, "2": 2, "Tie": 0, "garbage": None}  # as PandaLM's outputs write them
 

@@ -36,11 +36,9 @@ FIGURE_NAMES = {
 }  # fmt: skip
 HEADLINE = ("accuracy", "both_right", "consistency", "unparsed")
 COST_NAMES = {
-    "overlong": "Questions too long for the context",
-    "tokens_per_judgment": "Tokens a judgment",
-    "seconds_per_judgment": "Seconds a judgment",
-    "dollars": "Dollars",
-}
+    "overlong": "Questions too long for the context", "tokens_per_judgment": "Tokens a judgment",
+    "seconds_per_judgment": "Seconds a judgment", "dollars": "Dollars",
+}  # fmt: skip
 _RM_BENCH = BENCHMARKS["rm-bench"].sections
 STYLE_WEIGHTS = {**_RM_BENCH["Easy"], **_RM_BENCH["Normal"], **_RM_BENCH["Hard"]}  # subset -> weight
 QUESTIONS_A_BLOCK = 1000
@@ -75,12 +73,10 @@ def write_report(
         "stages": read_stages(run),
     }  # fmt: skip
     rendered = PAGES.get_template("report.html").render(
-        **page,
-        pictures=draw_pictures(judges, FIGURE_NAMES, metrics),
-        script=Markup(script),
+        **page, pictures=draw_pictures(judges, FIGURE_NAMES, metrics), script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         blocks=[Markup(block) for block in pack_judgments(judges, prompts, judgments)],
-    )
+    )  # fmt: skip
     contents = {
         "report.json": json.dumps(report, ensure_ascii=False, indent=2) + "\n",
         "report.md": PAGES.get_template("report.md").render(**page),
