@@ -48,15 +48,15 @@ if [ "$python" != none ]; then
 else
     echo "making .venv ($device); no Python 3.11 to 3.13 on the PATH: uv fetches one"
     uv=uv
-    if ! starts uv --version; then # from any Python; .uv goes when .venv has its own
+    if ! starts uv --version; then # from any python3; .uv goes when .venv has its own
         uv=.uv/bin/uv
-        starts python3 -m venv --clear .uv && starts .uv/bin/python -m pip install uv || rm -rf .uv
-        if [ -e .uv ]; then pass_on_pip_settings .uv; fi
+        if starts python3 -m venv --clear .uv && starts .uv/bin/python -m pip install uv; then pass_on_pip_settings .uv; fi
     fi
-    "$uv" venv -q --clear --seed --python '>=3.11,<3.14' .venv || {
+    if ! starts "$uv" --version || ! "$uv" venv -q --clear --seed --python '>=3.11,<3.14' .venv; then
+        rm -rf .uv
         echo "error: expected Python 3.11, 3.12 or 3.13 on the PATH, or a uv that can fetch one; install one of them" >&2
         exit 2
-    }
+    fi
 fi
 pass_on_pip_settings .venv
 
