@@ -46,13 +46,13 @@ if [ "$python" != none ]; then
     .venv/bin/python -m pip install -qq -c $lock uv
     uv=.venv/bin/uv
 else
-    echo "making .venv ($device); no Python 3.11 to 3.13 on the PATH: uv fetches one"
+    echo "making .venv ($device); no Python 3.11 to 3.13 on the PATH: uv fetches 3.11"
     uv=uv
     if ! starts uv --version; then # from any python3; .uv goes when .venv has its own
         uv=.uv/bin/uv
         if starts python3 -m venv --clear .uv && starts .uv/bin/python -m pip install uv; then pass_on_pip_settings .uv; fi
     fi
-    if ! starts "$uv" --version || ! "$uv" venv -q --clear --seed --python '>=3.11,<3.14' .venv; then
+    if ! starts "$uv" --version || ! "$uv" venv -q --clear --seed --python 3.11 .venv; then
         rm -rf .uv
         echo "error: expected Python 3.11, 3.12 or 3.13 on the PATH, or a uv that can fetch one; install one of them" >&2
         exit 2

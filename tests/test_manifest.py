@@ -1,6 +1,7 @@
 """Manifests: a stage is done, goes on, or is refused; and what it is made from must fit together."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ from conftest import ROOT
 from conj import InputError
 from conj.data import manifest
 from conj.data.files import write_jsonl
-from conj.data.manifest import begin, describe_inputs, finish, manifest_path, read_manifest, write_sealed
+from conj.data.manifest import begin, describe_code, describe_inputs, finish, manifest_path, read_manifest, write_sealed
 from conj.data.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    run: Path = option(help="run folder", affects_result=False)
+    run_dir: Path = option(help="run folder", affects_result=False)
     n: int = option(8, help="a number that the result depends on")
     batch: int = option(1, help="a number that it does not depend on", affects_result=False)
 
@@ -136,3 +137,24 @@ time.sleep(60)
     other.kill()
     other.wait()
     assert begin(run / "c", inputs=[run / "a"], options=Options(run_dir=run))
+
+
+def test_a_manifest_names_the_versions_of_all_that_is_installed():
+    """What made two runs differ may be a package that nobody thought of."""
+    versions = describe_code()["versions"]
+    assert versions["python"] == sys.version.split()[0]
+    assert versions["pytest"] == pytest.__version__ and "huggingface-hub" in versions
+    assert list(versions)[1:] == sorted(list(versions)[1:])
+
+
+def test_the_commit_is_that_of_conj_not_of_the_checkout_that_it_is_installed_in(tmp_path):
+    """`pip install conj` into a project's .venv: that project's commit would pass for ours."""
+    shutil.copytree(ROOT / "conj", tmp_path / "site-packages" / "conj", ignore=shutil.ignore_patterns("__pycache__"))
+    for line in ("init -q", "-c user.name=a -c user.email=a commit -q --allow-empty -m first"):
+        subprocess.run(["git", "-C", str(tmp_path), *line.split()], check=True)
+    code = "from conj.data.manifest import describe_code; print(describe_code()['git'])"
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site-packages")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "{'commit': None, 'dirty': None}"

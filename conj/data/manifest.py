@@ -126,7 +126,8 @@ def describe_code() -> dict:
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    commit = git("rev-parse", "HEAD")
+    # An environment may lie in another project's checkout, whose commit says nothing of conj.
+    commit = git("rev-parse", "HEAD") if git("ls-files", Path(__file__).name) else None
     dirty = None if commit is None else bool(git("status", "--porcelain", "--untracked-files=no"))
     return {"versions": versions, "git": {"commit": commit, "dirty": dirty}}
 
