@@ -135,7 +135,7 @@ print("made", flush=True)
 time.sleep(60)
 """
     manifest._held.clear()
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}:{ROOT / 'tests'}"}
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     assert other.stdout.readline() == "made\n"
     (run / "c").write_text("half")
