@@ -29,16 +29,10 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from bench_common import (
-    QWEN2,
-    ROOT,
-    matmul_ceiling,
-    peak_memory_bytes,
-    require_quiet,
-    training_flops,
-    where_measured,
-)
+from bench_common import QWEN2, ROOT, require_quiet, where_measured
 from make_random_model import write_random_model
+
+from conj.train.speed import matmul_ceiling, peak_memory_bytes, training_flops
 
 SETTINGS = {"beta": 0.1, "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.0}
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # after a few steps; more means that the work was not equal

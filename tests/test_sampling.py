@@ -290,7 +290,9 @@ def test_the_probability_is_kept_if_asked_for_and_only_of_a_verdict(asked, tmp_p
         verdict = parse_strict(completion.text)
         return {"text": completion.text, "verdict": verdict.value, "rung": verdict.rung}
 
-    rows = append_samples(tmp_path / "rows.jsonl", requests, completions, judge, "verdict", asked)
+    rows = append_samples(
+        tmp_path / "rows.jsonl", requests, completions, judge, "verdict", {"parsed": 1, "cut off": 1}, asked
+    )
     assert [row.get("p_first", "not asked") for row in rows] == ([0.75, None] if asked else ["not asked"] * 2)
 
 
@@ -308,7 +310,8 @@ def test_the_source_of_completions_is_closed_when_judging_fails(tmp_path):
         raise InputError("no")
 
     with pytest.raises(InputError) as held:  # its traceback keeps the generator alive
-        append_samples(tmp_path / "rows.jsonl", [Request(key={"id": "a"}, prompt_ids=[1])], complete, judge, "verdict")
+        requests = [Request(key={"id": "a"}, prompt_ids=[1])]
+        append_samples(tmp_path / "rows.jsonl", requests, complete, judge, "verdict", {"a": 1})
     assert held and closed == [True]
 
 

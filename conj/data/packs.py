@@ -28,6 +28,7 @@ class TokenizedPairs:
     prompts: list[array]  # token ids of each distinct prompt
     prompt_of: list[int]  # (N,) row of `prompts`
     judgments: list[tuple[array, array]]  # (N,) chosen and rejected token ids, each with its end token
+    pair_types: list[str] | None = None  # (N,) how each was made; for the log alone
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -82,6 +83,7 @@ def tokenize_pairs(rows: Sequence[dict], tokenizer: JudgeTokenizer, vocab_size: 
         prompts=prompts,
         prompt_of=prompt_of,
         judgments=judgments,
+        pair_types=[row["pair_type"] for row in rows],
     )
 
 
