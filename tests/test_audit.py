@@ -297,7 +297,9 @@ def test_a_changed_learning_rate_parts_at_the_first_step(run, other):
     pairs, reference, model = other(run, learning_rate=5e-4)
     assert pairs.outcome == reference.outcome == "holds"
     assert "option learning_rate: 0.001 and 0.0005" in model.found
-    assert "metrics.jsonl:1: step 1: lr: 0.001 and 0.0005" in model.found and "weights: tensor" in model.found
+    assert (
+        "metrics.jsonl:1: step 1: learning_rate: 0.001 and 0.0005" in model.found and "weights: tensor" in model.found
+    )
 
 
 def test_a_swapped_pair_parts_at_its_record(run, other):

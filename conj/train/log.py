@@ -36,9 +36,8 @@ from conj.train.speed import idle_share, peak_memory_bytes, quick_ceiling, step_
 
 COLUMNS = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")  # of each pair
 # What of a row differs from run to run.
-TIMES = frozenset(
-    ("time", "step_seconds", "pairs_per_second", "tokens_per_second", "flops_per_second", "share_of_ceiling")
-) | {"peak_memory_bytes"}
+TIMES = {"time", "step_seconds", "pairs_per_second", "tokens_per_second", "flops_per_second", "share_of_ceiling"}
+TIMES |= {"peak_memory_bytes"}
 Sink = Callable[[dict[str, float], int], None]  # takes the numbers of a row, and the step
 
 
@@ -106,8 +105,9 @@ def training_log(
             row = {"step": step, "epoch": step / steps_per_epoch, **metrics, **speed, "time": time.time()}
             file.write(dump_line(row))
             file.flush()
-            for sink in sinks:
-                sink({name: value for name, value in row.items() if isinstance(value, (int, float))}, step)
+            numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+            for sink in sinks:  # each of which has a step and a time of its own
+                sink({name: value for name, value in numbers.items() if name not in ("step", "time")}, step)
             shown = {name: row[name] for name in ("loss", "rewards/margins", "rewards/accuracies")}
             short = {name.rpartition("/")[2]: "–" if v is None else f"{v:.3f}" for name, v in shown.items()}
             bar.set_postfix(short, refresh=False)

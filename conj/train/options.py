@@ -99,8 +99,13 @@ class DPOOptions(RunOptions, ComputeOptions):
             "makes again, found selective",
         )
         require_each(self, ("warmup_ratio", "adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "0 to below 1")
-        for name in self.report_to:
-            require(find_spec(name) is not None, f"--report-to {name}: not installed; pip install {name}")
+        for (
+            name
+        ) in self.report_to:  # a folder of that name, which wandb leaves where it ran, is a package without origin
+            require(
+                getattr(find_spec(name), "origin", None) is not None,
+                f"--report-to {name}: not installed; pip install {name}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
