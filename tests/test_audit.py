@@ -208,8 +208,8 @@ def edit_manifest(run: Path, **options) -> None:
 def test_a_learning_rate_other_than_the_one_stated_is_found_at_the_first_step(run):
     edit_manifest(run, learning_rate=2e-3)
     _, checks = audited(run, replay=8)
-    assert "step 1: lr: expected 0.002 by seed and options, found 0.001" in checks["data order"].found
-    assert checks["replay of steps 1 to 8"].found.startswith("step 1: lr")
+    assert "step 1: learning_rate: expected 0.002 by seed and options, found 0.001" in checks["data order"].found
+    assert checks["replay of steps 1 to 8"].found.startswith("step 1: learning_rate")
 
 
 def test_a_beta_other_than_the_one_stated_is_found_at_the_step_where_it_shows(run):

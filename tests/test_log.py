@@ -5,6 +5,7 @@ import pty
 import shutil
 import subprocess
 import sys
+import termios
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
@@ -172,7 +173,7 @@ def test_a_sink_that_is_not_installed_is_refused_before_anything_is_read(spec, t
 
 # ---- Lines ----
 
-LOOP = "from conj.data.progress import progress\nfor _ in progress(range(10_000), desc='loop', ncols=60): pass"
+LOOP = "from conj.data.progress import progress\nfor _ in progress(range(10_000), desc='loop'): pass"
 
 
 def test_off_a_terminal_progress_is_a_few_plain_lines(ready, tied_model):
@@ -187,6 +188,7 @@ def test_on_a_terminal_progress_is_tqdms_bar():
     """Negative control of the test above: the same loop, on a terminal and piped."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 80))
     subprocess.run([sys.executable, "-c", LOOP], stderr=end, env=env, check=True)
     os.close(end)
     shown = os.read(terminal, 100_000).decode()
