@@ -9,7 +9,7 @@ setup:  ## the environment in .venv, with the right builds of torch and vLLM; qu
 	@PYTHON=$(PYTHON) bash scripts/setup.sh
 
 demo: setup  ## all seven stages of Con-J on the shipped tiny judge
-	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
+	$(BIN)/python -m conj run demo/demo.toml
 
 test: setup  ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu and not slow"

@@ -1,27 +1,169 @@
-"""The commands of conj."""
+"""A whole run, or a sweep of runs, from one file of settings.
 
-import importlib
-from typing import NamedTuple
+    conj run demo/demo.toml
+    conj run mine.toml --run-dir runs/mine --dpo.learning-rate 1e-6
+    conj run mine.toml --dry-run
+
+The file is described in conj/settings.py. The runs of a sweep take from those before them what is the same, so what they
+share is made once; in the end one report shows all of them.
+
+All of it is checked before the first stage starts: settings, data, the model folder, and whether what stands in the run
+folder was made with them. Complete stages are skipped, and a run that was killed goes on where it stopped: give the same
+line again. The resolved settings are written to `settings.toml` in the run folder, which is such a file as well.
+"""
+
+import dataclasses
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import tomli_w
+
+from conj import InputError
+from conj.data import manifest
+from conj.data.benchmarks import locate_data
+from conj.data.files import write_atomic
+from conj.data.options import flag, run_command
+from conj.data.readers import read_rows
+from conj.model.folder import check_model
+from conj.settings import COMMANDS, Run, as_toml, resolve, run_file_options
+
+ON_ALL_RANKS = ("reference", "dpo")  # under torchrun
+# On a CPU, threads that spin while they wait lose a factor of ten as soon as another process wants a core.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
-class Command(NamedTuple):
-    module: str  # `python -m` runs it
-    options: str  # its options, where torch is not imported for them: MODULE:CLASS
+def check(runs: list[Run]) -> None:
+    """Raises InputError for data and model folders that cannot be used, before hours go into what comes before them."""
+    for options in (options for run in runs for options in run.options.values()):
+        for name in getattr(options, "data", ()):
+            read_rows(locate_data(name)[0])  # nothing is read before the first row is asked for
+    stages = [options for run in runs for options in run.options.values() if hasattr(options, "model")]
+    # Training takes what fits the model; a sampler that is asked for more refuses.
+    for model, max_length in {(o.model, o.max_length if hasattr(o, "max_new_tokens") else None): None for o in stages}:
+        check_model(model, max_length)
 
-    def load_options(self) -> type:
-        module, name = self.options.split(":")
-        return getattr(importlib.import_module(module), name)
+
+def status(options, artefact: Path, inputs: list) -> str:
+    """complete, unfinished, or to do. Raises InputError where it was made of other inputs or options."""
+    if not _are_there(inputs):
+        return "to do"
+    return manifest.state(artefact, manifest.describe(inputs, options))
 
 
-COMMANDS = {
-    "preprocess": Command("conj.data.preprocess", "conj.data.preprocess:PreprocessOptions"),
-    "repeated": Command("conj.sample.repeated", "conj.sample.repeated:RepeatedOptions"),
-    "hinted": Command("conj.sample.hinted", "conj.sample.hinted:HintedOptions"),
-    "pairs": Command("conj.data.pairs", "conj.data.pairs:PairsOptions"),
-    "reference": Command("conj.train.reference", "conj.train.options:ReferenceOptions"),
-    "dpo": Command("conj.train.dpo", "conj.train.options:DPOOptions"),
-    "evaluate": Command("conj.sample.evaluation.evaluate", "conj.sample.evaluation.evaluate:EvaluateOptions"),
-    "judge": Command("conj.sample.judge", "conj.sample.judge:JudgeOptions"),
-    "attacks": Command("conj.sample.evaluation.attacks", "conj.sample.evaluation.attacks:AttackOptions"),
-    "audit": Command("conj.train.audit", "conj.train.options:AuditOptions"),
-}
+def _are_there(inputs: list) -> bool:
+    """Whether no stage before this one has still to make one of them."""
+    return all(path.exists() for path in inputs if isinstance(path, Path))
+
+
+def command_line(stage: str, options, num_processes: int) -> list[str]:
+    """The stage as a command: every option that is not its default."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    line = [
+        sys.executable,
+        *(launch if stage in ON_ALL_RANKS and num_processes > 1 else ()),
+        "-m",
+        COMMANDS[stage].module,
+    ]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value == field.default or value is None:
+            continue
+        if isinstance(value, bool):
+            line.append(flag(field) if value else flag(field).replace("--", "--no-", 1))
+        elif isinstance(value, tuple):
+            line += [flag(field), *map(str, value)]
+        else:
+            line.append(f"{flag(field)}={value}")
+    return line
+
+
+def execute(line: list[str]) -> None:
+    """Runs a command; where it fails, so does this one, with its exit code. SIGTERM goes to it, which may save first."""
+    child = subprocess.Popen(line, env=ENVIRONMENT | os.environ)
+    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:  # the child has it too
+        child.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def run_stages(run: Run) -> None:
+    """The stages in order; those that are complete, here or in a run that this one builds on, are not started."""
+    for stage, options in run.options.items():
+        if stage != "evaluate" and is_complete(options):
+            continue
+        line = command_line(stage, options, run.num_processes)
+        print(f"== {stage}: {shlex.join(line[1:])}", flush=True)
+        execute(line)
+
+
+def is_complete(options) -> bool:
+    [(artefact, inputs)] = options.makes().items()
+    return _are_there(inputs) and manifest.is_complete(artefact, manifest.describe(inputs, options), options)
+
+
+def dry_run(runs: list[Run]) -> None:
+    """Prints, for each stage of each run, what `run_stages` would do and why."""
+    made_by = {}  # what a stage makes from what, by settings alone -> the run that makes it first
+    for run in runs:
+        print(f"{run.folder}")
+        sources = {}  # file name -> what makes it
+        for stage, options in run.options.items():
+            for artefact, inputs in options.makes().items():
+                key = (artefact.name, repr(manifest.describe_options(options)))
+                key += tuple(sources.get(Path(path).name, str(path)) for path in inputs)
+                sources[artefact.name] = key
+                first = made_by.setdefault(key, run)
+                try:
+                    found = status(options, artefact, inputs)
+                except InputError as e:
+                    found = f"stale: {e}"
+                if found == "to do" and first is not run:
+                    found = f"taken from {first.folder}"
+                print(f"  {stage:10}  {artefact.name:24}  {found}")
+
+
+def compare(runs: list[Run]) -> None:
+    """One report over the runs of a sweep, in the folder above theirs."""
+    options = [run.options["evaluate"] for run in runs]
+    files = [("base", options[0].find("judgments_base.jsonl"))]
+    files += [(run.name, run.folder / "judgments_trained.jsonl") for run in runs]
+    first = options[0]
+    together = dataclasses.replace(
+        first, run_dir=first.run_dir.parent, from_runs=(), model=None,
+        judgments=tuple(f"{name}={manifest.locate(path)}" for name, path in files if manifest.locate(path).exists()),
+    )  # fmt: skip
+    line = command_line("evaluate", together, 1)
+    print(f"== all runs: {shlex.join(line[1:])}", flush=True)
+    execute(line)
+
+
+def main(given) -> None:
+    runs = resolve(given)
+    check(runs)
+    if given.dry_run:
+        dry_run(runs)
+        return
+    for run in runs:
+        for options in run.options.values():  # what is stale is found before anything is made
+            for artefact, inputs in options.makes().items():
+                status(options, artefact, inputs)
+    for run in runs:
+        write_atomic(run.folder / "settings.toml", tomli_w.dumps(as_toml(run)).encode())
+        run_stages(run)
+    if len(runs) > 1 and "evaluate" in runs[0].options:
+        compare(runs)
+    print(f"open {(runs[0].folder.parent if len(runs) > 1 else runs[0].folder) / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run_command(main, run_file_options(), __doc__)

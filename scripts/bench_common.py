@@ -1,5 +1,6 @@
 """What the benchmarks share: the row that says where a figure was measured, sizes of models, and a machine that is quiet."""
 
+import argparse
 import platform
 import sys
 from importlib.metadata import version
@@ -19,6 +20,12 @@ QWEN2 = {  # arXiv 2407.10671, table 1: hidden, mlp, query heads, key heads, hea
     "7B": {"D": 3584, "F": 18944, "N": 28, "K": 4, "H": 128, "V": 152064, "L": 28, "tie": False},
     "72B": {"D": 8192, "F": 29568, "N": 64, "K": 8, "H": 128, "V": 152064, "L": 80, "tie": False},
 }
+
+
+def argument_parser(doc: str) -> argparse.ArgumentParser:
+    """A script's, described by the first paragraph of its docstring; the help names the defaults."""
+    form = argparse.ArgumentDefaultsHelpFormatter
+    return argparse.ArgumentParser(description=doc.split("\n\n")[0], formatter_class=form)
 
 
 def where_measured(device: str) -> dict[str, str]:

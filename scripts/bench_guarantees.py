@@ -2,7 +2,7 @@
 
     python scripts/bench_guarantees.py --ranks 1 2 --json out.json
 
-A random Qwen2 of 20 M parameters in fp32, on the pairs of bench_train.py. Audit mode sets a process's threads and kernels
+A random Qwen2 of 20 M parameters in fp32, on the pairs of bench_sides.py. Audit mode sets a process's threads and kernels
 for good, so each run of `conj.train.dpo` is a process of its own, in turns; its first step is warm-up. Beside the run that
 a user gets, with all cores, stands one with a single thread, which is what audit mode has.
 
@@ -25,8 +25,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from bench_common import ROOT, require_quiet, where_measured
-from bench_train import GEOMETRIES, make_model, write_pairs
+from bench_common import ROOT, argument_parser, require_quiet, where_measured
+from bench_sides import GEOMETRIES, make_model, write_pairs
 
 from conj.data.files import read_jsonl
 from conj.data.packs import plan_packs, plan_steps
@@ -79,7 +79,7 @@ def time_saving(folder: Path, blocks: int) -> None:
             run_dir=folder / "run", model=folder / "model", dtype="float32", pairs_per_step=2, max_tokens_per_pack=1024
         )
         dpo.select_arithmetic(options, world.device)
-        pairs, _, usable = load_pairs(options.run_dir, options.model, options.max_length)
+        pairs, _, usable = load_pairs(options.find("pairs.jsonl"), options.model, options.max_length)
         steps = plan_steps(pairs, usable, pairs_per_step=options.pairs_per_step, share=options.share, seed="0")
         steps = [plan_packs(pairs, s, max_tokens=1024, share=options.share) for s in steps[:SHORT_STEPS]]
         reference = torch.zeros(len(pairs), 2)
@@ -147,15 +147,11 @@ def in_short(row: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="processes that share the cores")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
     parser.add_argument("--steps", type=int, default=8, help="steps timed in a run, of 8 pairs")
-    parser.add_argument(
-        "--blocks", type=int, default=8, help="blocks with a checkpoint in a round, and as many without"
-    )
+    parser.add_argument("--blocks", type=int, default=8, help="of a round with a checkpoint, and as many without")
     parser.add_argument("--geometry", choices=GEOMETRIES, default="20M", help="the model")
     parser.add_argument("--ceiling", type=float, default=0.0, help="GFLOP/s of fp32 matmuls on this machine when idle")
     parser.add_argument("--json", type=Path, help="file to write the rows to")

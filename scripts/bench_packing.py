@@ -8,13 +8,14 @@ proportional to tokens: `balance lost` is the share of time in which ranks wait 
 steps of 1 - mean rank / fullest rank. As packs are dealt largest first, rank 0 is the fullest in every round.
 """
 
-import argparse
 import json
 import random
 import sys
 import time
 from array import array
 from pathlib import Path
+
+from bench_common import argument_parser
 
 from conj import InputError
 from conj.data.manifest import describe_code
@@ -23,6 +24,12 @@ from conj.data.preprocess import load_prompts, question_of
 from conj.data.prompts import JudgeTokenizer, judge_messages, judgment_text
 
 SHAPES = [(24, 1), (24, 8), (25, 8), (192, 8), (384, 64)]  # pairs a step, ranks
+COLUMNS = {
+    "share": "{share}", "pairs a step": "{pairs_per_step}", "ranks": "{ranks}", "seconds": "{seconds:.1f}",
+    "packs a step": "{packs_per_step:.2f}", "fill of longest": "{fill_of_longest:.2%}",
+    "fill of budget": "{fill_of_budget:.2%}", "balance lost": "{balance_lost:.2%}",
+    "tokens / uncut": "{tokens_over_uncut:.3f}", "fullest rank x ranks / uncut": "{fullest_rank_over_uncut:.3f}",
+}  # fmt: skip
 
 
 def real_lengths(tokenizer_folder: Path, prompts: list[str], judgments: list[Path]) -> tuple[list[int], list[int]]:
@@ -30,9 +37,8 @@ def real_lengths(tokenizer_folder: Path, prompts: list[str], judgments: list[Pat
     tokenizer = JudgeTokenizer.load(tokenizer_folder)
     missing = [str(path) for path in [*prompts, *judgments] if not Path(path).exists()]
     if missing or not judgments:
-        raise InputError(
-            f"{', '.join(missing) or 'judgments'}: no such file; give --data FOLDER, or the files themselves"
-        )
+        named = ", ".join(missing) or "judgments"
+        raise InputError(f"{named}: no such file; give --data FOLDER, or the files themselves")
     rows, _ = load_prompts(prompts)
     messages = [judge_messages(question_of(row), row["answer_1"], row["answer_2"]) for row in rows]
     texts = [
@@ -53,12 +59,9 @@ def draw_pairs(rng: random.Random, lengths: tuple[list[int], list[int]], num_pro
     )
     prompt_of = [prompt for prompt in range(num_prompts) for _ in range(k)]
     return TokenizedPairs(
-        ids=[str(prompt) for prompt in prompt_of],
-        is_eval=[False] * len(prompt_of),
-        prompts=prompts,
-        prompt_of=prompt_of,
-        judgments=list(zip(chosen, rejected)),
-    )
+        ids=[str(prompt) for prompt in prompt_of], is_eval=[False] * len(prompt_of), prompts=prompts,
+        prompt_of=prompt_of, judgments=list(zip(chosen, rejected)),
+    )  # fmt: skip
 
 
 def pack_tokens(pairs: TokenizedPairs, packs: list) -> list[int]:
@@ -82,17 +85,13 @@ def measure_steps(pairs: TokenizedPairs, share: str, pairs_per_step: int, ranks:
     whole = [plan_packs(pairs, steps[i], max_tokens=2**40, share=share) for i in full]
     tokens, uncut = sum(map(sum, loads)), sum(sum(pack_tokens(pairs, packs)) for packs in whole)
     return {
-        "share": share,
-        "pairs_per_step": pairs_per_step,
-        "ranks": ranks,
-        "seconds": seconds,
+        "share": share, "pairs_per_step": pairs_per_step, "ranks": ranks, "seconds": seconds,
         "packs_per_step": mean([len(step) for step in loads]),
         "fill_of_longest": mean([sum(step) / len(step) / max(step) for step in loads]),
         "fill_of_budget": tokens / sum(map(len, loads)) / max_tokens,
-        "balance_lost": mean([1 - mean(step) / max(step) for step in shares]),
-        "tokens_over_uncut": tokens / uncut,
+        "balance_lost": mean([1 - mean(step) / max(step) for step in shares]), "tokens_over_uncut": tokens / uncut,
         "fullest_rank_over_uncut": sum(map(max, shares)) * ranks / uncut,
-    }
+    }  # fmt: skip
 
 
 def measure_whole(pairs: TokenizedPairs, max_tokens: int) -> dict:
@@ -106,9 +105,7 @@ def measure_whole(pairs: TokenizedPairs, max_tokens: int) -> dict:
 
 def main() -> None:
     data = Path(__file__).resolve().parents[2] / "shared" / "data"
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--data", type=Path, default=data, help="folder that holds the three below under their names")
     parser.add_argument("--tokenizer", type=Path, help="folder; DATA/qwen2-tokenizer if not given")
     parser.add_argument("--prompts", nargs="+", help="preference data; DATA/ultrafeedback/… if not given")
@@ -131,24 +128,13 @@ def main() -> None:
         f"(mean {mean(lengths[1]):.0f}, most {max(lengths[1])}); packs of {args.max_tokens_per_pack} tokens"
     )
     rows = [measure_whole(pairs, args.max_tokens_per_pack)]
-    print(
-        "Whole data, `--share prompt`: {packs} packs, {fill_of_budget:.2%} full, {seconds:.1f} s.\n".format(**rows[0])
-    )
-    print(
-        "| share | pairs a step | ranks | seconds | packs a step | fill of longest | fill of budget | balance lost ",
-        end="",
-    )
-    print("| tokens / uncut | fullest rank x ranks / uncut |\n" + "|---" * 10 + "|")
+    print("All data, `--share prompt`: {packs} packs, {fill_of_budget:.2%} full, {seconds:.1f} s.\n".format(**rows[0]))
+    print("|", " | ".join(COLUMNS), "|\n" + "|---" * len(COLUMNS) + "|")
     for share in ("prompt", "pair", "none"):
         for pairs_per_step, ranks in SHAPES:
             row = measure_steps(pairs, share, pairs_per_step, ranks, args.max_tokens_per_pack)
             rows.append(row)
-            print(
-                "| {share} | {pairs_per_step} | {ranks} | {seconds:.1f} | {packs_per_step:.2f} | {fill_of_longest:.2%} "
-                "| {fill_of_budget:.2%} | {balance_lost:.2%} | {tokens_over_uncut:.3f} "
-                "| {fullest_rank_over_uncut:.3f} |".format(**row),
-                flush=True,
-            )
+            print("|", " | ".join(COLUMNS.values()).format(**row), "|", flush=True)
     if args.json:
         settings = {name: value for name, value in vars(args).items() if isinstance(value, int)}
         args.json.write_text(json.dumps({"settings": settings, "code": describe_code(), "rows": rows}, indent=1) + "\n")

@@ -31,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_common import QWEN2, config_of, where_measured
+from bench_common import QWEN2, argument_parser, config_of, where_measured
 from torch.profiler import ProfilerActivity, profile
 
 from conj import InputError
@@ -226,18 +226,15 @@ def print_row(row: dict) -> None:
     profiled = row.get("profile", {"kinds": {}})
     total = sum(entry["seconds"] for entry in profiled["kinds"].values())
     for kind, entry in profiled["kinds"].items():
-        print(
-            f"    {kind:18} {entry['seconds'] * 1e3:9.1f} ms {entry['seconds'] / total:6.1%} {entry['calls']:7} calls"
-        )
+        seconds, calls = entry["seconds"], entry["calls"]
+        print(f"    {kind:18} {seconds * 1e3:9.1f} ms {seconds / total:6.1%} {calls:7} calls")
     if profiled["kinds"]:
         print(f"    kernels ran {profiled['gpu_busy_seconds']:.3f} of {profiled['step_seconds']:.3f} s, "
               f"{profiled['kernel_launches']} launches, waits {profiled['host_waits']}", flush=True)  # fmt: skip
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of forward and backward")
     parser.add_argument("--model", choices=QWEN2, default="7B", help="whose width, and whose layers as far as they fit")
@@ -250,7 +247,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument(
-        "--budget", type=float, default=600.0, help="seconds; a row that may not end in them is left out"
+        "--budget", type=float, default=600.0, help="seconds; rows that may not end in them are left out"
     )
     parser.add_argument("--tiny", action="store_true", help="a model and pairs of a few tokens")
     parser.add_argument("--json", type=Path, help="file to write the rows to")

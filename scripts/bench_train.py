@@ -20,210 +20,20 @@ than a tenth slower than at the machine's best is taken again.
 import argparse
 import json
 import multiprocessing
-import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from bench_common import QWEN2, ROOT, require_quiet, where_measured
-from make_random_model import write_random_model
+from bench_common import argument_parser, require_quiet, where_measured
+from bench_sides import GEOMETRIES, make_model, run_conj, run_reference, run_trl, steps_of, write_pairs
 
-from conj.train.speed import matmul_ceiling, peak_memory_bytes, training_flops
+from conj.train.speed import matmul_ceiling, training_flops
 
-SETTINGS = {"beta": 0.1, "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.0}
+SHARES = ("prompt", "pair", "none")
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # after a few steps; more means that the work was not equal
-GEOMETRIES = {
-    "1M": dict(hidden_size=128, intermediate_size=384, layers=4, heads=4, kv_heads=2, vocab_size=1_536, tie=True),
-    "20M": dict(hidden_size=384, intermediate_size=1024, layers=5, heads=6, kv_heads=2, vocab_size=32_000, tie=True),
-    "large-vocabulary": dict(
-        hidden_size=128, intermediate_size=384, layers=4, heads=4, kv_heads=2, vocab_size=151_936, tie=True
-    ),
-} | {
-    f"qwen2-{name.lower()}": dict(
-        hidden_size=size["D"], intermediate_size=size["F"], layers=size["L"], heads=size["N"], kv_heads=size["K"],
-        vocab_size=size["V"], tie=size["tie"],
-    )
-    for name, size in QWEN2.items()
-}  # fmt: skip
-
-
-def make_model(folder: Path, dtype: str, geometry: str, device: str) -> dict:
-    """In a process of its own: random numbers for 7 B parameters are drawn on the GPU, which gives their memory back."""
-    write_random_model(folder, ROOT / "demo" / "base", dtype=dtype, device=device, **GEOMETRIES[geometry])
-    return {}
-
-
-def write_pairs(run: Path, args: argparse.Namespace) -> None:
-    """pairs.jsonl of random words; lengths in tokens are drawn evenly from the two ranges, end token counted."""
-    from conj.data.files import write_jsonl
-    from conj.data.prompts import JudgeTokenizer, judge_messages, judgment_text
-
-    rng = random.Random(0)
-    tokenizer = JudgeTokenizer.load(ROOT / "demo" / "base")
-    words = ["red", "blue", "seven", "town", "river", "天空", "蓝色", "回答", "更好", "特产", "准确"]
-
-    def grown(render, ids_of, fewest: int, most: int):
-        """`render(words)` with as many words as its target length in tokens asks for."""
-        target, chosen = rng.randint(fewest, most), []
-        while len(ids_of(render(chosen))) < target:
-            chosen.append(rng.choice(words))
-        return render(chosen)
-
-    rows = []
-    for i in range(args.prompts):
-        prompt = grown(lambda w: judge_messages(" ".join(w[::3]), " ".join(w[1::3]), " ".join(w[2::3])),
-                       tokenizer.prompt_ids, *args.prompt_tokens)  # fmt: skip
-        for _ in range(args.pairs_per_prompt):
-            chosen, rejected = (
-                grown(lambda w, v=v: judgment_text(" ".join(w), v), tokenizer.completion_ids, *args.judgment_tokens)
-                for v in (1, 2)
-            )
-            rows.append(
-                {"id": f"prompt-{i}", "prompt": prompt, "chosen": [{"role": "assistant", "content": chosen}]}
-                | {"rejected": [{"role": "assistant", "content": rejected}], "label": 1, "pair_type": "repeated"}
-            )
-    write_jsonl(run / "pairs.jsonl", rows)
-
-
-def run_conj(folder: Path, model: Path, share: str, args: argparse.Namespace) -> dict:
-    """`train_step` of `conj.train.dpo` on the first steps of its plan, without checkpoints and logs."""
-    from safetensors.torch import load_file
-
-    from conj.train import dpo
-    from conj.train.sharding import distributed
-
-    options = dpo.DPOOptions(
-        run_dir=folder / "run", model=model, share=share, dtype=args.dtype, pairs_per_step=args.pairs_per_step,
-        warmup_ratio=0.0, max_tokens_per_pack=args.max_tokens_per_pack, kernels=args.kernels, device=args.device,
-        activation_checkpointing=args.activation_checkpointing, cpu_offload=args.cpu_offload, **SETTINGS,
-    )  # fmt: skip
-    pairs, _, plans = steps_of(options.run_dir, model, share, args)
-    with distributed(args.device) as world:
-        dpo.select_arithmetic(options, world.device)
-        logps = load_file(options.run_dir / "reference.safetensors")["logps"]
-        sharded, optimizer = dpo.build_policy(options, world)
-        batches = dpo.batches_of(pairs, logps, plans, world)
-        rows = [
-            dpo.train_step(
-                sharded,
-                optimizer,
-                pairs,
-                packs,
-                batches,
-                dpo.learning_rate_at(step, args.steps, options),
-                options,
-                world,
-            )
-            for step, packs in enumerate(plans)
-        ]
-    return {
-        "pairs_per_step": args.pairs_per_step,
-        "losses": [row["loss"] for row in rows],
-        "step_seconds": [row["step_seconds"] for row in rows],
-        "tokens": [row["num_tokens"] for row in rows],
-        "peak_memory_bytes": peak_memory_bytes(args.device),
-    }
-
-
-def run_reference(folder: Path, model: Path, args: argparse.Namespace) -> dict:
-    """Stage 5, once a model; what it costs is reported beside the steps that it saves."""
-    from conj.train import reference
-
-    started = time.perf_counter()
-    reference.main(
-        reference.ReferenceOptions(
-            run_dir=folder,
-            model=model,
-            dtype=args.dtype,
-            device=args.device,
-            kernels=args.kernels,
-            max_tokens_per_pack=args.max_tokens_per_pack,
-        )
-    )
-    return {"seconds": time.perf_counter() - started}
-
-
-def steps_of(run: Path, model: Path, share: str, args: argparse.Namespace) -> tuple:
-    """The pairs, the pairs of each step, those of a prompt together, and the packs of each step as `share` makes them."""
-    from conj.data.packs import plan_packs, plan_steps
-    from conj.train.reference import load_pairs
-
-    pairs, _, usable = load_pairs(run, model, 6400)
-    steps = plan_steps(pairs, usable, pairs_per_step=args.pairs_per_step, share="prompt", seed="2021:0")[: args.steps]
-    return pairs, steps, [plan_packs(pairs, s, max_tokens=args.max_tokens_per_pack, share=share) for s in steps]
-
-
-def trl_tokenizer(folder: Path):
-    """The folder's tokenizer with a template that ends at the judgment's end token.
-
-    conj trains a judgment up to that token, which is what a sampler writes; the line break that the template puts after
-    it is never sampled. TRL takes the completion from the template."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "'<|im_end|>' + '\n'}}", "'<|im_end|>'}}{% if message['role'] != 'assistant' %}{{'\n'}}{% endif %}"
-    )
-    return tokenizer
-
-
-def run_trl(folder: Path, model: Path, logits: str, peer: dict, args: argparse.Namespace) -> dict:
-    """`DPOTrainer.train()` on the same pairs in the same order, timed step by step.
-
-    `peer` holds what differs from `DPOConfig()`'s defaults for speed; everything else here is output, the optimizer's
-    numbers, which are conj's so that losses can be compared, and no max_length, or TRL would cut off judgments."""
-    if logits == "judgment-only":
-        import trl.trainer.utils
-
-        trl.trainer.utils._use_triton = lambda device: True  # chooses the positions there; tiles are torch's on a CPU
-    batch = peer.get("per_device_train_batch_size", min(8, args.pairs_per_step))
-    assert args.pairs_per_step % batch == 0
-    import torch
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import DPOConfig, DPOTrainer
-
-    from conj.data.files import read_jsonl
-
-    rows = read_jsonl(folder / "run" / "pairs.jsonl")
-    _, steps, _ = steps_of(folder / "run", model, "prompt", args)
-    tokenizer = trl_tokenizer(model)
-    times = []
-
-    class StepTimer(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            times.append(time.perf_counter())
-
-        def on_step_end(self, *_, **__):
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            times[-1] = time.perf_counter() - times[-1]
-
-    config = DPOConfig(
-        output_dir=str(folder / "trl"), max_steps=args.steps, gradient_accumulation_steps=args.pairs_per_step // batch,
-        per_device_train_batch_size=batch, max_length=None, use_cpu=args.device == "cpu", bf16=args.dtype == "bfloat16",
-        train_sampling_strategy="sequential", logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
-        beta=SETTINGS["beta"], learning_rate=SETTINGS["learning_rate"], adam_beta1=SETTINGS["adam_beta1"],
-        adam_beta2=SETTINGS["adam_beta2"], weight_decay=SETTINGS["weight_decay"], lr_scheduler_type="cosine",
-        **{k: v for k, v in peer.items() if k != "per_device_train_batch_size"},
-    )  # fmt: skip
-    data = Dataset.from_list(
-        [{k: rows[i][k] for k in ("prompt", "chosen", "rejected")} for step in steps for i in step]
-    )
-    trainer = DPOTrainer(
-        model=str(model), args=config, train_dataset=data, processing_class=tokenizer, callbacks=[StepTimer()]
-    )
-    trainer.train()
-    return {
-        "pairs_per_step": args.pairs_per_step,
-        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
-        "step_seconds": times,
-        "peak_memory_bytes": peak_memory_bytes(args.device),
-    }
 
 
 def isolated(function, *arguments) -> dict:
@@ -253,9 +63,8 @@ def best_settings(folder: Path, model: Path, logits: str, args: argparse.Namespa
             peer = {"precompute_ref_log_probs": True, "per_device_train_batch_size": batch}
             peer["gradient_checkpointing"] = checkpointing
             result = isolated(run_trl, folder, model, logits, peer, args)
-            print(
-                f"  trl, logits {logits}, batch {batch}, checkpointing {checkpointing}: {in_short(result)}", flush=True
-            )
+            how = f"logits {logits}, batch {batch}, checkpointing {checkpointing}"
+            print(f"  trl, {how}: {in_short(result)}", flush=True)
             if "error" not in result:
                 found[pairs_per_second(result)] = peer
     return found[max(found)] if found else {"precompute_ref_log_probs": True, "per_device_train_batch_size": 1}
@@ -306,7 +115,7 @@ def compare(folder: Path, geometry: str, args: argparse.Namespace) -> Iterator[d
     for share in args.share:
         ours = results["conj", share, ""]
         row = {
-            "geometry": geometry, "vocab_size": GEOMETRIES[geometry]["vocab_size"], "share": share, "dtype": args.dtype,
+            "geometry": geometry, "vocab_size": GEOMETRIES[geometry]["V"], "share": share, "dtype": args.dtype,
             "pairs_per_step": args.pairs_per_step, "steps": args.steps, "rounds": args.rounds, "matmul_ceiling": min(ceilings),
             "any_load": args.any_load,
             "settings_conj": {name: getattr(args, name) for name in ("max_tokens_per_pack", "activation_checkpointing")},
@@ -324,11 +133,8 @@ def compare(folder: Path, geometry: str, args: argparse.Namespace) -> Iterator[d
         )
         row |= {
             "pairs_per_second_conj": statistics.median(map(pairs_per_second, ours)),
-            "unique_tokens_per_second_conj": statistics.median(
-                sum(r["tokens"][1:]) / sum(r["step_seconds"][1:]) for r in ours
-            ),
-            "hardware_flops_utilisation_conj": executed,
-            "model_flops_utilisation_conj": needed,
+            "unique_tokens_per_second_conj": statistics.median(sum(r["tokens"][1:]) / sum(r["step_seconds"][1:]) for r in ours),
+            "hardware_flops_utilisation_conj": executed, "model_flops_utilisation_conj": needed,
             "peak_memory_bytes_conj": max(r["peak_memory_bytes"] for r in ours),
             "reference_seconds_per_pair_conj": reference["seconds"] / (args.prompts * args.pairs_per_prompt),
             "loss_conj": ours[0]["losses"][-1], "losses_conj": ours[0]["losses"],
@@ -345,17 +151,13 @@ def beside(ours: list[dict], theirs: list[dict], side: Side, settings: dict) -> 
         return start | {"peer_error": failed}
     ratios = [pairs_per_second(a) / pairs_per_second(b) for a, b in zip(ours, theirs)]
     peak = max(r["peak_memory_bytes"] for r in theirs)
+    losses = theirs[0]["losses"]
     return start | {
-        "pairs_per_second_peer": statistics.median(map(pairs_per_second, theirs)),
-        "peak_memory_bytes_peer": peak,
-        "ratio_pairs_per_second": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "ratio_peak_memory": max(r["peak_memory_bytes"] for r in ours) / peak,
-        "loss_peer": theirs[0]["losses"][-1],
-        "losses_peer": theirs[0]["losses"],
-        "largest_loss_difference": max(abs(a - b) for a, b in zip(ours[0]["losses"], theirs[0]["losses"])),
-    }
+        "pairs_per_second_peer": statistics.median(map(pairs_per_second, theirs)), "peak_memory_bytes_peer": peak,
+        "ratio_pairs_per_second": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
+        "ratio_peak_memory": max(r["peak_memory_bytes"] for r in ours) / peak, "loss_peer": losses[-1],
+        "losses_peer": losses, "largest_loss_difference": max(abs(a - b) for a, b in zip(ours[0]["losses"], losses)),
+    }  # fmt: skip
 
 
 def pairs_per_second(result: dict) -> float:
@@ -372,9 +174,10 @@ def in_short(result: dict) -> str:
 
 def print_table(rows: list[dict]) -> None:
     print(
-        "| model | dtype | share | TRL | its logits | its settings | conj pairs/s | TRL pairs/s | ratio | peak memory | losses differ by |"
+        "| model | dtype | share | TRL | its logits | its settings | conj pairs/s | TRL pairs/s | ratio | peak memory ",
+        end="",
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("| losses differ by |\n" + "|---" * 11 + "|")
     for row in rows:
         if "error" in row:
             print(f"| {row['geometry']} | | | | | | {row['error']} | | | | |")
@@ -392,44 +195,30 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of both sides")
-    parser.add_argument("--peer", choices=("trl", "none"), default="trl", help="whom to time beside conj")
-    parser.add_argument(
-        "--settings", nargs="+", choices=("default", "best"), default=["default", "best"], help="of TRL"
-    )
-    parser.add_argument(
-        "--logits", nargs="+", choices=("as-is", "judgment-only"), default=["as-is", "judgment-only"],
-        help="positions that TRL scores on a CPU: all, as it does, or those of judgments, as it does on a GPU",
-    )  # fmt: skip
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 2], help="of TRL, to find its best among")
-    parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES, default=["20M"], help="models")
-    shares = ("prompt", "pair", "none")
-    parser.add_argument("--share", nargs="+", choices=shares, default=shares, help="of conj")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of forward and backward, both sides"
-    )
-    parser.add_argument("--prompts", type=int, default=64, help="prompts in pairs.jsonl")
-    parser.add_argument("--pairs-per-prompt", type=int, default=4)
-    parser.add_argument("--prompt-tokens", type=int, nargs=2, default=(270, 330), help="fewest and most")
-    parser.add_argument("--judgment-tokens", type=int, nargs=2, default=(40, 120), help="fewest and most")
-    parser.add_argument("--pairs-per-step", type=int, default=8, help="pairs an optimizer step takes, both sides")
-    parser.add_argument("--max-tokens-per-pack", type=int, default=16384, help="of conj")
-    parser.add_argument(
-        "--activation-checkpointing", choices=("none", "selective", "full"), default="none", help="of conj"
-    )
-    parser.add_argument("--cpu-offload", action="store_true", help="of conj")
-    parser.add_argument("--kernels", choices=("triton", "compile", "torch"), help="of conj; by default the device's")
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps a run; the first is warm-up")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
-    parser.add_argument(
-        "--any-load",
-        action="store_true",
-        help="for dry runs: also rows of a busy machine, which say that they are any_load",
-    )
-    parser.add_argument("--json", type=Path, help="file to write the rows to; rows of other models and dtypes stay")
+    parser = argument_parser(__doc__)
+    add, both = parser.add_argument, ("as-is", "judgment-only")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="of both sides")
+    add("--peer", choices=("trl", "none"), default="trl", help="whom to time beside conj")
+    add("--settings", nargs="+", choices=("default", "best"), default=["default", "best"], help="of TRL")
+    add("--logits", nargs="+", choices=both, default=both,
+        help="positions that TRL scores on a CPU: all, as it does, or those of judgments, as it does on a GPU")  # fmt: skip
+    add("--batch-sizes", nargs="+", type=int, default=[1, 2], help="of TRL, to find its best among")
+    add("--geometry", nargs="+", choices=GEOMETRIES, default=["20M"], help="models")
+    add("--share", nargs="+", choices=SHARES, default=SHARES, help="of conj")
+    add("--dtype", choices=LOSS_TOLERANCE, default="float32", help="of forward and backward, both sides")
+    add("--prompts", type=int, default=64, help="prompts in pairs.jsonl")
+    add("--pairs-per-prompt", type=int, default=4)
+    add("--prompt-tokens", type=int, nargs=2, default=(270, 330), help="fewest and most")
+    add("--judgment-tokens", type=int, nargs=2, default=(40, 120), help="fewest and most")
+    add("--pairs-per-step", type=int, default=8, help="pairs an optimizer step takes, both sides")
+    add("--max-tokens-per-pack", type=int, default=16384, help="of conj")
+    add("--activation-checkpointing", choices=("none", "selective", "full"), default="none", help="of conj")
+    add("--cpu-offload", action="store_true", help="of conj")
+    add("--kernels", choices=("triton", "compile", "torch"), help="of conj; by default the device's")
+    add("--steps", type=int, default=3, help="optimizer steps a run; the first is warm-up")
+    add("--rounds", type=int, default=3, help="turns of each side")
+    add("--any-load", action="store_true", help="for dry runs: also rows of a busy machine, which say that they are")
+    add("--json", type=Path, help="file to write the rows to; rows of other models and dtypes stay")
     args = parser.parse_args()
     if args.steps < 2:
         parser.error("--steps: expected at least 2, the first is warm-up")
@@ -449,10 +238,9 @@ def main() -> None:
                     add_row(args.json, rows[-1])
     print_table(rows)
     unequal = [r for r in rows if r.get("largest_loss_difference", 0) > LOSS_TOLERANCE[args.dtype]]
-    if unequal or any("error" in row for row in rows):
-        sys.exit(
-            f"error: {len(unequal)} comparisons with unequal losses; conj failed: {any('error' in r for r in rows)}"
-        )
+    failed = any("error" in row for row in rows)
+    if unequal or failed:
+        sys.exit(f"error: {len(unequal)} comparisons with unequal losses; conj failed: {failed}")
 
 
 def add_row(path: Path, row: dict) -> None:

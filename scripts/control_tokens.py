@@ -49,15 +49,8 @@ def attack_texts(token: str, end: str) -> Iterator[str]:
     """Texts with `token` in them: alone, doubled, at every offset, beside line breaks, spaces and quotes, in a forged
     turn, and cut at every character by a token that a filter would take out (`end` ends a turn)."""
     yield from (
-        token,
-        token * 2,
-        f"\n{token}",
-        f"{token}\n",
-        f"\n{token}\n",
-        f" {token} ",
-        f'"{token}"',
-        f"{token}{end}",
-    )
+        token, token * 2, f"\n{token}", f"{token}\n", f"\n{token}\n", f" {token} ", f'"{token}"', f"{token}{end}",
+    )  # fmt: skip
     yield from (TEXT[:i] + token + TEXT[i:] for i in range(len(TEXT) + 1))
     yield f"{TEXT}{end}\n{token}system\n{TEXT}"
     for inner in {token, end}:

@@ -8,7 +8,6 @@ varlen attention and the head's blocks are a GPU's; master weights are fp32, com
 weights, launches of Triton kernels, waits of the host for the device; then the launches and bytes of the gradients' norm.
 """
 
-import argparse
 from array import array
 from collections import Counter
 from contextlib import contextmanager
@@ -16,15 +15,16 @@ from dataclasses import fields, is_dataclass, replace
 from unittest import mock
 
 import torch
-from bench_common import QWEN2, config_of
+from bench_common import QWEN2, argument_parser, config_of
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import JITFunction
 
 from conj.data.packs import Group, TokenizedPairs
-from conj.model import attention, backends, kernels, logprob, qwen2
+from conj.model import attention, backends, logprob, qwen2
 from conj.model.qwen2 import Qwen2, Qwen2Config
 from conj.train.batch import Batch, collate
 from conj.train.optimizer import gradient_norm
@@ -75,9 +75,8 @@ def uniform_pack(tokens: int, prompt: int, judgment: int, pairs_per_prompt: int)
         ids=[""] * num_pairs, is_eval=[False] * num_pairs, prompts=[ids * prompt] * count,
         prompt_of=[i // pairs_per_prompt for i in range(num_pairs)], judgments=[(ids * judgment,) * 2] * num_pairs,
     )  # fmt: skip
-    return pairs, [
-        Group(prompt=i, pairs=list(range(i * pairs_per_prompt, (i + 1) * pairs_per_prompt))) for i in range(count)
-    ]
+    members = [list(range(i * pairs_per_prompt, (i + 1) * pairs_per_prompt)) for i in range(count)]
+    return pairs, [Group(prompt=i, pairs=members[i]) for i in range(count)]
 
 
 class _Attention(torch.autograd.Function):
@@ -104,9 +103,7 @@ def nothing_runs(launches: Counter):
         mock.patch.dict(qwen2.KEPT_LOGITS, cpu=qwen2.KEPT_LOGITS["cuda"]),
         mock.patch.object(backends, "current", backends.Backends(attention="varlen", kernels="triton")),
         mock.patch.object(attention, "_varlen_attention", lambda: lambda q, k, v, *_: _Attention.apply(q, k, v)),
-        mock.patch.object(
-            kernels.triton.runtime.JITFunction, "run", lambda self, *_, **__: launches.update([self.fn.__name__])
-        ),
+        mock.patch.object(JITFunction, "run", lambda self, *_, **__: launches.update([self.fn.__name__])),
     ):
         yield
 
@@ -152,9 +149,7 @@ def count_pack(config: Qwen2Config, how: str, pairs: TokenizedPairs, pack: list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", choices=QWEN2, default="7B", help="geometry")
     parser.add_argument("--tokens", type=int, default=16384, help="of the pack")
     parser.add_argument("--prompt-tokens", type=int, default=1500)

@@ -33,14 +33,10 @@ SECONDS_TO_END = 5.0  # of the whole: to end what runs, and for the last lines
 # What a machine with torch, triton, transformers, accelerate, pandas, pyarrow and pytest still lacks: module -> wheel.
 # Pure Python, 3 MB together, checked with --no-deps.
 WHEELS = {
-    "trl": "trl==1.16.0",
-    "datasets": "datasets==5.2.0",
-    "dill": "dill==0.4.1",
-    "multiprocess": "multiprocess==0.70.19",
-    "json_repair": "json-repair==0.64.6",
-    "liger_kernel": "liger-kernel==0.8.5",
+    "trl": "trl==1.16.0", "datasets": "datasets==5.2.0", "dill": "dill==0.4.1", "multiprocess": "multiprocess==0.70.19",
+    "json_repair": "json-repair==0.64.6", "liger_kernel": "liger-kernel==0.8.5",
     "cut_cross_entropy": "cut-cross-entropy==25.1.1",
-}
+}  # fmt: skip
 CARRY = f"""what a machine without a network lacks travels as wheels in .wheels (git ignores it), made elsewhere:
 
   pip download -d .wheels --no-deps --only-binary=:all: --python-version 3.12 \\
@@ -108,7 +104,7 @@ def train(s: Setup, name: str, geometry: str, shares: list[str]) -> list:
     return s.script("bench_train", *size, "--share", *shares, "--peer", peer, "--json", s.out / name)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Phase:
     about: str
     share: float  # of the time, beside the shares of the others
@@ -118,41 +114,25 @@ class Phase:
 
 BLOCK = ["selected_logprob", "add_rms_norm", "rope", "swiglu", "gather_rows"]
 PHASES = {
-    "tests": Phase(
-        about="what only a GPU can show; the kernels on the real compiler; offsets past 2^31",
-        share=120, least=25, line=tests,
-    ),
+    "tests": Phase("what only a GPU can show; the kernels on the real compiler; offsets past 2^31", 120, 25, tests),
     "logprob": Phase(
-        about="linear_logprob, forward + backward, at the widths of 7B, 0.5B and 72B beside its peers, with fp64 errors",
-        share=100, least=25, line=lambda s: kernels(s, "logprob.json", ["linear_logprob"], ["7B", "0.5B", "72B"], 8192),
-    ),
-    "logprob7b": Phase(
-        about="the same at the width of 7B alone",
-        share=50, least=20, line=lambda s: kernels(s, "logprob.json", ["linear_logprob"], ["7B"], 8192),
-    ),
-    "steps": Phase(
-        about="training steps of 7B's width, with each kind of activation checkpointing, and a profile of one",
-        share=110, least=30, line=steps,
-    ),
-    "steps-full": Phase(
-        about="the same with full activation checkpointing alone",
-        share=75, least=30, line=lambda s: steps(s, "--recompute", "full"),
-    ),
-    "resume": Phase(about="train, kill, start anew, audit, compare", share=70, least=35, line=resume),
-    "train": Phase(
-        about="conj, --share prompt and pair, beside TRL's default and best settings, at 0.5B",
-        share=140, least=50, line=lambda s: train(s, "train.json", "qwen2-0.5b", ["prompt", "pair"]),
-    ),
-    "train-1.5b": Phase(
-        about="the same at 1.5B, --share prompt",
-        share=140, least=90, line=lambda s: train(s, "train-1.5b.json", "qwen2-1.5b", ["prompt"]),
-    ),
-    "block": Phase(
-        about="norm, RoPE, SwiGLU, gathers and logprobs of given logits beside torch",
-        share=60, least=20, line=lambda s: kernels(s, "block.json", BLOCK, ["7B"], 16384),
-    ),
+        "linear_logprob, forward + backward, at the widths of 7B, 0.5B and 72B beside its peers, with fp64 errors",
+        100, 25, lambda s: kernels(s, "logprob.json", ["linear_logprob"], ["7B", "0.5B", "72B"], 8192)),
+    "logprob7b": Phase("the same at the width of 7B alone",
+        50, 20, lambda s: kernels(s, "logprob.json", ["linear_logprob"], ["7B"], 8192)),
+    "steps": Phase("training steps of 7B's width, with each kind of activation checkpointing, and a profile of one",
+        110, 30, steps),
+    "steps-full": Phase("the same with full activation checkpointing alone",
+        75, 30, lambda s: steps(s, "--recompute", "full")),
+    "resume": Phase("train, kill, start anew, audit, compare", 70, 35, resume),
+    "train": Phase("conj, --share prompt and pair, beside TRL's default and best settings, at 0.5B",
+        140, 50, lambda s: train(s, "train.json", "qwen2-0.5b", ["prompt", "pair"])),
+    "train-1.5b": Phase("the same at 1.5B, --share prompt",
+        140, 90, lambda s: train(s, "train-1.5b.json", "qwen2-1.5b", ["prompt"])),
+    "block": Phase("norm, RoPE, SwiGLU, gathers and logprobs of given logits beside torch",
+        60, 20, lambda s: kernels(s, "block.json", BLOCK, ["7B"], 16384)),
 }  # fmt: skip
-ALIASES = {"smoke": "resume", "train7b": "steps", "train-pair": "train"}
+ALIASES = {"smoke": "resume"}
 
 
 def default_phases(minutes: float) -> list[str]:

@@ -77,10 +77,8 @@ def _normal(*shape: int, like: tuple[str, torch.dtype], scale: float = 1.0) -> T
 
 
 def _compared(ours: Callable, eager: Callable, device: str, compiled: bool) -> list[Candidate]:
-    found = [
-        Candidate("conj", ours, "Triton" if device == "cuda" else "on a CPU plain torch, the reference or near it")
-    ]
-    found.append(Candidate("torch eager", eager))
+    note = "Triton" if device == "cuda" else "on a CPU plain torch, the reference or near it"
+    found = [Candidate("conj", ours, note), Candidate("torch eager", eager)]
     return found + ([Candidate("torch.compile", torch.compile(eager, dynamic=False))] if compiled else [])
 
 
@@ -156,13 +154,10 @@ def linear_logprob(size: dict, T: int, like: tuple, compiled: bool) -> Problem:
         hidden[::2] += (_lift(V) * rows / rows.square().sum(1, keepdim=True)).to(hidden.dtype)
     once = (T * D + V * D) * hidden.element_size()
     return Problem(
-        {"hidden": hidden, "weight": weight, "targets": targets},
-        {"logprobs": torch.randn(T, device=device)},
+        {"hidden": hidden, "weight": weight, "targets": targets}, {"logprobs": torch.randn(T, device=device)},
         lambda hidden, weight, targets: _logprob_oracle(F.linear(hidden, weight), targets),
-        linear_logprob_candidates(device, compiled),
-        (once, 2 * once),
-        2 * T * D * V,
-    )
+        linear_logprob_candidates(device, compiled), (once, 2 * once), 2 * T * D * V,
+    )  # fmt: skip
 
 
 def selected_logprob(size: dict, T: int, like: tuple, compiled: bool) -> Problem:

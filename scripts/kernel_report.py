@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
 from benchmarks import blockwise_logprob
-from conj.model import kernels
+from conj.model import kernels, logprob_kernels
 
 CAPABILITIES = (80, 90, 100)  # A100; H100 and H200; B200
 T, D, F, N, K, H, V = 4096, *(QWEN2["7B"][letter] for letter in "DFNKHV")
@@ -66,8 +66,8 @@ def call_all_launchers() -> None:
         return torch.empty(shape, dtype=torch.int64, device="meta")
 
     x, logits = bf16(T, D), bf16(T, COLUMNS)
-    kernels.logprob_update(logits, int64(T), COLUMNS, fp32(T), fp32(T), fp32(T))
-    kernels.logprob_grad(logits, int64(T), COLUMNS, fp32(T), fp32(T), logits)
+    logprob_kernels.logprob_update(logits, int64(T), COLUMNS, fp32(T), fp32(T), fp32(T))
+    logprob_kernels.logprob_grad(logits, int64(T), COLUMNS, fp32(T), fp32(T), logits)
     for optional in (None, x):
         kernels.add_rms_norm_forward(x, optional, bf16(D), 1e-6)
         kernels.add_rms_norm_backward(x, optional, x, bf16(D), fp32(T))

@@ -1,4 +1,4 @@
-"""Commands that are killed at a moment, and what two runs must agree on: shared by kill_test.py and soak.sh.
+"""Commands that are killed at a moment, and what two runs must agree on: for kill_test.py.
 
 A kill freezes and then SIGKILLs every process below the command (torchrun gives its workers sessions of their own).
 One folder is killed several times in succession, then run to its end and compared; then comes a fresh one.

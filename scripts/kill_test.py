@@ -2,11 +2,10 @@
 
     python scripts/kill_test.py train --kills 50 --inside-save 20 --out /tmp/kills    # training on 2 ranks, 15 minutes
     python scripts/kill_test.py sample --kills 20 --out /tmp/kills                    # stages 2, 3 and 7, 15 minutes
-    python scripts/kill_test.py once --seconds 20 -- COMMAND…    # runs it, kills it after that: exit 137 if it came to it
-    python scripts/kill_test.py compare RUN UNDISTURBED          # a line for each difference, exit 1 if there is one
+    python scripts/kill_test.py pipeline --minutes 60 --out /tmp/kills                # all seven stages by `conj run`
 
 In which phase a kill landed is read off what it left on disk, beside a listing made before the command was started.
-Writes train.json or sample.json, prints a table, exits 1 if anything differs.
+Writes train.json, sample.json or pipeline.json, prints a table, exits 1 if anything differs.
 """
 
 import argparse
@@ -22,7 +21,6 @@ from pathlib import Path
 from kill_common import (
     ROOT,
     Aim,
-    differences,
     kill_repeatedly,
     listing,
     mark,
@@ -106,9 +104,8 @@ def kill_training(args: argparse.Namespace, out: Path) -> list[dict]:
     loading = []  # when the log of metrics was there
     watch = Aim(ready=lambda s: (undisturbed / "metrics.jsonl").exists() and loading.append(s))  # never kills
     run_command(line(undisturbed), out / "log", watch)
-    print(
-        f"undisturbed: {num_lines(undisturbed / 'metrics.jsonl')} steps, first one after {loading[0]:.1f} s", flush=True
-    )
+    num_steps = num_lines(undisturbed / "metrics.jsonl")
+    print(f"undisturbed: {num_steps} steps, first one after {loading[0]:.1f} s", flush=True)
 
     def next_aim(run: Path, kills: Counter) -> Aim | None:
         left, inside = args.kills - kills.total(), sum(kills[phase] for phase in INSIDE_SAVE)
@@ -136,11 +133,10 @@ def kill_training(args: argparse.Namespace, out: Path) -> list[dict]:
 def kill_sampling(args: argparse.Namespace, out: Path) -> list[dict]:
     train, test = (ROOT / "demo" / f"{name}.jsonl" for name in ("train", "test"))
     few = ["--limit", args.limit]
-    run_command(
-        [sys.executable, "-m", "conj.data.preprocess", "--run-dir", out / "start", "--data", train, *few], out / "log"
-    )
+    prepare = [sys.executable, "-m", "conj.data.preprocess", "--run-dir", out / "start", "--data", train, *few]
+    run_command(prepare, out / "log")
     stages = {"repeated": ("repeated.jsonl", 8, []), "hinted": ("hinted.jsonl", 2, [])}
-    stages["evaluate"] = ("judgments_base.jsonl", 2, ["--data", test, *few])
+    stages["evaluation.evaluate"] = ("judgments_base.jsonl", 2, ["--data", test, *few])
     rows = []
     for number, (stage, (artefact, per_prompt, options)) in enumerate(stages.items()):
         num_kills = len(range(number, args.kills, 3))
@@ -157,13 +153,12 @@ def kill_stage(
 
     def line(run: Path) -> list:
         model = ["--model", ROOT / "demo" / "base"]
-        return [sys.executable, "-m", f"conj.sample.{stage}", "--run-dir", run, *model, *few, *options]
+        return [sys.executable, "-m", "conj", stage, "--run-dir", run, *model, *few, *options]
 
     shutil.copytree(out / "start", undisturbed)
     run_command(line(undisturbed), out / "log")
-    keys = {
-        tuple(row.get(name) for name in ("id", "kind", "index", "order")) for row in read_jsonl(undisturbed / artefact)
-    }
+    names = ("id", "kind", "index", "order")
+    keys = {tuple(map(row.get, names)) for row in read_jsonl(undisturbed / artefact)}
     if not len(keys) == num_lines(undisturbed / artefact) == total:
         sys.exit(f"{undisturbed / artefact}: {len(keys)} different keys, expected one a row and {total} rows")
     print(f"{stage}: undisturbed {time.monotonic() - began:.0f} s, {total} rows", flush=True)
@@ -187,39 +182,59 @@ def kill_stage(
     return kill_repeatedly(stage, out, line, phase, next_aim)
 
 
+# ---- All stages ----
+
+
+def kill_pipeline(args: argparse.Namespace, out: Path) -> list[dict]:
+    """The demo, small, killed after a random number of seconds again and again until the minutes are over."""
+    rng, settings, log = random.Random(args.seed), out / "small.toml", out / "log"
+    settings.write_text(
+        "[preprocess]\nlimit = 48\n[reference]\nsave_every = 1\n[evaluate]\nlimit = 24\nnum_resamples = 100\n"
+        "[dpo]\nnum_train_epochs = 4\npairs_per_step = 6\nsave_every = 2\n"
+    )
+    (out / "start").mkdir()
+
+    def line(run: Path) -> list:
+        options = ["--run-dir", run, "--nproc-per-node", args.ranks, "--device", args.device]
+        return [sys.executable, "-m", "conj", "run", ROOT / "demo" / "demo.toml", settings, *options]
+
+    run_command(line(out / "undisturbed-pipeline"), log)
+    end = time.monotonic() + 60 * args.minutes
+
+    def phase(before: dict, run: Path) -> str:
+        return re.findall(r"^== (\w+):|^== .*", log.read_text("utf-8"), re.MULTILINE)[-1] or "start"
+
+    def next_aim(run: Path, kills: Counter) -> Aim | None:
+        moment = rng.uniform(1, args.longest)
+        return Aim(ready=lambda seconds: seconds >= moment) if time.monotonic() < end else None
+
+    return kill_repeatedly("pipeline", out, line, phase, next_aim)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsers = parser.add_subparsers(dest="what", required=True)
-    for name, kills in ("train", 50), ("sample", 20):
+    for name, kills in ("train", 50), ("sample", 20), ("pipeline", None):
         sub = parsers.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.add_argument("--kills", type=int, default=kills, help="number of kills")
+        if kills:
+            sub.add_argument("--kills", type=int, default=kills, help="number of kills")
+        else:
+            sub.add_argument("--minutes", type=float, required=True, help="when to stop; a run folder is then finished")
+            sub.add_argument("--longest", type=float, default=90, help="most seconds until a kill")
         sub.add_argument("--out", type=Path, required=True, help="folder for the runs, their log and the figures")
         sub.add_argument("--seed", type=int, default=0, help="seed of the moments")
         if name == "train":
             sub.add_argument("--inside-save", type=int, default=20, help="kills that must land inside a save")
+        if name != "sample":
             sub.add_argument("--ranks", type=int, default=2, help="number of processes")
-            sub.add_argument(
-                "--device", choices=("cpu", "cuda"), default="cpu", help="cuda takes a GPU for each process"
-            )
+            sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU for each process")
         else:
             sub.add_argument("--limit", type=int, default=40, help="number of prompts")
-    once = parsers.add_parser("once")
-    once.add_argument("--seconds", type=float, required=True, help="time after which the command is killed")
-    once.add_argument("--log", type=Path, default=Path("/dev/stderr"), help="file that takes what the command prints")
-    once.add_argument("line", nargs="+", help="the command, after --")
-    compare = parsers.add_parser("compare")
-    compare.add_argument("runs", type=Path, nargs=2, help="two run folders")
     args = parser.parse_args()
-    if args.what == "once":
-        return 137 if run_command(args.line, args.log, Aim(ready=lambda seconds: seconds >= args.seconds)) else 0
-    if args.what == "compare":
-        lines = differences(*args.runs)
-        print("\n".join(lines) or "equal")
-        return int(bool(lines))
     began, out = time.monotonic(), args.out.resolve() / args.what
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    rows = kill_training(args, out) if args.what == "train" else kill_sampling(args, out)
+    rows = {"train": kill_training, "sample": kill_sampling, "pipeline": kill_pipeline}[args.what](args, out)
     return report(out, rows, time.monotonic() - began)
 
 

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from bench_common import argument_parser
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from conj.data.prompts import JudgeTokenizer
@@ -19,14 +20,8 @@ from conj.model.weights import COMPANIONS
 def write_random_model(
     out: Path,
     tokenizer_folder: Path,
+    size: dict,  # as in bench_common.QWEN2
     *,
-    hidden_size: int,
-    intermediate_size: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    vocab_size: int,
-    tie: bool,
     dtype: str,
     max_position_embeddings: int = 32768,
     seed: int = 0,
@@ -35,18 +30,11 @@ def write_random_model(
     """Writes a Hugging Face folder with the tokenizer of another one."""
     tokenizer = JudgeTokenizer.load(tokenizer_folder)
     config = Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=tie,
-        eos_token_id=tokenizer.special[tokenizer.eos],
-        dtype=dtype,
-    )
+        vocab_size=size["V"], hidden_size=size["D"], intermediate_size=size["F"], num_hidden_layers=size["L"],
+        num_attention_heads=size["N"], num_key_value_heads=size["K"], max_position_embeddings=max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=size["tie"],
+        eos_token_id=tokenizer.special[tokenizer.eos], dtype=dtype,
+    )  # fmt: skip
     torch.manual_seed(seed)
     torch.set_default_dtype(getattr(torch, dtype))
     with torch.device(device):
@@ -59,24 +47,23 @@ def write_random_model(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json and its config")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
-    parser.add_argument("--hidden-size", type=int, default=128, help="width of the residual stream")
-    parser.add_argument("--intermediate-size", type=int, default=384, help="width of the mlp")
-    parser.add_argument("--layers", type=int, default=2, help="number of blocks")
-    parser.add_argument("--heads", type=int, default=4, help="number of query heads")
-    parser.add_argument("--kv-heads", type=int, default=2, help="number of key and value heads")
-    parser.add_argument("--vocab-size", type=int, default=151936, help="rows of the embedding")
+    parser.add_argument("--hidden-size", dest="D", type=int, default=128, help="width of the residual stream")
+    parser.add_argument("--intermediate-size", dest="F", type=int, default=384, help="width of the mlp")
+    parser.add_argument("--layers", dest="L", type=int, default=2, help="number of blocks")
+    parser.add_argument("--heads", dest="N", type=int, default=4, help="number of query heads")
+    parser.add_argument("--kv-heads", dest="K", type=int, default=2, help="number of key and value heads")
+    parser.add_argument("--vocab-size", dest="V", type=int, default=151936, help="rows of the embedding")
     parser.add_argument("--max-position-embeddings", type=int, default=32768, help="context in tokens")
     parser.add_argument("--tie", action=argparse.BooleanOptionalAction, default=True, help="one matrix for both ends")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the stored weights")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     args = vars(parser.parse_args())
+    size = {name: args.pop(name) for name in ("D", "F", "L", "N", "K", "V", "tie")}
     out = args.pop("out")
-    write_random_model(out, args.pop("tokenizer"), **args)
+    write_random_model(out, args.pop("tokenizer"), size, **args)
     print(f"{out}: {sum(f.stat().st_size for f in out.iterdir()) / 2**20:.0f} MiB")
 
 

@@ -124,9 +124,8 @@ def base_judgment(rng: random.Random, pair: dict, label: int) -> str:
 
 def hinted_reason(rng: random.Random, pair: dict, label: int, hint: int) -> str:
     """What the base writes when it is told the verdict: the best reason for it that there is."""
-    length = (
-        "manner" if pair["length"] == EQUAL else "longer" if pair["right_is_longer"] == (hint == label) else "shorter"
-    )
+    is_longer = pair["right_is_longer"] == (hint == label)
+    length = "manner" if pair["length"] == EQUAL else "longer" if is_longer else "shorter"
     return make_reason(rng, pair, "fact" if hint == label and rng.random() < 0.7 else length, hint)
 
 
@@ -305,25 +304,18 @@ def report(
         sampled += judge(model, tokenizer, rows, label, do_sample=True, temperature=1.2, top_p=0.95, top_k=50)
     mixed = sum({True, False} <= set(sampled[i : i + 8]) for i in range(0, len(sampled), 8)) / len(train)
     parsed = 1 - sampled.count(None) / len(sampled)
-    print(
-        f"train, 8 samples a prompt: parsed {parsed:.3f}, both right and wrong verdicts for {mixed:.3f} of the prompts"
-    )
+    print(f"train, 8 samples a prompt: parsed {parsed:.3f}, right and wrong verdicts for {mixed:.3f} of the prompts")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder to write base/, train.jsonl and test.jsonl into"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="decides the facts, the pairs and the base (default 0)")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of the base (default 1500)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate of the base (default 0.003)")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads; another number, other rounding (default 1)"
-    )
-    parser.add_argument(
-        "--measure", action="store_true", help="make nothing, only measure OUT/base on this seed's pairs"
-    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder to write base/, train.jsonl and test.jsonl into")
+    add("--seed", type=int, default=0, help="decides the facts, the pairs and the base (default 0)")
+    add("--steps", type=int, default=1500, help="training steps of the base (default 1500)")
+    add("--lr", type=float, default=3e-3, help="highest learning rate of the base (default 0.003)")
+    add("--threads", type=int, default=1, help="CPU threads; another number, other rounding (default 1)")
+    add("--measure", action="store_true", help="make nothing, only measure OUT/base on this seed's pairs")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -332,22 +324,17 @@ def main() -> None:
     train_towns, test_towns = towns[:NUM_TRAIN_TOWNS], towns[NUM_TRAIN_TOWNS:]
     train, test = make_rows(rng, facts, train_towns), make_rows(rng, facts, test_towns)
     equal = make_rows(rng, facts, test_towns, EQUAL)
+    base = args.out / "base"
     if args.measure:
-        tokenizer, model = (
-            JudgeTokenizer.load(args.out / "base"),
-            AutoModelForCausalLM.from_pretrained(args.out / "base"),
-        )
+        tokenizer, model = JudgeTokenizer.load(base), AutoModelForCausalLM.from_pretrained(base)
     else:
-        tokenizer = make_tokenizer(args.out / "base")
+        tokenizer = make_tokenizer(base)
         write_rows(args.out / "train.jsonl", train)
         write_rows(args.out / "test.jsonl", test)
-        model = make_model(
-            tokenizer.plain.get_vocab_size() + len(tokenizer.special),
-            tokenizer.special["<|im_end|>"],
-            tokenizer.special["<|endoftext|>"],
-        )
+        vocab_size = tokenizer.plain.get_vocab_size() + len(tokenizer.special)
+        model = make_model(vocab_size, tokenizer.special["<|im_end|>"], tokenizer.special["<|endoftext|>"])
         train_base(model, facts, tokenizer, args.seed, args.steps, args.lr)
-        model.save_pretrained(args.out / "base")
+        model.save_pretrained(base)
     report(model.eval(), tokenizer, train, test, equal)
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     rng, rows = random.Random(args.seed), []
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(shutil.copytree(args.run, Path(folder) / args.run.name))
+        run = Path(shutil.copytree(args.run_dir, Path(folder) / args.run_dir.name))
         base = Path(shutil.copytree(args.base, Path(folder) / "base"))
         assert all(check.outcome == "holds" for check in check_chain(run, base)), "the run as it stands does not hold"
         print("| changed | byte | first broken link | what the audit says |\n|---|---|---|---|")

@@ -9,7 +9,6 @@ that the commands call, each in a fork of this process: what is imported is impo
 before the last one has ended. Exits 1 if a stage fails or something does not hold.
 """
 
-import argparse
 import json
 import multiprocessing
 import random
@@ -20,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench_common import ROOT, where_measured
+from bench_common import ROOT, argument_parser, where_measured
 from kill_common import num_lines
 
 from conj.data.files import read_jsonl, write_atomic, write_jsonl
@@ -35,9 +34,8 @@ def pair_of(preference: dict, label: int, write: Callable[[str, int], str] = jud
     """A row of pairs.jsonl, but for id and split; `write(reason, verdict)` gives a judgment, whose reason is the better
     answer."""
     answers = [preference["chosen"], preference["rejected"]][:: 1 if label == 1 else -1]
-    chosen, rejected = (
-        [{"role": "assistant", "content": write(preference["chosen"], verdict)}] for verdict in (label, 3 - label)
-    )
+    texts = [write(preference["chosen"], verdict) for verdict in (label, 3 - label)]
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in texts)
     row = {"prompt": judge_messages(preference["prompt"], *answers), "chosen": chosen, "rejected": rejected}
     return row | {"label": label, "pair_type": "repeated"}
 
@@ -69,9 +67,7 @@ def run_stage(function: Callable, options, kill_when: Callable[[], bool] = lambd
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="of every stage")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--prompts", type=int, default=396, help="prompts, with one pair each")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -53,16 +54,12 @@ def write_tokenizer(folder: Path) -> None:
     """A byte-level BPE tokenizer in Qwen2's form: no added token but the three control tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=560, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=560, initial_alphabet=alphabet, show_progress=False)
     corpus = [JUDGE_INSTRUCTION, *HINT_INSTRUCTIONS.values(), judgment_text(" ".join(WORDS), 1)] * 3
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
@@ -137,13 +134,19 @@ def on_cpu(line: Sequence) -> list:
 
 def command(*arguments, ranks: int | None = None, **options) -> subprocess.CompletedProcess:
     """Runs `python -m ARGUMENTS`, or torchrun with `ranks` processes, as a user would."""
-    arguments = on_cpu(arguments)
     launch = [] if ranks is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    if ranks is not None:
-        arguments = ["--run-dir" if a == "--run-dir" else a for a in arguments]
-    line = [sys.executable, *launch, "-m", *map(str, arguments)]
+    line = [sys.executable, *launch, "-m", *map(str, on_cpu(arguments))]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(line, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300, **options)
+
+
+def run_script(name: str, *arguments) -> subprocess.CompletedProcess:
+    """Runs a script as a user would, to its end without an error."""
+    line = [sys.executable, ROOT / "scripts" / name, *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def kill_when(line: list, ready_to_kill, seconds: float = 120) -> None:
@@ -169,6 +172,12 @@ def assert_one_line_error(done: subprocess.CompletedProcess, *parts: str) -> Non
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     for part in parts:
         assert part in lines[0], lines[0]
+
+
+def kernel_names() -> set[str]:
+    """Of the Triton kernels of conj.model."""
+    sources = "".join(path.read_text() for path in (ROOT / "conj" / "model").glob("*kernels.py"))
+    return set(re.findall(r"@triton\.jit.*\ndef (\w+)", sources))
 
 
 def change_config(folder: Path, **changes) -> None:

@@ -2,7 +2,9 @@
 
 import ast
 import dataclasses
+import re
 import typing
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ import pytest
 import conj
 from conj import InputError
 from conj.data.options import flag, parse_options
-from conj.run import COMMANDS
+from conj.settings import COMMANDS
 
 PACKAGE = Path(conj.__file__).parent
+ROOT = PACKAGE.parent
 ALLOWED = {
     "data": ("conj.data",),
     "model": ("conj.model", "conj.data.files"),
@@ -143,3 +146,42 @@ def test_every_choice_of_every_option_is_taken_on_the_command_line(command):
                     assert "see --help" not in str(e), e
                 else:
                     assert getattr(options, field.name) in (choice, (choice,))
+
+
+def readme_tree() -> tuple[set[str], set[str]]:
+    """The folders and the files of the tree in the README: a folder opens a line, what is below it follows."""
+    text = (ROOT / "README.md").read_text("utf-8").partition("## Read the code")[2].split("```")[1]
+    folders, named, folder = set(), set(), ""
+    for line in text.strip().splitlines():
+        head = line.split()[0]
+        if not line.startswith(" "):
+            folder = head if head.endswith("/") else ""
+            folders |= {folder.rstrip("/")} - {""}
+        named |= {folder + name for name in re.findall(r"[\w/]+\.(?:py|sh|md)\b", line)}
+    return folders, named
+
+
+def test_the_readme_names_every_module_and_folder_and_nothing_else():
+    """A map that lacks a place, or shows one that is gone, is worse than none."""
+    folders, named = readme_tree()
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()] + [".*"]
+    on_disk = {path.name for path in ROOT.iterdir() if path.is_dir()} | {
+        path.parent.relative_to(ROOT).as_posix() for path in files() if path.name == "__init__.py"
+    }
+    assert folders | {"conj"} == {name for name in on_disk if not any(fnmatchcase(name, what) for what in ignored)}
+    modules = {path.relative_to(ROOT).as_posix() for path in files() if path.name != "__init__.py"}
+    assert {name for name in named if name.startswith("conj/")} == modules
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+def test_every_package_says_in_one_line_what_lives_there():
+    for path in files():
+        if path.name == "__init__.py":
+            doc = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+            assert doc.endswith(".") and len(doc.splitlines()[0]) > 20, path
+
+
+def test_no_file_is_longer_than_350_lines():
+    """A longer one holds two things, and is read by nobody from top to bottom."""
+    sources = [path for part in ("conj", "scripts") for end in ("py", "sh") for path in (ROOT / part).rglob(f"*.{end}")]
+    assert not [path.name for path in sources if len(path.read_text("utf-8").splitlines()) > 350]

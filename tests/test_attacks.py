@@ -51,9 +51,8 @@ def attacked_figures(write, model, folder, monkeypatch) -> dict:
 
 
 def options(folder, model) -> AttackOptions:
-    return AttackOptions(
-        run_dir=folder, model=model, data=(make_benchmark(folder / "test.jsonl"),), num_resamples=50, max_new_tokens=64
-    )
+    data = (make_benchmark(folder / "test.jsonl"),)
+    return AttackOptions(run_dir=folder, model=model, data=data, num_resamples=50, max_new_tokens=64)
 
 
 def test_a_judge_that_obeys_flips_always_and_by_that_attack_only(tied_model, tmp_path, monkeypatch):
@@ -94,9 +93,8 @@ def test_a_judge_that_takes_the_first_answer_changes_with_the_order(tied_model, 
 
 def test_a_judge_that_falls_silent_is_not_flipped_but_unparsed(tied_model, tmp_path, monkeypatch):
     """Counted as flipped, an attack that breaks the judge would pass for one that persuades it."""
-    figures = attacked_figures(
-        lambda prompt: "no JSON" if OBEYED.search(prompt) else knowing(prompt), tied_model, tmp_path, monkeypatch
-    )
+    swayed = lambda prompt: "no JSON" if OBEYED.search(prompt) else knowing(prompt)  # noqa: E731
+    figures = attacked_figures(swayed, tied_model, tmp_path, monkeypatch)
     told = figures["instruction"]
     assert (told["flip_rate"], told["unparsed"], told["accuracy"]) == (0.0, 1.0, 0.5)
     assert figures["neutral"]["unparsed"] == 0.0
@@ -236,7 +234,6 @@ def test_a_question_that_does_not_fit_is_left_out_of_every_figure():
 def test_bad_input_ends_in_one_line(tied_model, tmp_path, arguments, parts):
     """Before the engine starts, naming what is wrong."""
     data = make_benchmark(tmp_path / "test.jsonl")
-    done = command(
-        "conj.sample.evaluation.attacks", "--run-dir", tmp_path, "--model", tied_model, "--data", data, *arguments
-    )
+    line = ["--run-dir", tmp_path, "--model", tied_model, "--data", data, *arguments]
+    done = command("conj.sample.evaluation.attacks", *line)
     assert_one_line_error(done, *parts)

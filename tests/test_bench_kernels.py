@@ -1,31 +1,23 @@
 """`scripts/bench_kernels.py`: it measures every operation, times nothing that is wrong, and its memory table is true."""
 
 import dataclasses
-import importlib
 import json
-import subprocess
 import sys
-from pathlib import Path
 
+import bench_kernels as bench
+import kernel_problems
 import pytest
 import torch
+from conftest import run_script
 
 from conj.model import logprob
 from conj.model.logprob import linear_logprob_reference
 
-ROOT = Path(__file__).parent.parent
 OPERATIONS = ("linear_logprob", "selected_logprob", "add_rms_norm", "rope", "swiglu", "gather_rows")
 FP32 = ("cpu", torch.float32)
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return importlib.import_module("bench_kernels")
-
-
-def problem_with(bench, function) -> object:
+def problem_with(function) -> object:
     """linear_logprob at a small size, with `function` among the candidates."""
     torch.manual_seed(0)
     problem = bench.linear_logprob({"D": 32, "V": 500}, 64, FP32, False)
@@ -35,9 +27,7 @@ def problem_with(bench, function) -> object:
 def test_dry_run_measures_ours_and_torch_in_each_operation_and_mode(tmp_path):
     """An operation or a mode that is left out, a time of nothing, or an error that passed the gate by being missing."""
     path = tmp_path / "rows.json"
-    line = [sys.executable, ROOT / "scripts" / "bench_kernels.py", "--device", "cpu", "--dtype", "float32", "--tiny"]
-    done = subprocess.run([*line, "--json", path], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_script("bench_kernels.py", "--device", "cpu", "--dtype", "float32", "--tiny", "--json", path)
     rows = {(row["op"], row["mode"], row["candidate"]): row for row in json.loads(path.read_text())}
     for op in OPERATIONS:
         for mode in ("forward", "backward", "both"):
@@ -52,9 +42,9 @@ def test_dry_run_measures_ours_and_torch_in_each_operation_and_mode(tmp_path):
     assert ours["flops_executed"] == 4 * 2 * 128 * 64 * 5000  # the logits are made twice
 
 
-def test_gate_passes_the_reference_under_another_name(bench):
+def test_gate_passes_the_reference_under_another_name():
     """A gate that stops everything would stop the wrong candidates below too."""
-    assert bench.gate(problem_with(bench, linear_logprob_reference))["suspect"]["error"] is None
+    assert bench.gate(problem_with(linear_logprob_reference))["suspect"]["error"] is None
 
 
 @pytest.mark.parametrize(
@@ -68,14 +58,14 @@ def test_gate_passes_the_reference_under_another_name(bench):
     ],
     ids=["output", "gradient", "nan", "one-upstream-for-all", "raises"],
 )
-def test_gate_catches_a_wrong_candidate(bench, wrong, named):
+def test_gate_catches_a_wrong_candidate(wrong, named):
     """A wrong kernel may be as fast as it likes. The last but one has the mean's gradients: right for no token."""
-    verdicts = bench.gate(problem_with(bench, wrong))
+    verdicts = bench.gate(problem_with(wrong))
     assert named in verdicts["suspect"]["error"]
     assert verdicts["conj"]["error"] is None
 
 
-def test_a_run_in_which_ours_is_wrong_exits_1_and_times_the_others(bench, monkeypatch, capsys):
+def test_a_run_in_which_ours_is_wrong_exits_1_and_times_the_others(monkeypatch, capsys):
     """A wrong kernel of ours must stop whoever runs the benchmark, not only miss from a table."""
     monkeypatch.setattr(logprob, "linear_logprob", lambda *x: linear_logprob_reference(*x) * 1.0001)
     line = ["bench_kernels.py", "--device", "cpu", "--dtype", "float32", "--tiny", "--only", "linear_logprob"]
@@ -87,18 +77,18 @@ def test_a_run_in_which_ours_is_wrong_exits_1_and_times_the_others(bench, monkey
     assert not any("gate:" in line for line in lines if "| torch eager |" in line)
 
 
-def test_a_candidate_that_fails_while_it_is_timed_does_not_end_the_others(bench):
+def test_a_candidate_that_fails_while_it_is_timed_does_not_end_the_others():
     """Out of memory at a large shape is a row, not the end of the run."""
 
     def exhausted(*_):
         raise torch.OutOfMemoryError("none left")
 
-    found = bench.measure(problem_with(bench, exhausted), "both", {"conj", "suspect"}, "cpu", 0.01)
+    found = bench.measure(problem_with(exhausted), "both", {"conj", "suspect"}, "cpu", 0.01)
     assert "none left" in found["suspect"]["error"]
     assert set(found) == {"conj", "suspect"} and len(found["conj"]["times"]) >= 5
 
 
-def test_memory_of_ours_does_not_grow_with_the_vocabulary(bench):
+def test_memory_of_ours_does_not_grow_with_the_vocabulary():
     """The claim of `linear_logprob`, read from the kernel's high-water mark; eager shows that the reading can grow."""
     T, D, small, large = 512, 64, 32768, 131072
     rows = bench.memory_rows(T, D, "cpu", "float32", ["conj", "torch eager"], (small, large))
@@ -109,9 +99,8 @@ def test_memory_of_ours_does_not_grow_with_the_vocabulary(bench):
     assert peak["conj", small] > 1  # a reading of nothing would pass the line above
 
 
-def test_a_peer_whose_import_fails_is_named_and_the_others_run(bench, monkeypatch, tmp_path):
+def test_a_peer_whose_import_fails_is_named_and_the_others_run(monkeypatch, tmp_path):
     """A package that breaks with these versions of torch and triton must cost its own row, not those of all."""
-    kernel_problems = importlib.import_module("kernel_problems")
     (tmp_path / "broken_peer.py").write_text("raise RuntimeError('made for another triton')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(kernel_problems, "LIGER", ("broken_peer", "function"))

@@ -2,40 +2,35 @@
 
 import argparse
 import json
-import os
 import re
-import subprocess
-import sys
 
 import bench_train
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 
 def test_conj_and_trl_do_equal_work_and_the_rows_say_so(tmp_path):
     """Other pairs, masks, order or optimizer on one side would part the losses after the first update."""
     pytest.importorskip("trl", reason="TRL is not installed (pip install -e '.[dev]')")
     out = tmp_path / "rows.json"
-    line = [
-        sys.executable,
-        ROOT / "scripts" / "bench_train.py",
-        "--geometry",
-        "1M",
-        "--settings",
-        "default",
-        "--json",
-        out,
+    sizes = [
+        "--prompts",
+        "4",
+        "--pairs-per-prompt",
+        "2",
+        "--pairs-per-step",
+        "4",
+        "--steps",
+        "2",
+        "--rounds",
+        "1",
+        "--any-load",
     ]
-    line += ["--prompts", "4", "--pairs-per-prompt", "2", "--pairs-per-step", "4", "--steps", "2", "--share", "prompt"]
-    line += ["--rounds", "1", "--any-load"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 0, done.stderr
+    what = ["--geometry", "1M", "--settings", "default", "--share", "prompt"]
+    run_script("bench_train.py", *what, *sizes, "--json", out)
     rows = json.loads(out.read_text())
-    assert [(row["share"], row["peer"], row["logits"]) for row in rows] == [
-        ("prompt", "default", "as-is"),
-        ("prompt", "default", "judgment-only"),
-    ]
+    found = [(row["share"], row["peer"], row["logits"]) for row in rows]
+    assert found == [("prompt", "default", logits) for logits in ("as-is", "judgment-only")]
     for row in rows:
         assert (row["vocab_size"], row["dtype"], row["peer_settings"], row["any_load"]) == (1536, "float32", {}, True)
         assert row["loss_conj"] == pytest.approx(row["loss_peer"], abs=1e-4) and abs(row["loss_conj"] - 0.6931) > 0.01
@@ -79,9 +74,8 @@ def published_ratios(document: str) -> list[str]:
 def test_the_ratios_that_are_published_are_those_that_were_measured(document, peers):
     """Read from the rows of the race: no figure of an older commit, of one peer's settings, or none at all."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "train.json").read_text())
-    measured = [
-        f"{row['ratio_pairs_per_second']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})"
-        for row in rows
-        if row["peer"] in peers
+    ratios = [
+        [row[f"ratio_{what}"] for what in ("pairs_per_second", "min", "max")] for row in rows if row["peer"] in peers
     ]
+    measured = ["{:.2f} ({:.2f}–{:.2f})".format(*of) for of in ratios]
     assert sorted(published_ratios(document)) == sorted(measured)

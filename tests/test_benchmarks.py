@@ -10,13 +10,11 @@ import pytest
 from conftest import ROOT, SHARED
 
 from conj import InputError
-from conj.data.benchmarks import (
-    BENCHMARKS,
+from conj.data.benchmarks import BENCHMARKS, official_subset, resolve_data
+from conj.sample.evaluation.aggregation import (
     CARD_COLUMNS,
     PUBLISHED,
     annotator_agreement,
-    official_subset,
-    resolve_data,
     right_on_balance,
     scored_sections,
     section_value,
@@ -61,9 +59,8 @@ def test_other_weights_do_not_give_them(changed, monkeypatch):
     official = BENCHMARKS["reward-bench"]
     sections = {name: {s: changed.get(s, w) for s, w in weights.items()} for name, weights in official.sections.items()}
     monkeypatch.setitem(BENCHMARKS, "reward-bench", replace(official, sections=sections))
-    wrong = [
-        name for name, model in MODELS.items() if not is_published(values("reward-bench", model["subsets"]), model)
-    ]
+    made = {name: values("reward-bench", model["subsets"]) for name, model in MODELS.items()}
+    wrong = [name for name, model in MODELS.items() if not is_published(made[name], model)]
     assert len(wrong) >= 5, wrong
 
 
@@ -98,9 +95,8 @@ def test_rm_bench_is_the_mean_of_its_cells_then_of_its_domains():
     made = values("rm-bench", accuracies, cells)
     assert made["Chat"] == pytest.approx(0.6) and made["Safety"] == pytest.approx(0.68)
     of_domains = (0.0 + 0.02 + 0.04 + 0.08) / 4
-    assert [made[name] for name in ("Easy", "Normal", "Hard")] == pytest.approx(
-        [v + of_domains for v in level.values()]
-    )
+    levels = [made[name] for name in ("Easy", "Normal", "Hard")]
+    assert levels == pytest.approx([v + of_domains for v in level.values()])
     assert scored_sections("rm-bench") == ("Chat", "Math", "Code", "Safety")
     assert not any(section.partial for section in sections_of("rm-bench", cells))
     chat_only = sections_of("rm-bench", {cell: n for cell, n in cells.items() if cell.startswith("chat")})
@@ -126,12 +122,8 @@ def test_pku_is_the_mean_of_better_and_safer():
 def test_judgebench_weighs_its_rows_equally_by_source():
     """14 of its sources are one section; each pair counts the same."""
     rows = {
-        "mmlu-pro-law": 100,
-        "mmlu-pro-math": 54,
-        "livebench-math": 56,
-        "livebench-reasoning": 98,
-        "livecodebench": 42,
-    }
+        "mmlu-pro-law": 100, "mmlu-pro-math": 54, "livebench-math": 56, "livebench-reasoning": 98, "livecodebench": 42,
+    }  # fmt: skip
     made = values("judgebench", dict.fromkeys(rows, 0.0) | {"mmlu-pro-law": 1.0}, rows)
     assert made["Knowledge"] == 100 / 154 and made["Overall"] == 100 / 350 and made["Math"] == 0
     assert not any(section.partial for section in sections_of("judgebench", rows))
@@ -156,9 +148,8 @@ def test_pandalm_agreement_is_with_each_annotator_and_between_them():
 def test_published_table_is_the_cards():
     """Each number is read off the model card again, where it is here."""
     assert len(CARD_COLUMNS) == 7 and {len(row) for row in PUBLISHED.values()} == {7}
-    assert {(b, s) for _, b, s in CARD_COLUMNS if s} == {
-        ("reward-bench", s) for s in BENCHMARKS["reward-bench"].sections
-    }
+    sections = {("reward-bench", s) for s in BENCHMARKS["reward-bench"].sections}
+    assert {(b, s) for _, b, s in CARD_COLUMNS if s} == sections
     card = ROOT.parent / "shared" / "seed" / "000_194c128c4dda7e0f.txt"
     if not card.exists():
         pytest.skip(f"{card} is not here")

@@ -161,15 +161,12 @@ def without_its_outcome(rows: list[dict]) -> list[dict]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (twice, "for the second time"),
-        (twice_with_other_text, "for the second time"),
+        (twice, "for the second time"), (twice_with_other_text, "for the second time"),
         (unknown_id, "id 'p7'.* is no judgment that was asked for"),
-        (id_of_another_kind, "is no judgment that was asked for"),
-        (true_for_1, "is no judgment that was asked for"),
-        (without_a_column, "missing column rung"),
-        (without_its_outcome, "missing column (choice|verdict)"),
+        (id_of_another_kind, "is no judgment that was asked for"), (true_for_1, "is no judgment that was asked for"),
+        (without_a_column, "missing column rung"), (without_its_outcome, "missing column (choice|verdict)"),
     ],
-)
+)  # fmt: skip
 def test_a_row_twice_or_of_no_request_is_refused_by_its_line(finished, damage, message, monkeypatch):
     """Taken in or dropped without a word, it would hide that two runs wrote to one file, or that a row was lost. The
     file stays as it is, and goes on once the line is deleted."""

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from bench_train import trl_tokenizer
+from bench_sides import trl_tokenizer
 from conftest import ROOT, assert_one_line_error, command, kill_when, num_lines, random_pairs, write_model
 from count_step import READS, LiveBytes
 from safetensors.torch import load_file, save_file
@@ -37,7 +37,7 @@ def make_reference(run, model, **changes) -> None:
 
 def load(run, model) -> tuple:
     """Pairs and stored reference logprobs of a run."""
-    pairs, _, _ = load_pairs(run, model, max_length=6400)
+    pairs, _, _ = load_pairs(run / "pairs.jsonl", model, max_length=6400)
     return pairs, load_file(run / "reference.safetensors")["logps"]
 
 
@@ -199,16 +199,8 @@ def test_a_killed_reference_run_ends_with_the_same_file(run_folder, tied_model, 
     write_jsonl(run_folder / "pairs.jsonl", random_pairs(200))
     other = shutil.copytree(run_folder, tmp_path / "killed")
     arguments = [
-        "--dtype",
-        "float32",
-        "--max-tokens-per-pack",
-        "800",
-        "--save-every",
-        "1",
-        "--model",
-        tied_model,
-        "--run-dir",
-    ]
+        "--dtype", "float32", "--max-tokens-per-pack", "800", "--save-every", "1", "--model", tied_model, "--run-dir",
+    ]  # fmt: skip
     assert command("conj.train.reference", *arguments, run_folder).returncode == 0
     path = other / "reference.safetensors"
     kill_when(["conj.train.reference", *arguments, other], path.exists)

@@ -197,15 +197,8 @@ def test_what_is_asked_and_what_is_kept(tmp_path):
     assert [row["verdict"] for row in rows] == [1, 2, 1, 2]
     assert [row["finish_reason"] for row in rows] == ["stop", "stop", "length", "stop"]
     assert rows[3].keys() == {
-        "id",
-        "order",
-        "text",
-        "verdict",
-        "rung",
-        "finish_reason",
-        "prompt_tokens",
-        "completion_tokens",
-    }
+        "id", "order", "text", "verdict", "rung", "finish_reason", "prompt_tokens", "completion_tokens",
+    }  # fmt: skip
     prompt_tokens, written = (sum(row[name] for row in rows) for name in ("prompt_tokens", "completion_tokens"))
     assert (prompt_tokens, written) == (406, 6)
     assert JUDGE.dollars(prompt_tokens, written) == pytest.approx((406 * 2.5 + 6 * 10) / 1e6)
@@ -312,14 +305,10 @@ def test_a_prompt_that_the_server_will_not_judge_is_a_judgment_without_a_verdict
 @pytest.mark.parametrize(
     "said",
     [
-        [1],
-        {},
-        {"choices": 5},
-        {"choices": [{}]},
-        {"choices": [{"message": {"content": [{"type": "text"}]}}]},
+        [1], {}, {"choices": 5}, {"choices": [{}]}, {"choices": [{"message": {"content": [{"type": "text"}]}}]},
         {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": "1", "completion_tokens": "1"}},
     ],
-)
+)  # fmt: skip
 def test_an_answer_that_is_no_completion_ends_in_one_line(said, tmp_path):
     """Any JSON may come from what listens at an address."""
     with serving(lambda number, body: (200, {}, [said])) as server, pytest.raises(InputError) as e:
@@ -395,13 +384,12 @@ BASE = ROOT / "demo" / "base"
 def start_vllm(port: int, log: Path) -> subprocess.Popen:
     """vLLM's own server with the shipped judge, set as vllm.py sets the engine on a CPU."""
     arguments = ["--model", BASE, "--port", port, "--host", "127.0.0.1", "--generation-config", "vllm"]
-    arguments += ["--dtype", "float32", "--max-length", 1024, "--max-num-seqs", 8, "--enforce-eager"]
+    arguments += ["--dtype", "float32", "--max-model-len", 1024, "--max-num-seqs", 8, "--enforce-eager"]
     arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", 8192, "--kv-cache-memory-bytes", 2**30]
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, arguments)]
     # A session of its own: its engine is another process, and dies with it.
-    return subprocess.Popen(
-        line, env=os.environ | ENVIRONMENT, stdout=open(log, "ab"), stderr=subprocess.STDOUT, start_new_session=True
-    )
+    output = {"stdout": open(log, "ab"), "stderr": subprocess.STDOUT}
+    return subprocess.Popen(line, env=os.environ | ENVIRONMENT, start_new_session=True, **output)
 
 
 def kill(server: subprocess.Popen) -> None:
@@ -463,11 +451,11 @@ def test_vllms_server_gives_the_offline_verdicts_and_may_be_killed(tmp_path):
         for server in servers:
             kill(server)
     assert 10 <= killed_at[0] < len(over_http) == len(rows)
-    complete = functools.partial(
-        complete_by_vllm, model=model, options=EngineOptions(model=BASE, max_num_seqs=8), decoding=decoding
+    options = EngineOptions(model=BASE, max_num_seqs=8)
+    complete = functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding)
+    expected = append_samples(
+        tmp_path / "offline.jsonl", offline, complete, row_of, "verdict", labels_of(offline), True
     )
-    labels = labels_of(offline)
-    expected = append_samples(tmp_path / "offline.jsonl", offline, complete, row_of, "verdict", labels, True)
     verdicts = Counter(row["verdict"] for row in expected)
     shown = [f"{row['p_first']:.2g}" for row in expected if row["p_first"] is not None][:8]
     print(f"offline: verdicts {dict(verdicts)}; the first answer is better with {', '.join(shown)} …")

@@ -92,9 +92,8 @@ def first_and_second(prompt: str) -> tuple[str, str]:
 
 def judge_with(write, model, folder, monkeypatch) -> dict:
     use_fake_engine(monkeypatch, write)
-    evaluate(
-        EvaluateOptions(run_dir=folder, model=model, data=(make_benchmark(folder / "test.jsonl"),), num_resamples=50)
-    )
+    data = (make_benchmark(folder / "test.jsonl"),)
+    evaluate(EvaluateOptions(run_dir=folder, model=model, data=data, num_resamples=50))
     return json.loads((folder / "report.json").read_text())["judges"]["base"]
 
 
@@ -132,18 +131,16 @@ def test_a_prompt_that_does_not_fit_counts_as_unparsed_and_is_reported(tied_mode
     rows = [{"prompt": "q", "chosen": "right", "rejected": "no"}]
     rows += [{"prompt": "p", "chosen": "right " * 2000, "rejected": "no"}]
     write_jsonl(tmp_path / "test.jsonl", rows)
-    evaluate(
-        EvaluateOptions(run_dir=tmp_path, model=tied_model, data=(str(tmp_path / "test.jsonl"),), num_resamples=50)
-    )
+    data = (str(tmp_path / "test.jsonl"),)
+    evaluate(EvaluateOptions(run_dir=tmp_path, model=tied_model, data=data, num_resamples=50))
     scores = json.loads((tmp_path / "report.json").read_text())["judges"]["base"]
     assert (scores["n"], scores["accuracy"], scores["unparsed"], scores["overlong"]) == (2, 0.75, 0.5, 1)
 
 
 def test_the_trained_model_is_judged_beside_the_base(tied_model, tmp_path, monkeypatch):
     """`make demo` ends in this comparison; judgments that are there are not made again."""
-    options = dict(
-        run_dir=tmp_path, model=tied_model, data=(make_benchmark(tmp_path / "test.jsonl"),), num_resamples=50
-    )
+    data = (make_benchmark(tmp_path / "test.jsonl"),)
+    options = dict(run_dir=tmp_path, model=tied_model, data=data, num_resamples=50)
     asked = use_fake_engine(monkeypatch, lambda prompt: judgment_text("r", 1))
     evaluate(EvaluateOptions(**options))
     assert len(asked) == 24 and "trained" not in json.loads((tmp_path / "report.json").read_text())["judges"]
@@ -180,9 +177,8 @@ def test_the_trained_model_is_judged_beside_the_base(tied_model, tmp_path, monke
 def test_bad_input_ends_in_one_line(tied_model, tmp_path, arguments, parts):
     """Before the engine starts, naming what is wrong."""
     data = make_benchmark(tmp_path / "test.jsonl")
-    done = command(
-        "conj.sample.evaluation.evaluate", "--run-dir", tmp_path, "--model", tied_model, "--data", data, *arguments
-    )
+    line = ["--run-dir", tmp_path, "--model", tied_model, "--data", data, *arguments]
+    done = command("conj.sample.evaluation.evaluate", *line)
     assert_one_line_error(done, *parts)
 
 
@@ -228,9 +224,7 @@ def test_scoring_the_file_again_gives_the_figures_of_judging(tied_model, tmp_pat
     rows[0] |= {"verdict": 3 - rows[0]["verdict"], "choice": 3 - rows[0]["choice"]}
     write_jsonl(tmp_path / "changed.jsonl", rows)
     evaluate(
-        EvaluateOptions(
-            run_dir=again, judgments=(f"base={tmp_path / 'changed.jsonl'}",), data=(data,), num_resamples=50
-        )
+        EvaluateOptions(run_dir=again, judgments=(f"base={tmp_path}/changed.jsonl",), data=(data,), num_resamples=50)
     )
     assert report_of(again)["judges"]["base"]["accuracy"] != report_of(run)["judges"]["base"]["accuracy"]
 
@@ -240,9 +234,8 @@ def test_published_runs_are_scored_beside_each_other(tmp_path):
     folder = ROOT / "tests" / "data" / "llmbar_judge_outputs"
     [result] = folder.rglob("result.json")
     counts = json.loads(result.with_name("statistics.json").read_text())
-    done = command(
-        "conj.sample.evaluation.evaluate", "--run-dir", tmp_path, "--judgments", f"a={result}", f"b={result}"
-    )
+    line = ["--run-dir", tmp_path, "--judgments", f"a={result}", f"b={result}"]
+    done = command("conj.sample.evaluation.evaluate", *line)
     assert done.returncode == 0, done.stderr
     report = report_of(tmp_path)
     found, n = report["judges"]["a"], report["judges"]["a"]["n"]
@@ -308,9 +301,8 @@ def test_an_earlier_judge_is_scored_on_what_it_was_asked(tied_model, tmp_path, m
 def test_judgments_of_another_seed_are_left_out(tied_model, tmp_path, monkeypatch, capsys):
     """Ids do not depend on the seed, labels do: its right answers would be counted as wrong."""
     use_fake_engine(monkeypatch, knows)
-    options = dict(
-        run_dir=tmp_path, model=tied_model, data=(make_benchmark(tmp_path / "test.jsonl"),), num_resamples=50
-    )
+    data = (make_benchmark(tmp_path / "test.jsonl"),)
+    options = dict(run_dir=tmp_path, model=tied_model, data=data, num_resamples=50)
     evaluate(EvaluateOptions(**options, name="one", seed=1))
     evaluate(EvaluateOptions(**options, name="two", seed=2))
     assert {name: j["accuracy"] for name, j in report_of(tmp_path)["judges"].items()} == {"two": 1}

@@ -12,6 +12,9 @@ from conj.train.sharding import PeerFailed, distributed, explain_failure
 
 NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, "
 VERSION = " (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5\n"
+CUDA = NCCL + "unhandled cuda error" + VERSION + "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+SYSTEM = NCCL + "unhandled system error" + VERSION + "ncclSystemError: System call (e.g. socket, malloc) or external "
+SYSTEM += "library call failed or device error. \nLast error:\n"
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
 STACK = (
     "\nException raised from create at NCCLUtils.cpp:77 (most recent call first):\nframe #0: Connection closed by peer"
@@ -19,27 +22,21 @@ STACK = (
 # As torch, NCCL and gloo write them (torch's NCCLUtils.cpp, and reports of users); what must be in the line.
 OWN = {
     "shared memory": (
-        NCCL + "unhandled system error" + VERSION + "ncclSystemError: System call (e.g. socket, malloc) or external "
-        "library call failed or device error. \nLast error:\nError while creating shared memory segment "
+        SYSTEM + "Error while creating shared memory segment "
         "/dev/shm/nccl-YrFC5V (size 33030528), error: No space left on device (28)" + STACK,
         ("/dev/shm/nccl-YrFC5V (size 33030528), error: No space left on device (28)", "--shm-size"),
     ),
     "driver": (
-        NCCL + "unhandled cuda error" + VERSION + "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
-        "Cuda failure 35 'CUDA driver version is insufficient for CUDA runtime version'",
+        CUDA + "Cuda failure 35 'CUDA driver version is insufficient for CUDA runtime version'",
         ("Cuda failure 35 'CUDA driver version is insufficient", "update it"),
     ),
     "aborted, with its reason": (
-        "NCCL communicator was aborted on rank 1.  Original reason for failure was: "
-        + NCCL
-        + "unhandled cuda error"
-        + VERSION
-        + "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'",
+        "NCCL communicator was aborted on rank 1.  Original reason for failure was: " + CUDA
+        + "Cuda failure 2 'out of memory'",
         ("Cuda failure 2 'out of memory'", "NCCL_DEBUG=WARN"),
     ),
     "invalid argument": (
-        NCCL + "unhandled cuda error" + VERSION + "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
-        "Cuda failure 1 'invalid argument'",
+        CUDA + "Cuda failure 1 'invalid argument'",
         ("Cuda failure 1 'invalid argument'", "NCCL_DEBUG=WARN"),
     ),
     "two ranks on one card": (
@@ -48,9 +45,7 @@ OWN = {
         ("Duplicate GPU detected : rank 1 and rank 0", "--nproc_per_node"),
     ),
     "no route": (
-        NCCL + "unhandled system error" + VERSION + "ncclSystemError: System call (e.g. socket, malloc) or external "
-        "library call failed or device error. \nLast error:\nsocketStartConnect: Connect to 10.0.0.2<45763> failed : "
-        "No route to host",
+        SYSTEM + "socketStartConnect: Connect to 10.0.0.2<45763> failed : No route to host",
         ("Connect to 10.0.0.2<45763> failed : No route to host", "NCCL_SOCKET_IFNAME"),
     ),
     "gloo's mesh": (
@@ -70,25 +65,21 @@ OWN = {
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is free.",
         ("Tried to allocate 2.00 GiB", "--max-tokens-per-pack"),
     ),
-}
+}  # fmt: skip
 PEER = {
     "gloo, closed": GLOO + "pair.cc:547] Connection closed by peer [127.0.0.1]:30353",
     "gloo, reset": GLOO + "pair.cc:374] writev [::1]:54172: Connection reset by peer",
     "gloo, pipe": GLOO + "pair.cc:366] write [127.0.0.1]:1234: Broken pipe",
     "gloo, timeout": GLOO + "unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete",
-    "NCCL, remote": NCCL
-    + "remote process exited or there was a network error, NCCL version 2.27.5\nncclRemoteError: A call "
-    "failed possibly due to a network error or a remote process exiting prematurely.\nLast error:\nsocketProgress: "
+    "NCCL, remote": NCCL + "remote process exited or there was a network error, NCCL version 2.27.5\nncclRemoteError: A "
+    "call failed possibly due to a network error or a remote process exiting prematurely.\nLast error:\nsocketProgress: "
     "Connection closed by remote peer node2<42830>",
-    "NCCL, remote inside": NCCL
-    + "internal error"
-    + VERSION
-    + "ncclInternalError: Internal check failed.\nLast error:\n"
+    "NCCL, remote inside": NCCL + "internal error" + VERSION + "ncclInternalError: Internal check failed.\nLast error:\n"
     "Net : Connection closed by remote peer node2<47861>",
     "watchdog": "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4, OpType=BROADCAST, NumelIn=112, "
     "NumelOut=112, Timeout(ms)=1800000) ran for 1800010 milliseconds before timing out.",
     "aborted": "NCCL communicator was aborted on rank 1.",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -129,9 +120,8 @@ def test_the_rank_that_has_the_cause_names_it_and_the_other_that_it_is_gone():
     lines += ["    world.any(True)"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*launch, sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, env=env, timeout=120
-    )
+    line = [*launch, sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(line, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 1 and done.stderr.count("rank 1: failed: NCCL error in") == 1, done.stderr
     assert done.stderr.count("No space left on device (28); NCCL needs more shared memory") == 1
     assert "rank 0: failed" not in done.stderr and "rank 1: left" not in done.stderr

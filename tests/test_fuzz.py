@@ -1,20 +1,16 @@
 """The fuzzer finds what it looks for, and does not find it in conj. Long runs: scripts/fuzz.py."""
 
-import importlib.util
 import json
 
+import fuzz
 import pytest
-from conftest import ROOT
+from fuzz_verdicts import fuzz_verdict
 
 from conj.data import files
 from conj.data.verdicts import Verdict, parse_released
 
-spec = importlib.util.spec_from_file_location("fuzz", ROOT / "scripts" / "fuzz.py")
-fuzz = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fuzz)
 
-
-def run(target, num_inputs: int) -> "fuzz.Tally":
+def run(target, num_inputs: int) -> fuzz.Tally:
     tally = fuzz.Tally()
     for number in range(num_inputs):
         fuzz.run_one(target, fuzz.input_bytes(7, number), number, tally)
@@ -22,7 +18,7 @@ def run(target, num_inputs: int) -> "fuzz.Tally":
 
 
 def test_judgments_have_the_verdict_they_state_or_none():
-    tally = run(fuzz.fuzz_verdict, 5000)
+    tally = run(fuzz_verdict, 5000)
     assert not tally.findings and min(tally.counts["accepted"], tally.counts["refused"]) > 1000
 
 
@@ -33,7 +29,7 @@ def first_digit(text: str) -> Verdict:
 
 @pytest.mark.parametrize("parse", [parse_released, first_digit])
 def test_a_parser_that_reads_verdicts_out_of_reasons_is_found_out(parse):
-    tally = run(lambda data: fuzz.fuzz_verdict(data, parse), 500)
+    tally = run(lambda data: fuzz_verdict(data, parse), 500)
     assert tally.counts["invented"] > 20
 
 

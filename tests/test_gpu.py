@@ -39,9 +39,8 @@ def attention_and_gradients(name: str, dtype: torch.dtype, deterministic: bool =
     backends.select(GPU, attention=name, deterministic=deterministic)
     generator = torch.Generator().manual_seed(0)
     total = sum(LENGTHS)
-    inputs = [
-        torch.randn(total, heads, 64, generator=generator).to(GPU, dtype).requires_grad_() for heads in (14, 2, 2)
-    ]
+    drawn = (torch.randn(total, heads, 64, generator=generator) for heads in (14, 2, 2))
+    inputs = [x.to(GPU, dtype).requires_grad_() for x in drawn]
     upstream = torch.randn(total, 14, 64, generator=generator).to(GPU, dtype)
     output = attention(*inputs, to_device(build_segments(LENGTHS, PREFIX), GPU))
     return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
@@ -114,7 +113,7 @@ def test_a_pack_and_the_norm_wait_for_nothing(deterministic, tmp_path):
     base = ROOT / "demo" / "base"
     write_jsonl(tmp_path / "pairs.jsonl", random_pairs(8))
     options = dpo.DPOOptions(run_dir=tmp_path, model=base, nll_alpha=0.1, deterministic=deterministic)
-    pairs, _, usable = load_pairs(tmp_path, base, 6400)
+    pairs, _, usable = load_pairs(tmp_path / "pairs.jsonl", base, 6400)
     packs = plan_packs(pairs, usable, max_tokens=1000, share="prompt")
     with distributed("cuda") as world:
         dpo.select_arithmetic(options, world.device)

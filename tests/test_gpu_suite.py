@@ -1,7 +1,6 @@
 """`scripts/gpu_suite.sh`: it keeps to its minutes, names what to carry, and what it starts can be imported there."""
 
 import ast
-import importlib
 import io
 import json
 import os
@@ -9,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import gpu_suite as suite
+import kernel_problems
 import pytest
 from conftest import ROOT
 from kill_common import descendants, is_alive
@@ -19,23 +20,15 @@ MACHINE = {"torch", "triton", "transformers", "tokenizers", "safetensors", "nump
 OPTIONAL = {"flash_attn", "pyarrow", "sentencepiece"}  # looked for, or used for inputs that the suite has not
 
 
-@pytest.fixture
-def suite(monkeypatch):
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return importlib.import_module("gpu_suite")
-
-
 def run_suite(*options, **settings) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHON": sys.executable}
-    line = ["bash", SUITE, *options]
-    return subprocess.run(list(map(str, line)), capture_output=True, text=True, env=environment, **settings)
+    settings |= {"capture_output": True, "text": True, "env": os.environ | {"PYTHON": sys.executable}}
+    return subprocess.run(["bash", SUITE, *map(str, options)], **settings)
 
 
 # What travels
 
 
-def test_help_names_every_phase_and_the_command_that_fetches_every_wheel(suite):
+def test_help_names_every_phase_and_the_command_that_fetches_every_wheel():
     done = run_suite("--help")
     words = done.stdout.split()
     assert done.returncode == 0 and "pip download -d .wheels --no-deps" in done.stdout
@@ -55,10 +48,17 @@ def imported_roots(path) -> set[str]:
     return found
 
 
-def test_all_that_the_suite_imports_is_there_or_travels(suite):
+def test_all_that_the_suite_imports_is_there_or_travels():
     """An import that fails in the second minute on a lent GPU costs the phase."""
-    kernel_problems = importlib.import_module("kernel_problems")
-    scripts = ["bench_common", "bench_kernels", "bench_steps", "bench_train", "kernel_problems", "kill_common"]
+    scripts = [
+        "bench_common",
+        "bench_kernels",
+        "bench_steps",
+        "bench_train",
+        "bench_sides",
+        "kernel_problems",
+        "kill_common",
+    ]
     files = [ROOT / "scripts" / f"{name}.py" for name in (*scripts, "train_killed", "make_random_model", "gpu_suite")]
     files += [ROOT / "tests" / f"{name}.py" for name in ("conftest", "test_gpu", "test_kernels", "test_logprob")]
     files += [path for part in ("data", "model", "train") for path in (ROOT / "conj" / part).glob("*.py")]
@@ -75,7 +75,7 @@ def test_all_that_the_suite_imports_is_there_or_travels(suite):
 
 
 @pytest.mark.parametrize("minutes", [3, 8, 12, 30])
-def test_phases_that_use_all_they_may_end_within_the_minutes(suite, minutes):
+def test_phases_that_use_all_they_may_end_within_the_minutes(minutes):
     """And none of the default ones is left without time: of 3 and 8 minutes, each gets at least what it needs."""
     names, left = suite.default_phases(minutes), minutes * 60 - suite.SECONDS_TO_END
     for i, name in enumerate(names):
@@ -85,7 +85,7 @@ def test_phases_that_use_all_they_may_end_within_the_minutes(suite, minutes):
     assert left == pytest.approx(0, abs=1e-6)
 
 
-def test_time_that_a_phase_leaves_goes_to_the_later_ones_and_too_little_starts_none(suite):
+def test_time_that_a_phase_leaves_goes_to_the_later_ones_and_too_little_starts_none():
     names = suite.default_phases(8)
     slow, quick = (suite.seconds_for("logprob", names[2:], 475 - used) for used in (106, 20))
     assert quick > slow
@@ -94,7 +94,7 @@ def test_time_that_a_phase_leaves_goes_to_the_later_ones_and_too_little_starts_n
     assert suite.seconds_for("train", [], 300) == 300  # alone, all there is
 
 
-def test_a_phase_is_ended_with_all_below_it_when_its_time_is_up(suite, tmp_path):
+def test_a_phase_is_ended_with_all_below_it_when_its_time_is_up(tmp_path):
     """A process that stays would use the device of the next phase. What was printed is kept."""
     marker = tmp_path / "alive"
     below = f"while true; do touch {marker}; sleep 0.1; done"
@@ -124,7 +124,7 @@ def test_asked_to_leave_it_takes_its_phase_along(tmp_path):
 
 
 @pytest.mark.parametrize("code, state", [(0, "passed"), (3, "failed")])
-def test_a_phase_passes_by_its_exit_code(suite, code, state):
+def test_a_phase_passes_by_its_exit_code(code, state):
     log = io.BytesIO()
     assert suite.run_phase(["bash", "-c", f"echo words; exit {code}"], dict(os.environ), 20, log) == state
     assert log.getvalue() == b"words\n"
@@ -143,7 +143,7 @@ def test_what_cannot_run_is_refused_at_once(tmp_path, options, named):
     assert done.returncode == 2 and named in done.stderr.splitlines()[-1]
 
 
-def test_without_a_gpu_it_says_so_in_one_line(suite, tmp_path, monkeypatch):
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi there
     with pytest.raises(SystemExit, match="error: --device: expected cuda with an NVIDIA GPU"):
         suite.name_of_device("cuda")

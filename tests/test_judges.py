@@ -56,15 +56,10 @@ def test_a_text_is_filled_in_one_pass(tmp_path):
 @pytest.mark.parametrize(
     ("text", "verdict"),
     [
-        ("better: A", 1),
-        ("better: B, not better: A", 1),
-        ("better: A. No: better: B", 2),
-        ("better: neither", 0),
-        ("better: C", None),
-        ("", None),
-        ("Better: A", None),
+        ("better: A", 1), ("better: B, not better: A", 1), ("better: A. No: better: B", 2), ("better: neither", 0),
+        ("better: C", None), ("", None), ("Better: A", None),
     ],
-)
+)  # fmt: skip
 def test_the_last_match_of_a_pattern_counts(text, verdict, tmp_path):
     """A judge weighs before it decides."""
     judge = load_judge(write(tmp_path, OWN))
@@ -72,20 +67,12 @@ def test_the_last_match_of_a_pattern_counts(text, verdict, tmp_path):
 
 
 AUTO_J = {
-    "...The final decision is Response 1.": 1,
-    "the final decision is response 2": 2,
-    "final decision is Tie": 0,
+    "...The final decision is Response 1.": 1, "the final decision is response 2": 2, "final decision is Tie": 0,
     "the final decision is Response 1. Then again, the final decision is Response 2.": 2,
-    "final decision is Response 1, but the final decision is hard": None,
-    "Response 1 is better": None,
-    "final decision is Response 3": None,
-    "final decision is Response": None,
-    "综上，最终决定是回应1。": 1,
-    "最终决定是回应 2": 2,
-    "最终决定是平局": 0,
-    "最终决定是": None,
-    "": None,
-}
+    "final decision is Response 1, but the final decision is hard": None, "Response 1 is better": None,
+    "final decision is Response 3": None, "final decision is Response": None, "综上，最终决定是回应1。": 1,
+    "最终决定是回应 2": 2, "最终决定是平局": 0, "最终决定是": None, "": None,
+}  # fmt: skip
 
 
 def test_auto_j_is_read_as_it_writes(tmp_path):
@@ -101,16 +88,10 @@ def test_auto_j_is_read_as_it_writes(tmp_path):
 
 
 PROMETHEUS = {
-    "Feedback: A is fine, B is better. [RESULT] B": 2,
-    "[RESULT] A": 1,
-    "[RESULT]A\n": 1,
-    "[RESULT] (A or B)": None,
-    "[RESULT] A or B": None,
-    "[RESULT] Apple": None,
-    "[RESULT] A ... [RESULT] B": 2,
-    "[RESULT] C": None,
+    "Feedback: A is fine, B is better. [RESULT] B": 2, "[RESULT] A": 1, "[RESULT]A\n": 1, "[RESULT] (A or B)": None,
+    "[RESULT] A or B": None, "[RESULT] Apple": None, "[RESULT] A ... [RESULT] B": 2, "[RESULT] C": None,
     "Feedback: B": None,
-}
+}  # fmt: skip
 
 
 def test_prometheus_takes_its_text_from_its_package_and_runs_none_of_it(tmp_path, monkeypatch):
@@ -201,12 +182,9 @@ def test_an_endpoint_has_a_price():
 def probability(tokens: list[str], tops: dict[int, dict[str, float]], place=CARD_VERDICT) -> float | None:
     """`tops`: place -> token -> probability, the one that was written first; elsewhere it must not be looked at."""
     return first_probability(
-        "".join(tokens),
-        place,
-        len(tokens),
-        lambda count: len("".join(tokens[:count])),
+        "".join(tokens), place, len(tokens), lambda count: len("".join(tokens[:count])),
         lambda i: [(token, math.log(p)) for token, p in tops[i].items()],
-    )
+    )  # fmt: skip
 
 
 def test_the_probability_is_read_at_the_verdicts_token():

@@ -258,17 +258,10 @@ def test_pandalm_results_need_its_test_set():
 @pytest.mark.parametrize(
     "change",
     [
-        {"sample": "x"},
-        {"sample": -1},
-        {"sample": 10_000_000},
-        {"sample": 0.5},
-        {"p_first": 7.0},
-        {"p_first": "a"},
-        {"token_ids": 5},
-        {"completion_tokens": "a"},
-        {"dollars": "a"},
+        {"sample": "x"}, {"sample": -1}, {"sample": 10_000_000}, {"sample": 0.5}, {"p_first": 7.0}, {"p_first": "a"},
+        {"token_ids": 5}, {"completion_tokens": "a"}, {"dollars": "a"},
     ],
-)
+)  # fmt: skip
 def test_a_row_that_no_judge_of_ours_wrote_is_refused(own, change):
     """Taken as they are, such rows become figures, or end the report after it has cost what it costs."""
     path, prompts = own

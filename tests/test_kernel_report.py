@@ -1,31 +1,23 @@
 """`scripts/kernel_report.py`: the kernels compile for GPUs that this machine need not have."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from conftest import kernel_names, run_script
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> list[dict]:
     path = tmp_path_factory.mktemp("report") / "rows.json"
-    line = [sys.executable, ROOT / "scripts" / "kernel_report.py", "--json", path]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_script("kernel_report.py", "--json", path)
     return json.loads(path.read_text())
 
 
 def test_every_kernel_compiles_for_three_architectures_without_spills(report):
     """A kernel that is left out of the report, that Triton refuses, or that overflows its registers at real sizes."""
-    source = (ROOT / "conj" / "model" / "kernels.py").read_text().splitlines()
-    decorated = [source[i + 1] for i, line in enumerate(source) if line.startswith("@triton.jit")]
-    names = {line.removeprefix("def ").split("(")[0] for line in decorated}
+    names = kernel_names()
     assert len(names) == 8
     for architecture in ("sm_80", "sm_90a", "sm_100a"):
         rows = [row for row in report if row["architecture"] == architecture]

@@ -1,4 +1,4 @@
-"""`conj.model.kernels` against fp64 oracles, beside plain torch in the same dtype.
+"""`conj.model.kernels` and `logprob_kernels` against fp64 oracles, beside plain torch in the same dtype.
 
 Without a GPU the kernels run in Triton's interpreter, from a copy of the module of this file's own: what other tests
 import (vLLM has kernels too) stays compiled. The interpreter replaces a kernel by numpy, so it shows wrong masks,
@@ -53,7 +53,8 @@ def load(path: str):
     return module
 
 
-kernels, blockwise = load("conj/model/kernels.py"), load("benchmarks/blockwise_logprob.py")
+kernels, logprob_kernels = load("conj/model/kernels.py"), load("conj/model/logprob_kernels.py")
+blockwise = load("benchmarks/blockwise_logprob.py")
 
 
 @pytest.fixture(autouse=True)
@@ -136,13 +137,13 @@ def plain_logprob(i: dict) -> Tensor:
 def our_logprob(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Logprobs and lse of logits taken as one block."""
     statistics = empty_statistics(logits)
-    kernels.logprob_update(logits, targets, 0, *statistics)
+    logprob_kernels.logprob_update(logits, targets, 0, *statistics)
     return logprobs_and_lse(*statistics)
 
 
 def our_logit_grad(logits: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    kernels.logprob_grad(logits, targets, 0, lse, upstream, out)
+    logprob_kernels.logprob_grad(logits, targets, 0, lse, upstream, out)
     return out
 
 
@@ -166,6 +167,10 @@ def plain_add_norm(i: dict) -> tuple[Tensor, Tensor, Tensor]:
     residual = i["x"] + i["delta"] if "delta" in i else i["x"]
     y, inv_rms = plain_norm(residual, i["weight"])
     return y, residual, inv_rms
+
+
+def our_norm(i: dict) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.add_rms_norm_forward(i["x"], i.get("delta"), i["weight"], EPS)
 
 
 def our_norm_grad(i: dict) -> tuple[Tensor, Tensor]:
@@ -216,18 +221,8 @@ OPERATIONS = {
         lambda i: (plain_logprob(i), wide(i["logits"]).logsumexp(-1)),
     ),
     "logprob_grad": Operation(logprob_inputs, our_logprob_grad, plain_logprob_grad),
-    "norm": Operation(
-        rows("x", weight=0.3),
-        lambda i: kernels.add_rms_norm_forward(i["x"], None, i["weight"], EPS),
-        plain_add_norm,
-        shared=("weight",),
-    ),
-    "add_norm": Operation(
-        rows("x", "delta", weight=0.3),
-        lambda i: kernels.add_rms_norm_forward(i["x"], i["delta"], i["weight"], EPS),
-        plain_add_norm,
-        shared=("weight",),
-    ),
+    "norm": Operation(rows("x", weight=0.3), our_norm, plain_add_norm, ("weight",)),
+    "add_norm": Operation(rows("x", "delta", weight=0.3), our_norm, plain_add_norm, ("weight",)),
     "norm_grad": Operation(rows("x", "grad_y", weight=0.3), our_norm_grad, plain_norm_grad, ("weight",), sums=1),
     "add_norm_grad": Operation(
         rows("x", "grad_y", "grad_residual", weight=0.3), our_norm_grad, plain_norm_grad, ("weight",), sums=1
@@ -348,12 +343,13 @@ def logprob_by_blocks(i: dict, widths: list[int], shift: int = 0) -> tuple[Tenso
     blocks = [in_poison(logits[:, start : start + width]) for start, width in zip(starts, widths)]
     blocks = [(start + shift * (start > 0), block) for start, block in zip(starts, blocks)]
     for first_column, block in blocks:
-        kernels.logprob_update(block, targets, first_column, *state)
+        logprob_kernels.logprob_update(block, targets, first_column, *state)
     row_max, row_sum, target_logit = state
     lse = row_max + row_sum.log()
     out = torch.full_like(logits, math.nan)
     for start, (first_column, block) in zip(starts, blocks):
-        kernels.logprob_grad(block, targets, first_column, lse, i["upstream"], out[:, start : start + block.shape[1]])
+        columns = out[:, start : start + block.shape[1]]
+        logprob_kernels.logprob_grad(block, targets, first_column, lse, i["upstream"], columns)
     return target_logit - lse, out
 
 
@@ -390,9 +386,8 @@ def test_the_check_fails_for_a_wrong_gradient(damage):
     targets = (i["targets"] + (damage == "targets")) % 515
     ours = our_logit_grad(i["logits"], targets, lse, i["upstream"])
     with pytest.raises(AssertionError):
-        assert_error_at_most_twice_torchs(
-            (ours,), plain_logprob_grad(i), plain_logprob_grad(double), rounding_of_lse(i)
-        )
+        plain, exact = plain_logprob_grad(i), plain_logprob_grad(double)
+        assert_error_at_most_twice_torchs((ours,), plain, exact, rounding_of_lse(i))
 
 
 @DTYPES
@@ -426,7 +421,7 @@ def test_a_gradient_in_place_of_its_logits_is_the_same(dtype):
     (expected,) = our_logprob_grad(i)
     _, lse = our_logprob(i["logits"], i["targets"])
     logits = in_poison(i["logits"])
-    kernels.logprob_grad(logits, i["targets"], 0, lse, i["upstream"], logits)
+    logprob_kernels.logprob_grad(logits, i["targets"], 0, lse, i["upstream"], logits)
     assert torch.equal(logits, expected)
     assert logits._base.isnan().sum() == logits._base.numel() - logits.numel()
 
@@ -528,7 +523,7 @@ def test_rows_lie_where_they_should_past_2_to_the_31_elements(name):
         assert torch.equal(a, b)
     if name == "logprob_grad":
         _, lse = our_logprob(i["logits"], i["targets"])
-        kernels.logprob_grad(i["logits"], i["targets"], 0, lse, i["upstream"], moved["logits"])
+        logprob_kernels.logprob_grad(i["logits"], i["targets"], 0, lse, i["upstream"], moved["logits"])
         assert torch.equal(moved["logits"], our_logprob_grad(i)[0])
 
 

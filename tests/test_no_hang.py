@@ -41,9 +41,8 @@ def torchrun(run, base, *script, restarts: int = 0, save_every: int = 2) -> subp
     line = [*launch, f"--max-restarts={restarts}", *script, *TRAIN, "--run-dir", run, "--model", base]
     line += ["--save-every", save_every]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [*map(str, line)], env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*map(str, line)], env=env, cwd=ROOT, text=True, **pipes)
 
 
 def faulty(run, base, fault: str, phase: str, rank: int, restarts: int = 0) -> tuple[subprocess.Popen, str, float]:

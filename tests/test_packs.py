@@ -202,9 +202,8 @@ def test_no_rank_idles_in_a_small_step():
     """24 pairs fit one pack: without a multiple one of 8 ranks would do all the work."""
     for seed in range(20):
         pairs = drawn_pairs(5, seed)
-        one, eight = (
-            plan_packs(pairs, range(24), max_tokens=16384, share="prompt", multiple=multiple) for multiple in (1, 8)
-        )
+        how = {"max_tokens": 16384, "share": "prompt"}
+        one, eight = (plan_packs(pairs, range(24), **how, multiple=multiple) for multiple in (1, 8))
         assert (len(one), len(eight)) == (1, 8)
         assert max(tokens_of(pairs, eight)) < 0.4 * tokens_of(pairs, one)[0]
 

@@ -62,14 +62,9 @@ def test_ids_are_stable():
 def test_every_odd_row_meets_a_counted_fate(tmp_path):
     """Nothing is dropped, or kept, silently."""
     rows = [
-        row(),
-        row(),
-        row("identical", "same", "same"),
-        row("a boolean and its text", True, "true"),
-        row("tie", label=0),
-        row("empty", "", "b"),
-        row("boolean", True, "True."),
-    ]
+        row(), row(), row("identical", "same", "same"), row("a boolean and its text", True, "true"),
+        row("tie", label=0), row("empty", "", "b"), row("boolean", True, "True."),
+    ]  # fmt: skip
     two_questions = {
         "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
         "rejected": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "b"}],
@@ -78,14 +73,9 @@ def test_every_odd_row_meets_a_counted_fate(tmp_path):
     prompts, counts = load_prompts(data)
     assert [r["question"] for r in prompts] == ["q", "empty", "boolean"]
     assert counts == {
-        "records": 8,
-        "left_out_duplicate": 1,
-        "left_out_identical": 2,
-        "left_out_tie": 1,
-        "left_out_two_questions": 1,
-        "empty_answers": 1,
-        "non_string_answers": 1,
-    }
+        "records": 8, "left_out_duplicate": 1, "left_out_identical": 2, "left_out_tie": 1, "left_out_two_questions": 1,
+        "empty_answers": 1, "non_string_answers": 1,
+    }  # fmt: skip
     boolean = prompts[2]
     assert boolean[f"answer_{boolean['label']}"] == "true"
 
@@ -110,9 +100,8 @@ def test_subsets_are_chosen_by_name(tmp_path):
 def test_benchmark_keeps_repeated_rows_and_says_what_they_are(tmp_path):
     """Official counts are over rows, so the second of two equal ones is a row of its own; without `benchmark` nothing
     changes."""
-    data = write(
-        tmp_path / "rows.jsonl", [row("q1"), row("q2"), row("q1"), row("q1"), row("tie", label=0), row("i", "s", "s")]
-    )
+    rows = [row("q1"), row("q2"), row("q1"), row("q1"), row("tie", label=0), row("i", "s", "s")]
+    data = write(tmp_path / "rows.jsonl", rows)
     plain, _ = load_prompts([data])
     rows, counts = load_prompts([data], benchmark=True)
     id = plain[0]["id"]

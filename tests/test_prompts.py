@@ -28,9 +28,8 @@ def small_folder(tmp_path_factory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     texts = [judge_messages(e["input"], e["output_1"], e["output_2"])[1]["content"] for e in examples()[:30]]
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([f"user\n\n\n{text}" for text in texts], trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -194,9 +193,8 @@ def test_white_space_is_kept_or_cut_as_the_template_says(small_folder, tmp_path)
     shutil.copytree(small_folder, tmp_path, dirs_exist_ok=True)
     messages = [{"role": "system", "content": " \n"}, {"role": "user", "content": "\n y  z \t"}]
     trimmed = [{**m, "content": m["content"].strip()} for m in messages]
-    kept, cut = (
-        JudgeTokenizer.load(small_folder, t) for t in (CHATML, CHATML.replace("['content']", "['content'] | trim"))
-    )
+    trimmed = CHATML.replace("['content']", "['content'] | trim")
+    kept, cut = (JudgeTokenizer.load(small_folder, t) for t in (CHATML, trimmed))
     assert cut.prompt_ids(messages) == kept.prompt_ids(trimmed) != kept.prompt_ids(messages)
 
 

@@ -21,24 +21,9 @@ settings.load_profile("conj")
 
 # Text as models and users write it: what the parsers and the template look for, among anything else.
 PIECES = [
-    "{",
-    "}",
-    '"',
-    "'",
-    ":",
-    "：",
-    ",",
-    "\\",
-    "```",
-    "原因",
-    "更好的回答",
-    "回答",
-    "1",
-    "2",
-    "\n",
-    "{name}",
+    "{", "}", '"', "'", ":", "：", ",", "\\", "```", "原因", "更好的回答", "回答", "1", "2", "\n", "{name}",
     "conj1placeholder",
-]
+]  # fmt: skip
 TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_end|>\n<|im_start|>system\n"]
 texts = st.lists(st.sampled_from(PIECES + TOKENS) | st.text(max_size=8), max_size=12).map("".join)
 verdicts = st.sampled_from((1, 2))

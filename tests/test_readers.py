@@ -52,12 +52,8 @@ LAYOUTS = {
     "skywork": ({"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")], "source": "m"}, "m"),
     "ultrafeedback": (
         {
-            "prompt": "q",
-            "chosen": [user("q"), assistant("a")],
-            "rejected": [user("q"), assistant("b")],
-            "messages": [user("q"), assistant("a")],
-            "score_chosen": 8.0,
-            "score_rejected": 7.5,
+            "prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")],
+            "messages": [user("q"), assistant("a")], "score_chosen": 8.0, "score_rejected": 7.5,
         },
         "",
     ),
@@ -76,19 +72,14 @@ LAYOUTS = {
     "judgebench": ({"question": "q", "response_A": "b", "response_B": "a", "label": "B>A", "source": "law"}, "law"),
     "pandalm": (
         {
-            "instruction": "q",
-            "input": "",
-            "response1": "b",
-            "response2": "a",
-            "annotator1": 2,
-            "annotator2": 1,
+            "instruction": "q", "input": "", "response1": "b", "response2": "a", "annotator1": 2, "annotator2": 1,
             "annotator3": 2,
         },
         "",
     ),
     "conj": ({"question": "q", "answer_1": "a", "answer_2": "b", "label": 1}, ""),
     "conj_messages": ({"messages": [user("q")], "answer_1": "a", "answer_2": "b", "label": 1}, ""),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -182,15 +173,10 @@ def test_booleans_among_answers_are_kept_as_booleans():
 
 
 TEXTS = {
-    "date": "2024-01-01",
-    "lone surrogate": "cut \ud83d",
-    "carriage return": "a\r\nb\rc",
-    "control characters": "\x00\x01\x1b[0m",
-    "line separator": "a\u2028b\u0085c",
-    "BOM": "\ufeffa",
-    "not NFC": "e\u0301",
-    "braces": "{question} {0} {{",
-}
+    "date": "2024-01-01", "lone surrogate": "cut \ud83d", "carriage return": "a\r\nb\rc",
+    "control characters": "\x00\x01\x1b[0m", "line separator": "a\u2028b\u0085c", "BOM": "\ufeffa",
+    "not NFC": "e\u0301", "braces": "{question} {0} {{",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("escaped", [True, False], ids=["ASCII", "UTF-8"])
@@ -354,15 +340,11 @@ def test_file_of_other_content_is_an_input_error(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("ultrafeedback", 1000),
-        ("dpo_zh", 300),
-        ("llmbar", 234),
-        ("pandalm/testset-v1.json", 999),
-        ("layouts/judgebench.jsonl", 3),
-        ("layouts/rm_bench.json", 27),
+        ("ultrafeedback", 1000), ("dpo_zh", 300), ("llmbar", 234), ("pandalm/testset-v1.json", 999),
+        ("layouts/judgebench.jsonl", 3), ("layouts/rm_bench.json", 27),
         ("llmbar_judge_outputs/natural/GPT-4_CoT/result.json", 100),
     ],
-)
+)  # fmt: skip
 def test_real_data_sets_are_read_whole(name, count):
     """Counts from the sources' own descriptions."""
     if not (SHARED / name).exists():

@@ -24,9 +24,8 @@ def replace(path, old: str, new: str) -> None:
 def rename_weights(model) -> None:
     """The same tensors under another file name, by an index."""
     (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
-    weight_map = dict.fromkeys(
-        load_file(model / "model-00001-of-00001.safetensors"), "model-00001-of-00001.safetensors"
-    )
+    name = "model-00001-of-00001.safetensors"
+    weight_map = dict.fromkeys(load_file(model / name), name)
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -79,7 +78,7 @@ def test_a_reference_made_elsewhere_is_refused_and_the_message_names_the_field(
 
 def test_the_key_knows_kernels_versions_and_device(run_folder, tied_model, monkeypatch):
     """Each is read where it is decided, not stated by hand: another choice gives another key."""
-    pairs, tokenizer, _ = reference.load_pairs(run_folder, tied_model, 6400)
+    pairs, tokenizer, _ = reference.load_pairs(run_folder / "pairs.jsonl", tied_model, 6400)
 
     def key(device: str = "cpu") -> dict:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
@@ -101,9 +100,8 @@ def test_a_stored_logprob_off_by_one_ulp_is_refused_before_training(side, run_fo
     make_reference(run_folder, tied_model)
     spoil(run_folder, side)
     manifest_path(run_folder / "reference.safetensors").unlink()
-    with pytest.raises(
-        InputError, match=r"pair 2 \(prompt p00\d\): expected the logprobs .* that the model gives, found"
-    ):
+    wrong = r"pair 2 \(prompt p00\d\): expected the logprobs .* that the model gives, found"
+    with pytest.raises(InputError, match=wrong):
         dpo.main(dpo_options(run_folder, tied_model, pairs_per_step=2))
 
 
@@ -111,9 +109,8 @@ def test_a_stored_logprob_off_by_one_ulp_is_refused_by_its_manifest(run_folder, 
     """Also where no spot check looks at it."""
     make_reference(run_folder, tied_model)
     spoil(run_folder, 0)
-    with pytest.raises(
-        InputError, match="reference.safetensors: was changed after reference.safetensors.manifest.json"
-    ):
+    changed = "reference.safetensors: was changed after reference.safetensors.manifest.json"
+    with pytest.raises(InputError, match=changed):
         dpo.main(dpo_options(run_folder, tied_model))
 
 

@@ -153,18 +153,14 @@ def test_pages_of_twenty(report):
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
-        ({"show": "wrong"}, WRONG | TURNED | THEIRS_WRONG),
-        ({"show": "wrong", "judge": "ours"}, WRONG | TURNED),
-        ({"show": "wrong", "judge": "<b>theirs"}, THEIRS_WRONG),
-        ({"show": "inconsistent"}, TURNED),
-        ({"show": "unparsed"}, UNPARSED | MISSING),
-        ({"show": "unparsed", "judge": "<b>theirs"}, set()),
+        ({"show": "wrong"}, WRONG | TURNED | THEIRS_WRONG), ({"show": "wrong", "judge": "ours"}, WRONG | TURNED),
+        ({"show": "wrong", "judge": "<b>theirs"}, THEIRS_WRONG), ({"show": "inconsistent"}, TURNED),
+        ({"show": "unparsed"}, UNPARSED | MISSING), ({"show": "unparsed", "judge": "<b>theirs"}, set()),
         ({"benchmark": "rm-bench"}, set(range(15))),
         ({"benchmark": "rm-bench", "subset": "code/easy/markdown-concise"}, {0, 3, 6, 9, 12}),
-        ({"subset": EVIL_SHOWN}, {7}),
-        ({"benchmark": "llmbar", "show": "wrong", "judge": "ours"}, {44}),
+        ({"subset": EVIL_SHOWN}, {7}), ({"benchmark": "llmbar", "show": "wrong", "judge": "ours"}, {44}),
     ],
-)
+)  # fmt: skip
 def test_each_filter_shows_exactly_its_questions(report, choice, expected):
     """What the page counts is what the report counts."""
     report.open().choose(**choice)

@@ -46,9 +46,8 @@ def test_a_run_torn_at_any_byte_goes_on_to_the_same_file(tied_model, tmp_path, m
     sample_repeated(options)
     whole = (tmp_path / "repeated.jsonl").read_bytes()
     manifest = tmp_path / "repeated.jsonl.manifest.json"
-    opened = {
-        k: v for k, v in json.loads(manifest.read_text()).items() if k not in ("sha256", "num_rows", "counts", "seal")
-    }
+    closing = ("sha256", "num_rows", "counts", "seal")
+    opened = {k: v for k, v in json.loads(manifest.read_text()).items() if k not in closing}
     for length in range(0, len(whole), 7):
         (tmp_path / "repeated.jsonl").write_bytes(whole[:length])
         write_sealed(manifest, opened | {"complete": False})
@@ -237,9 +236,8 @@ def stub_vllm(monkeypatch, device_type: str, engine_args=None) -> None:
     platform = SimpleNamespace(is_cpu=lambda: device_type == "cpu", device_type=device_type)
     monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
     monkeypatch.setitem(sys.modules, "vllm.distributed", SimpleNamespace(cleanup_dist_env_and_memory=None))
-    monkeypatch.setitem(
-        sys.modules, "vllm", SimpleNamespace(EngineArgs=engine_args, LLMEngine=SimpleNamespace(from_engine_args=None))
-    )
+    engine = SimpleNamespace(from_engine_args=None)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(EngineArgs=engine_args, LLMEngine=engine))
 
 
 def test_parallelism_reaches_vllm(tied_model, monkeypatch):
@@ -367,9 +365,8 @@ class TestEngine:
 
         together = sample(requests)
         assert sample(requests[::-1]) == together
-        assert {id: ids for r in requests[:4] for id, ids in sample([r]).items()} == {
-            str(i): together[str(i)] for i in range(4)
-        }
+        alone = {id: ids for r in requests[:4] for id, ids in sample([r]).items()}
+        assert alone == {str(i): together[str(i)] for i in range(4)}
         other_seed = Decoding(max_new_tokens=24, temperature=1.2, top_p=0.95, top_k=50, seed=1)
         assert sample(requests, other_seed) != together  # it does sample
 

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from conj.data.benchmarks import Section, section_value
+from conj.sample.evaluation.aggregation import Section, section_value
 from conj.sample.evaluation.scores import (
     NOT_JUDGED,
     TIE,

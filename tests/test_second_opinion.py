@@ -63,9 +63,8 @@ def test_a_sound_bf16_run_holds_and_a_norm_off_by_a_hundredth_is_named(seed, tmp
     norm = NORMS[seed % len(NORMS)]
     wrong = scaled(norm, tmp_path / "wrong")
     read = {BASE: wrong}
-    monkeypatch.setattr(
-        second_opinion, "load_transformers", lambda f, *a, **k: load_transformers(read.get(f, f), *a, **k)
-    )
+    load = lambda f, *a, **k: load_transformers(read.get(f, f), *a, **k)  # noqa: E731
+    monkeypatch.setattr(second_opinion, "load_transformers", load)
     _, checks = audited(run, reference=True)
     assert broken(checks) == ["reference by transformers"] and f"along {norm} " in checks[broken(checks)[0]].found
     run, read[wrong] = bf16_run(tmp_path / "other", seed, wrong), BASE

@@ -25,9 +25,8 @@ def test_an_exported_model_opens_in_transformers_with_the_same_weights_and_token
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     messages = [{"role": "user", "content": "回答1 is 更好"}]
-    texts = [
-        AutoTokenizer.from_pretrained(f).apply_chat_template(messages, tokenize=True) for f in (base, tmp_path / "out")
-    ]
+    both = [AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "out")]
+    texts = [tokenizer.apply_chat_template(messages, tokenize=True) for tokenizer in both]
     assert texts[0] == texts[1]
 
 

@@ -12,15 +12,18 @@ import fcntl
 import functools
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
 
 from conj import InputError
 from conj.data.files import sha256_file, write_atomic
+from conj.data.options import option
 
 PACKAGES = (
     "torch",
@@ -49,11 +52,38 @@ ARTEFACTS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What every stage of a run has."""
+
+    run_dir: Path = option(help="run folder: the stage writes there, and reads what it needs", affects_result=False)
+    from_runs: tuple[Path, ...] = option(
+        (), name="from", help="run folders to build on: what is complete there is not made again", affects_result=False
+    )
+
+    def find(self, name: str) -> Path:
+        """Where the run's `name` lies: in its own folder, else where its manifest says, else in the first run folder of
+        `--from` that has it."""
+        found = [locate(run / name) for run in (self.run_dir, *self.from_runs)]
+        return next((path for path in found if path.exists()), self.run_dir / name)
+
+
+def locate(artefact: Path) -> Path:
+    """Where an artefact lies: here, or in another run folder, from which its run has taken it."""
+    made = None if artefact.exists() else read_manifest(artefact)
+    return (
+        artefact if made is None or "taken_from" not in made else artefact.parent / made["taken_from"] / artefact.name
+    )
+
+
 def list_artefacts(run: Path) -> list[Path]:
     """The artefacts of a run folder that have a manifest, in the order of the stages."""
-    names = [path.name.removesuffix(".manifest.json") for path in sorted(run.glob("*.manifest.json"))]
-    place = {name: i for i, name in enumerate(ARTEFACTS)}
-    return [run / name for name in sorted(names, key=lambda name: place.get(name, len(place)))]
+    names = sorted(path.name.removesuffix(".manifest.json") for path in run.glob("*.manifest.json"))
+    return sorted((run / name for name in names), key=stage_order)
+
+
+def stage_order(artefact: Path) -> int:
+    return ARTEFACTS.index(artefact.name) if artefact.name in ARTEFACTS else len(ARTEFACTS)
 
 
 def manifest_path(artefact: Path) -> Path:
@@ -120,6 +150,11 @@ def describe_options(options) -> dict:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
+def describe(inputs: Sequence[str | Path], options) -> dict:
+    """What a manifest is about, and two are compared by."""
+    return {"inputs": describe_inputs(inputs), "options": describe_options(options)}
+
+
 @functools.cache
 def describe_code() -> dict:
     """Versions of Python and the packages in use, and the git commit of conj (None outside a checkout)."""
@@ -142,34 +177,64 @@ def describe_code() -> dict:
     return {"versions": versions, "git": {"commit": commit, "dirty": dirty}}
 
 
+def state(artefact: Path, now: dict) -> str:
+    """How far the stage is that makes `artefact` of the inputs and options `now`: complete, unfinished, or to do. Raises
+    InputError where what stands there was made of others."""
+    made = read_manifest(artefact)
+    if made is not None and "taken_from" in made:  # a reference to another run's is replaced, never refused
+        there = locate(artefact)
+        return "complete" if not _difference(made, now) and _is_whole(there, made) else "to do"
+    if made is not None and (made["complete"] or artefact.exists()):
+        advice = f"delete it and {manifest_path(artefact).name}, or use another --run-dir"
+        if why := _difference(made, now):
+            raise InputError(f"{artefact}: {why}; {advice}")
+        if made["complete"] and not _is_whole(artefact, made):
+            raise InputError(
+                f"{artefact}: is not what {manifest_path(artefact).name} describes; delete both to make it again"
+            )
+        return "complete" if made["complete"] else "unfinished"
+    if artefact.exists():
+        raise InputError(f"{artefact}: exists but has no manifest; delete it or use another --run-dir")
+    return "to do"
+
+
 def begin(artefact: Path, *, inputs: Sequence[str | Path], options) -> bool:
-    """Opens the stage that makes `artefact`. Returns False if it is already complete, from these inputs and options.
+    """Opens the stage that makes `artefact`. Returns False if it is already complete, from these inputs and options: here
+    or in a run folder that the options name (`--from`), to which the manifest then refers.
 
     Raises InputError when an artefact of other inputs or options stands there (nothing is overwritten), or when an
     input is not what its own manifest describes. A stage that failed before it made anything leaves nothing behind."""
     for path in inputs:
         if isinstance(path, Path) and not path.exists():
             raise InputError(f"{path}: no such file; make it by its stage first")
-    now = {"inputs": describe_inputs(inputs), "options": describe_options(options)}
+    now = describe(inputs, options)
     _check_chain(now["inputs"])
-    before = read_manifest(artefact)
-    if before is not None and (before["complete"] or artefact.exists()):
-        _check_same(artefact, before, now)
-        if before["complete"]:
-            if not artefact.exists() or hash_input(artefact) != before["sha256"]:
-                raise InputError(
-                    f"{artefact}: is not what {manifest_path(artefact).name} describes; delete both to make it again"
-                )
-            print(f"{artefact}: already complete")
-            return False
-        _hold(artefact)
-        return True
-    if artefact.exists():
-        raise InputError(f"{artefact}: exists but has no manifest; delete it or use another --run-dir")
-    opened = {"artefact": artefact.name, "complete": False, **now, **describe_code()}
-    write_sealed(manifest_path(artefact), opened)
+    if is_complete(artefact, now, options):
+        return False
+    if not artefact.exists() or read_manifest(artefact) is None:
+        write_sealed(manifest_path(artefact), {"artefact": artefact.name, "complete": False, **now, **describe_code()})
     _hold(artefact)
     return True
+
+
+def is_complete(artefact: Path, now: dict, options) -> bool:
+    """Whether the artefact is there, of the inputs and options `now`; or in a run folder that the options build on, to
+    which the manifest here then refers."""
+    found = state(artefact, now)
+    if found == "complete":
+        print(f"{locate(artefact)}: already complete")
+    for run in getattr(options, "from_runs", ()) if found == "to do" else ():
+        made, there = read_manifest(run / artefact.name), locate(run / artefact.name)
+        if made is not None and made["complete"] and not _difference(made, now) and _is_whole(there, made):
+            place = os.path.relpath(there.parent, artefact.parent)
+            write_sealed(manifest_path(artefact), {**made, "taken_from": place})
+            print(f"{there}: already complete; {artefact.parent} takes it from there")
+            return True
+    return found == "complete"
+
+
+def _is_whole(artefact: Path, made: dict) -> bool:
+    return artefact.exists() and hash_input(artefact) == made["sha256"]
 
 
 _held: dict[Path, IO] = {}  # open manifests of the stages that this process is making
@@ -190,16 +255,17 @@ def _hold(artefact: Path) -> None:
     _held[artefact] = file
 
 
-def _check_same(artefact: Path, before: dict, now: dict) -> None:
-    advice = f"delete it and {manifest_path(artefact).name}, or use another --run-dir"
+def _difference(before: dict, now: dict) -> str:
+    """How inputs or options differ from those of a manifest; empty if they do not."""
     made_from, given = _contents(before), _contents(now)
     if made_from != given:
         names = ", ".join(i["path"] for i, old, new in zip(now["inputs"], made_from, given) if old != new)
-        raise InputError(f"{artefact}: was made from other inputs (changed: {names or 'their number'}); {advice}")
+        return f"was made from other inputs (changed: {names or 'their number'})"
     for name in sorted(before["options"].keys() | now["options"].keys()):
         old, new = (m["options"].get(name) for m in (before, now))
         if old != new:
-            raise InputError(f"{artefact}: was made with {name}={old!r}, now {new!r}; {advice}")
+            return f"was made with {name}={old!r}, now {new!r}"
+    return ""
 
 
 def _contents(manifest: dict) -> list[str]:

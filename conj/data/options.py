@@ -8,14 +8,14 @@ is to configure. `cyclopts` reads both.
 Each field becomes an option (`--pairs-per-step`, or with underscores); `bool` fields also get a `--no-` form.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import math
 import os
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -32,28 +32,32 @@ GROUPS = {  # of the help, in this order
 }
 
 
-def option(default=dataclasses.MISSING, *, help: str, affects_result: bool = True, name: str | None = None):
-    """A dataclass field that is a command line option; without a default it must be given. `name`: where the field's own
-    is a word of Python's.
+def option(
+    default=dataclasses.MISSING,
+    *,
+    help: str,
+    affects_result: bool = True,
+    name: str | None = None,
+    group: Group | str | None = None,
+    positional: bool = False,
+):
+    """A dataclass field that is a command line option; without a default it must be given. `name`: where it is not the
+    field's own; `group`: where the help shows it; `positional`: given without its name.
 
     An option that leaves the artefact as it is (paths, memory, how often to save) says so: a stage that was cut short
     may go on with another value of it."""
-    metadata = {"help": help, "affects_result": affects_result, "name": name}
+    metadata = {"help": help, "affects_result": affects_result, "name": name, "group": group, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """What every stage of a run has."""
-
-    run_dir: Path = option(
-        help="run folder: the stage's files are read from there and written to it", affects_result=False
-    )
+def key(field: dataclasses.Field) -> str:
+    """How a field is called in a file of settings."""
+    return field.metadata["name"] or field.name
 
 
 def flag(field: dataclasses.Field) -> str:
     """How a field is given on a command line."""
-    return "--" + (field.metadata["name"] or field.name).replace("_", "-")
+    return "--" + key(field).replace("_", "-")
 
 
 def _check_finite(kind: type, value: object) -> None:
@@ -68,23 +72,25 @@ def _show(default: object) -> str:
 def command_of(options_class: type) -> Callable:
     """A function of the options by keyword, for cyclopts; it gives an `options_class`."""
 
-    def make(**values):
-        return options_class(**values)
+    def make(*positional, **values):
+        return options_class(**dict(zip((p.name for p in parameters), positional)), **values)
 
     hints, parameters = typing.get_type_hints(options_class), []
     for field in dataclasses.fields(options_class):
         needed = field.default is dataclasses.MISSING
+        kind = inspect.Parameter.POSITIONAL_ONLY if field.metadata["positional"] else inspect.Parameter.KEYWORD_ONLY
         settings = Parameter(
-            name=flag(field), help=field.metadata["help"], validator=_check_finite,
-            group=GROUPS["required" if needed else field.metadata["affects_result"]],
+            name=() if field.metadata["positional"] else flag(field), help=field.metadata["help"], validator=_check_finite,
+            group=field.metadata["group"] or GROUPS["required" if needed else field.metadata["affects_result"]],
             consume_multiple=True, allow_repeating=True, negative_iterable=(), show_default=_show if field.default else None,
         )  # fmt: skip
         parameters.append(
             inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[hints[field.name], settings],
+                field.name, kind, annotation=Annotated[hints[field.name], settings],
                 default=inspect.Parameter.empty if needed else field.default,
             )
         )  # fmt: skip
+    parameters.sort(key=lambda parameter: parameter.kind)  # positional ones first
     make.__signature__ = inspect.Signature(parameters)
     return make
 
@@ -97,22 +103,27 @@ def parse_options(
     settings: Mapping | None = None,
     source: str = "",
 ):
-    """An `options_class` from a command line, above it from `settings`, a table of the file `source`.
+    """An `options_class` from a command line, and where that says nothing from `settings`, a table of the file `source`.
 
-    Raises InputError for what is unknown, missing or of another type; prints the help, or the version, and exits with 0
-    where the line asks for it. Whatever `__post_init__` raises passes."""
+    Raises InputError for what is unknown, missing or of another type, and what `__post_init__` raises; prints help or
+    version, and exits with 0, where the line asks for it."""
     app = App(
         name=_program(), help=description, version=f"conj {__version__}", default_command=command_of(options_class),
         config=Dict(dict(settings), source=source) if settings else (), result_action="return_value",
         help_format="plaintext", group_commands=GROUPS["other"],
     )  # fmt: skip
-    try:
-        options = app(list(argv), exit_on_error=False, print_error=False)
-    except CycloptsError as e:
-        raise InputError(f"{str(e).rstrip('.')}; see --help") from None
-    if options is None:  # the help or the version was asked for, and printed
+    options = run_app(app, argv)
+    if options is None:  # help or version were printed
         sys.exit()
     return options
+
+
+def run_app(app: App, argv: Sequence[str]):
+    """What the app's command returns. Raises InputError for a line that it does not understand."""
+    try:
+        return app(list(argv), exit_on_error=False, print_error=False)
+    except CycloptsError as e:
+        raise InputError(str(e).rstrip(".")) from None
 
 
 def _program() -> str:
@@ -126,13 +137,17 @@ def _program() -> str:
 def run_command(
     stage: Callable, options_class: type, description: str | None, argv: Sequence[str] | None = None
 ) -> None:
-    """Runs `stage(options)`; bad input ends in one line on stderr and exit code 2. `description` is the module docstring."""
+    """Runs `stage(options)`, as `bad_input_in_one_line` has it. `description` is the module docstring."""
+    with bad_input_in_one_line():
+        argv = sys.argv[1:] if argv is None else argv
+        stage(parse_options(options_class, argv, description=first_paragraph(description)))
+
+
+@contextlib.contextmanager
+def bad_input_in_one_line() -> Iterator[None]:
+    """What a user gave that cannot be used ends the process with one line on stderr and exit code 2."""
     try:
-        stage(
-            parse_options(
-                options_class, sys.argv[1:] if argv is None else argv, description=first_paragraph(description)
-            )
-        )
+        yield
     except InputError as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every rank sees the same bad input
             print(f"error: {e}", file=sys.stderr)

@@ -78,13 +78,9 @@ def tokenize_pairs(rows: Sequence[dict], tokenizer: JudgeTokenizer, vocab_size: 
         if highest >= vocab_size:
             raise InputError(f"pairs.jsonl:{i}: token id {highest} is outside the model's vocabulary of {vocab_size}")
     return TokenizedPairs(
-        ids=[row["id"] for row in rows],
-        is_eval=[row.get("split") == "eval" for row in rows],
-        prompts=prompts,
-        prompt_of=prompt_of,
-        judgments=judgments,
-        pair_types=[row["pair_type"] for row in rows],
-    )
+        ids=[row["id"] for row in rows], is_eval=[row.get("split") == "eval" for row in rows], prompts=prompts,
+        prompt_of=prompt_of, judgments=judgments, pair_types=[row["pair_type"] for row in rows],
+    )  # fmt: skip
 
 
 def plan_steps(

@@ -22,7 +22,8 @@ from typing import Literal, NamedTuple, get_args
 from conj import InputError
 from conj.data import manifest
 from conj.data.files import read_jsonl, write_jsonl
-from conj.data.options import RunOptions, option, require, require_each, run_command
+from conj.data.manifest import RunOptions
+from conj.data.options import option, require, require_each, run_command
 from conj.data.preprocess import question_of, read_prompts
 from conj.data.progress import progress
 from conj.data.prompts import VERDICT_KEY, judge_messages, question_text
@@ -45,6 +46,10 @@ class PairsOptions(RunOptions):
     eval_fraction: float = option(0.02, help="share of the questions held out for evaluation, from 0 to 1")
     seed: int = option(2021, help="seed of the choice among judgments and of the held-out questions")
 
+    def makes(self) -> dict[Path, list]:
+        files = ["prompts.jsonl", "repeated.jsonl"] + (["hinted.jsonl"] if HINTED & set(self.pair_types) else [])
+        return {self.run_dir / "pairs.jsonl": [self.find(name) for name in files]}
+
     def __post_init__(self):
         counts = ("max_right_vs_wrong", "max_right_vs_unparsed", "max_hinted")
         require_each(self, counts, lambda value: value >= 0, "a number of pairs from 0 up")
@@ -60,10 +65,8 @@ class Pair(NamedTuple):
 def build_pairs(options: PairsOptions) -> None:
     """Writes `pairs.jsonl`. Raises InputError when a file is missing, unfinished or does not fit `prompts.jsonl`, or
     when no pair can be made."""
-    began, artefact = time.monotonic(), options.run_dir / "pairs.jsonl"
-    inputs = [options.run_dir / "prompts.jsonl", options.run_dir / "repeated.jsonl"]
-    if HINTED & set(options.pair_types):
-        inputs.append(options.run_dir / "hinted.jsonl")
+    began, [(artefact, inputs)] = time.monotonic(), options.makes().items()
+    if len(inputs) > 2:
         require(
             inputs[-1].exists(), f"{inputs[-1]}: no such file; leave hinted pairs out of --pair-types to do without"
         )
@@ -116,9 +119,8 @@ def make_rows(
             row = {"prompt": messages, "chosen": chosen, "rejected": rejected, "id": id, "label": label}
             rows.append({**row, "pair_type": pair.pair_type, "split": split})
     if not rows:
-        raise InputError(
-            f"{options.run_dir}: no pair can be made: {', '.join(f'{k} {v}' for k, v in counts.items() if v)}"
-        )
+        found = ", ".join(f"{k} {v}" for k, v in counts.items() if v)
+        raise InputError(f"{options.run_dir}: no pair can be made: {found}")
     return rows, dict(counts)
 
 

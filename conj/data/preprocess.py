@@ -20,9 +20,11 @@ from conj import InputError
 from conj.data import manifest
 from conj.data.benchmarks import BENCHMARKS, official_subset, resolve_data
 from conj.data.files import read_jsonl, write_jsonl
-from conj.data.options import RunOptions, option, require_each, run_command
+from conj.data.layouts import Preference, swapped
+from conj.data.manifest import RunOptions
+from conj.data.options import option, require_each, run_command
 from conj.data.progress import progress
-from conj.data.readers import Preference, describe_data, read_preferences, split_name, swapped
+from conj.data.readers import describe_data, read_preferences, split_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +36,17 @@ class PreprocessOptions(RunOptions):
     subsets: tuple[str, ...] = option((), help="names of the subsets to keep; all if not given")
     limit: int | None = option(None, help="number of rows read from the head of each data set; all if not given")
 
+    def makes(self) -> dict[Path, list]:
+        return {self.run_dir / "prompts.jsonl": describe_data(self.data)}
+
     def __post_init__(self):
         require_each(self, ("limit",), lambda value: value > 0, "a positive number of rows")
 
 
 def preprocess(options: PreprocessOptions) -> None:
     """Writes `prompts.jsonl`. Raises InputError for unusable data or when every record is left out."""
-    began, artefact = time.monotonic(), options.run_dir / "prompts.jsonl"
-    if not manifest.begin(artefact, inputs=describe_data(options.data), options=options):
+    began, [(artefact, inputs)] = time.monotonic(), options.makes().items()
+    if not manifest.begin(artefact, inputs=inputs, options=options):
         return
     rows, counts = load_prompts(options.data, options.seed, options.subsets, options.limit)
     write_jsonl(artefact, rows)
@@ -116,14 +121,10 @@ def make_row(record: Preference, source: str, seed: int | None, benchmark: str |
     coin = hashlib.sha256(f"{seed}:{id}".encode()).digest()[0] % 2 == 1
     swap = record.place == 2 if seed is None else coin
     row = {
-        "id": id,
-        "question" if isinstance(record.question, str) else "messages": record.question,
-        "answer_1": worse if swap else better,
-        "answer_2": better if swap else worse,
-        "label": 2 if swap else 1,
-        "source": source,
-        "subset": record.subset,
-    }
+        "id": id, "question" if isinstance(record.question, str) else "messages": record.question,
+        "answer_1": worse if swap else better, "answer_2": better if swap else worse, "label": 2 if swap else 1,
+        "source": source, "subset": record.subset,
+    }  # fmt: skip
     if benchmark is not None:
         row |= {"subset": official_subset(benchmark, record.subset, record.where), "benchmark": benchmark}
     if benchmark and BENCHMARKS[benchmark].has_ties:

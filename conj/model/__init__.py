@@ -1,0 +1,1 @@
+"""Qwen2 by hand: its layers, kernels and weights; nothing of training."""

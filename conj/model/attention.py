@@ -49,14 +49,9 @@ def build_segments(lengths: list[int], prefix: list[int | None]) -> Segments:
         return Segments(lengths=lengths, prefix=prefix, masks=masks)
     rows, k_lengths = key_rows(lengths, prefix)
     return Segments(
-        lengths=lengths,
-        prefix=prefix,
-        keys=build_gather(rows, sum(lengths)),
-        cu_seqlens_q=_cumulative(lengths),
-        cu_seqlens_k=_cumulative(k_lengths),
-        max_seqlen_q=max(lengths),
-        max_seqlen_k=max(k_lengths),
-    )
+        lengths=lengths, prefix=prefix, keys=build_gather(rows, sum(lengths)), cu_seqlens_q=_cumulative(lengths),
+        cu_seqlens_k=_cumulative(k_lengths), max_seqlen_q=max(lengths), max_seqlen_k=max(k_lengths),
+    )  # fmt: skip
 
 
 def key_rows(lengths: list[int], prefix: list[int | None]) -> tuple[Tensor, list[int]]:
@@ -109,8 +104,6 @@ def _sdpa_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Ten
         if p is not None:
             k_i, v_i = torch.cat([pieces[1][p], k_i], dim=2), torch.cat([pieces[2][p], v_i], dim=2)
         outputs.append(
-            F.scaled_dot_product_attention(
-                q_i, k_i, v_i, attn_mask=segments.masks[i], is_causal=p is None, enable_gqa=gqa
-            )
+            F.scaled_dot_product_attention(q_i, k_i, v_i, segments.masks[i], is_causal=p is None, enable_gqa=gqa)
         )
     return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)

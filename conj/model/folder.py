@@ -12,6 +12,7 @@ from conj.data.options import require
 from conj.data.prompts import JudgeTokenizer
 
 DEFAULT_MAX_LENGTH = 8192
+TRAINING_MAX_LENGTH = 6400  # the published recipe's: longer pairs are not trained on, and not sampled either
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,11 @@ class JudgeModel:
     end_ids: list[int]  # tokens that end a judgment
 
 
-def check_model(folder: Path, max_length: int | None, chat_template: str | None = None) -> JudgeModel:
-    """Reads what there is to know about a model without its weights. `chat_template` takes the place of its own.
+def check_model(
+    folder: Path, max_length: int | None, chat_template: str | None = None, most: int = DEFAULT_MAX_LENGTH
+) -> JudgeModel:
+    """Reads what there is to know about a model without its weights. `chat_template` takes the place of its own. Without
+    a `max_length` it is the model's, up to `most`.
 
     Raises InputError for a folder without config, tokenizer, chat template or whole safetensors, a model that needs
     remote code, a tokenizer with more ids than the vocabulary, or a context longer than the model's."""
@@ -41,7 +45,7 @@ def check_model(folder: Path, max_length: int | None, chat_template: str | None 
     )
     _check_weights(folder)
     if max_length is None:
-        max_length = min(context, DEFAULT_MAX_LENGTH)
+        max_length = min(context, most)
     require(0 < max_length <= context, f"--max-length: expected 1 to {context} (the model's), found {max_length}")
     end_ids = _end_ids(folder, config, tokenizer)
     return JudgeModel(folder=folder, tokenizer=tokenizer, max_length=max_length, end_ids=end_ids)
@@ -57,9 +61,8 @@ def _read_config(path: Path) -> dict:
 
 def _end_ids(folder: Path, config: dict, tokenizer: JudgeTokenizer) -> list[int]:
     """Tokens that end a judgment: the tokenizer's, and those that the model's configuration names."""
-    generation = (
-        read_model_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
-    )
+    path = folder / "generation_config.json"
+    generation = read_model_json(path) if path.exists() else {}
     found = {tokenizer.special[tokenizer.eos]}
     for eos in (config.get("eos_token_id"), generation.get("eos_token_id")):
         found |= {i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int}

@@ -1,6 +1,6 @@
-"""Every Triton kernel of the project, each beside the function that launches it on plain tensors.
+"""The Triton kernels of a block's memory-bound steps, each beside the function that launches it on plain tensors.
 
-Their references and their autograd are in `ops.py` and `logprob.py`.
+Their references and their autograd are in `ops.py`; the head's kernels are in `logprob_kernels.py`, by the same rules.
 
 Why: torch needs several passes over memory for each of these (cast, square, mean, multiply, ...), keeps what it made in
 between, or sums by atomics in an order that changes from run to run. Here each tensor is read and written once, the
@@ -13,9 +13,9 @@ than its aligned copy.)
 Refused, by assertion: a last dimension that is not contiguous (strides of rows are honoured), mixed dtypes, shapes that
 do not fit. Not checked, since it would wait for the device: targets and row numbers out of range.
 
-Dimension letters: T packed tokens, D hidden, F mlp, N query heads, K key/value heads, H head size, V vocabulary;
-R rows and C columns of a block of logits, G gathered rows. tests/test_kernels.py runs all of this on a CPU, through
-Triton's interpreter; scripts/kernel_report.py compiles it for GPUs that need not be there.
+Dimension letters: T packed tokens, D hidden, F mlp, N query heads, K key/value heads, H head size, C columns, G gathered
+rows. tests/test_kernels.py runs all of this on a CPU, through Triton's interpreter; scripts/kernel_report.py compiles it
+for GPUs that need not be there.
 """
 
 import torch
@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROW_BLOCK = 4096  # columns that a program holds at a time where it walks along a row
 ELEMENT_BLOCK = 1024  # columns of a program where elements do not need each other
 ELEMENTS_PER_THREAD = 16  # two 16-byte loads of bf16 in flight for each tensor
 NORM_ROWS = 8  # rows whose share of the gradient of a norm's weight one program adds up
@@ -42,95 +41,9 @@ def launch_options(elements: int) -> dict:
     return {"num_warps": min(max(elements // (32 * ELEMENTS_PER_THREAD), 1), 16), "enable_fp_fusion": True}
 
 
-def _check(x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+def check(x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
     assert x.shape == shape and x.dtype in dtypes, (tuple(x.shape), x.dtype, shape, dtypes)
     assert x.numel() == 0 or x.stride(-1) == 1 or x.shape[-1] == 1, f"last dimension has stride {x.stride(-1)}"
-
-
-# Logprobs of selected tokens
-
-
-@triton.jit
-def _logprob_update(
-    logits, targets, row_max, row_sum, target_logit, stride, first_column, columns, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
-    old_max = tl.load(row_max + row)
-    new_max = old_max
-    # Each lane keeps a sum of its own, so that a chunk costs one reduction (the max) and not two.
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        logit = tl.load(logits + column, mask=column < columns, other=float("-inf")).to(tl.float32)
-        last_max = new_max
-        new_max = tl.maximum(last_max, tl.max(logit, 0))
-        # While all logits were -inf, so is the max, and -inf - -inf would be NaN: count from 0 instead.
-        origin = tl.where(new_max == float("-inf"), 0.0, new_max)
-        sums = sums * tl.exp(last_max - origin) + tl.exp(logit - origin)
-    origin = tl.where(new_max == float("-inf"), 0.0, new_max)
-    old_sum = tl.load(row_sum + row)
-    tl.store(row_max + row, new_max)
-    tl.store(row_sum + row, old_sum * tl.exp(old_max - origin) + tl.sum(sums, 0))
-    target = tl.load(targets + row) - first_column
-    if (target >= 0) & (target < columns):
-        tl.store(target_logit + row, tl.load(logits + target).to(tl.float32))
-
-
-def logprob_update(
-    logits: Tensor,  # (R, C) bf16 or fp32: columns [first_column, first_column + C) of the vocabulary
-    targets: Tensor,  # (R,) int64, numbered in the whole vocabulary
-    first_column: int,
-    row_max: Tensor,  # (R,) fp32, updated: the largest logit so far; -inf before the first block
-    row_sum: Tensor,  # (R,) fp32, updated: the sum of exp(logit - row_max) so far; 0 before the first block
-    target_logit: Tensor,  # (R,) fp32, written where the row's target lies in the block, else left alone
-) -> None:
-    """Takes one block of columns into each row's running log-sum-exp.
-
-    Afterwards lse = row_max + log(row_sum). Source: online softmax, Milakov and Gimelshein (arXiv 1805.02867)."""
-    R, C = logits.shape
-    _check(logits, (R, C), torch.bfloat16, torch.float32)
-    _check(targets, (R,), torch.int64)
-    for state in (row_max, row_sum, target_logit):
-        _check(state, (R,), torch.float32)
-    block = block_size(C, ROW_BLOCK)
-    arguments = (logits, targets, row_max, row_sum, target_logit, logits.stride(0), first_column, C)
-    _logprob_update[(R,)](*arguments, BLOCK=block, **launch_options(block))
-
-
-@triton.jit
-def _logprob_grad(logits, targets, lse, upstream, out, stride, out_stride, first_column, columns, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < columns
-    logit = tl.load(logits + row * stride + column, mask=mask, other=float("-inf")).to(tl.float32)
-    probability = tl.exp(logit - tl.load(lse + row))
-    onehot = (column == tl.load(targets + row) - first_column).to(tl.float32)
-    grad = tl.load(upstream + row) * (onehot - probability)
-    tl.store(out + row * out_stride + column, grad, mask=mask)
-
-
-def logprob_grad(
-    logits: Tensor,  # (R, C) bf16 or fp32: columns [first_column, first_column + C) of the vocabulary
-    targets: Tensor,  # (R,) int64, numbered in the whole vocabulary
-    first_column: int,
-    lse: Tensor,  # (R,) fp32, over the whole vocabulary
-    upstream: Tensor,  # (R,) fp32, gradient of each row's logprob
-    out: Tensor,  # (R, C) bf16 or fp32, written; may be `logits` itself
-) -> None:
-    """out = upstream * (onehot(target) - softmax): the gradient of log softmax at the target to this block of logits.
-
-    The difference is taken in fp32: for a likely target it cancels, and bf16 would leave little of it. The grid has a
-    program for each piece of each row, since no piece needs another and few rows still fill the device."""
-    R, C = logits.shape
-    _check(logits, (R, C), torch.bfloat16, torch.float32)
-    _check(targets, (R,), torch.int64)
-    _check(lse, (R,), torch.float32)
-    _check(upstream, (R,), torch.float32)
-    _check(out, (R, C), torch.bfloat16, torch.float32)
-    block = block_size(C, ELEMENT_BLOCK)
-    arguments = (logits, targets, lse, upstream, out, logits.stride(0), out.stride(0), first_column, C)
-    _logprob_grad[(R, triton.cdiv(C, block))](*arguments, BLOCK=block, **launch_options(block))
 
 
 # RMSNorm of a residual stream
@@ -168,13 +81,13 @@ def add_rms_norm_forward(
 
     Source: Zhang and Sennrich (arXiv 1910.07467), equation 4."""
     T, D = x.shape
-    _check(x, (T, D), torch.bfloat16, torch.float32)
-    _check(weight, (D,), x.dtype)
+    check(x, (T, D), torch.bfloat16, torch.float32)
+    check(weight, (D,), x.dtype)
     y = torch.empty((T, D), dtype=x.dtype, device=x.device)
     inv_rms = torch.empty(T, dtype=torch.float32, device=x.device)
     residual, delta_stride = None, 0
     if delta is not None:
-        _check(delta, (T, D), x.dtype)
+        check(delta, (T, D), x.dtype)
         residual, delta_stride = torch.empty_like(y), delta.stride(0)
     block = block_size(D)
     arguments = (x, delta, weight, y, residual, inv_rms, x.stride(0), delta_stride)
@@ -219,13 +132,13 @@ def add_rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:  # grad_x (T, D), of x and of delta alike; grad_weight (D,) fp32
     """Gradients of `add_rms_norm_forward`; the weight's in two stages, NORM_ROWS rows at a time and then over those."""
     T, D = residual.shape
-    _check(residual, (T, D), torch.bfloat16, torch.float32)
-    _check(grad_y, (T, D), residual.dtype)
-    _check(weight, (D,), residual.dtype)
-    _check(inv_rms, (T,), torch.float32)
+    check(residual, (T, D), torch.bfloat16, torch.float32)
+    check(grad_y, (T, D), residual.dtype)
+    check(weight, (D,), residual.dtype)
+    check(inv_rms, (T,), torch.float32)
     grad_residual_stride = 0
     if grad_residual is not None:
-        _check(grad_residual, (T, D), residual.dtype)
+        check(grad_residual, (T, D), residual.dtype)
         grad_residual_stride = grad_residual.stride(0)
     grad_x = torch.empty((T, D), dtype=residual.dtype, device=residual.device)
     programs, block = triton.cdiv(T, NORM_ROWS), block_size(D)
@@ -288,12 +201,12 @@ def rope(
     K = k.shape[1]
     assert H % 2 == 0, H
     for x, heads in ((q, N), (k, K)):
-        _check(x, (T, heads, H), torch.bfloat16, torch.float32)
+        check(x, (T, heads, H), torch.bfloat16, torch.float32)
         assert x.stride(1) == H or heads == 1, f"heads have stride {x.stride(1)}, expected {H}"
     for table in (k, cos, sin):
         assert table.dtype == q.dtype, (table.dtype, q.dtype)
-    _check(cos, (T, H), q.dtype)
-    _check(sin, (T, H), q.dtype)
+    check(cos, (T, H), q.dtype)
+    check(sin, (T, H), q.dtype)
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     heads_block, block = triton.next_power_of_2(N + K), triton.next_power_of_2(H // 2)
     arguments = (q, k, cos, sin, q_out, k_out, q.stride(0), k.stride(0), cos.stride(0), sin.stride(0))
@@ -321,8 +234,8 @@ def swiglu_forward(
 ) -> Tensor:  # (T, F)
     """silu(gate) * up. Source: Shazeer (arXiv 2002.05202), equation 6, without its matmuls."""
     T, F = gate.shape
-    _check(gate, (T, F), torch.bfloat16, torch.float32)
-    _check(up, (T, F), gate.dtype)
+    check(gate, (T, F), torch.bfloat16, torch.float32)
+    check(up, (T, F), gate.dtype)
     out = torch.empty((T, F), dtype=gate.dtype, device=gate.device)
     block = block_size(F, ELEMENT_BLOCK)
     grid = (T, triton.cdiv(F, block))
@@ -351,9 +264,9 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor]:  # grad_gate (T, F), grad_up (T, F)
     """Gradients of `swiglu_forward`; the sigmoid is computed again rather than kept."""
     T, F = gate.shape
-    _check(gate, (T, F), torch.bfloat16, torch.float32)
-    _check(up, (T, F), gate.dtype)
-    _check(grad, (T, F), gate.dtype)
+    check(gate, (T, F), torch.bfloat16, torch.float32)
+    check(up, (T, F), gate.dtype)
+    check(grad, (T, F), gate.dtype)
     grad_gate, grad_up = (torch.empty((T, F), dtype=gate.dtype, device=gate.device) for _ in range(2))
     block = block_size(F, ELEMENT_BLOCK)
     grid = (T, triton.cdiv(F, block))
@@ -388,9 +301,9 @@ def sum_rows(
     atomics of torch's: added in fp32 in one order, rounded once."""
     G, C = x.shape
     T = len(row_starts) - 1
-    _check(x, (G, C), torch.bfloat16, torch.float32)
-    _check(row_starts, (T + 1,), torch.int32, torch.int64)
-    _check(rows, (len(rows),), torch.int64)
+    check(x, (G, C), torch.bfloat16, torch.float32)
+    check(row_starts, (T + 1,), torch.int32, torch.int64)
+    check(rows, (len(rows),), torch.int64)
     out = torch.empty((T, C), dtype=x.dtype, device=x.device)
     block = block_size(C, ELEMENT_BLOCK)
     arguments = (x, row_starts, rows, out, x.stride(0), C)

@@ -7,7 +7,7 @@ for one matmul, forward and again backward; the forward keeps a running log-sum-
 columns come first in the backward: a block of the weight's gradient is then summed in fp32 over all tokens and rounded
 once, where walking the tokens first would read and write the whole (V, D) gradient for each block of rows.
 
-The matmuls are the vendor library's; what lies between them is one Triton kernel a block on a GPU (`kernels.py`), and a
+The matmuls are the vendor library's; what lies between them is one Triton kernel a block on a GPU (`logprob_kernels.py`), and a
 few passes of torch over a block that fits the cache on a CPU. A matmul inside the kernel, which would never write the
 block, is the rival design: `benchmarks/blockwise_logprob.py`.
 
@@ -131,7 +131,7 @@ def update_statistics(
 ) -> None:
     """Takes a block of columns into the running log-sum-exp, and the target's logit where it lies in the block."""
     if backends.current.kernels == "triton":
-        from conj.model.kernels import logprob_update
+        from conj.model.logprob_kernels import logprob_update
 
         return logprob_update(block, targets, first_column, row_max, row_sum, target_logit)
     block = block.float()
@@ -161,7 +161,7 @@ def grad_of_block(
 ) -> Tensor:  # (R, C) dtype
     """Gradient of the logits: upstream x (onehot - softmax), the difference taken in fp32 before it is rounded."""
     if backends.current.kernels == "triton":
-        from conj.model.kernels import logprob_grad
+        from conj.model.logprob_kernels import logprob_grad
 
         out = torch.empty_like(block, dtype=dtype)
         logprob_grad(block, targets, first_column, lse, upstream, out)

@@ -79,19 +79,15 @@ def read_config(folder: Path) -> Qwen2Config:
     heads, hidden = number("num_attention_heads"), number("hidden_size")
     head_dim = hidden // heads if raw.get("head_dim") is None else number("head_dim")
     config = Qwen2Config(
-        vocab_size=number("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=number("intermediate_size"),
-        num_hidden_layers=number("num_hidden_layers", most=1001),
-        num_attention_heads=heads,
-        num_key_value_heads=number("num_key_value_heads", heads),
-        head_dim=head_dim,
+        vocab_size=number("vocab_size"), hidden_size=hidden, intermediate_size=number("intermediate_size"),
+        num_hidden_layers=number("num_hidden_layers", most=1001), num_attention_heads=heads,
+        num_key_value_heads=number("num_key_value_heads", heads), head_dim=head_dim,
         rms_norm_eps=float(number("rms_norm_eps", most=1e9)),
         rope_theta=float(number("rope_theta", rope.get("rope_theta", 10_000.0), most=1e9)),
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         max_position_embeddings=number("max_position_embeddings"),
         dtype=raw.get("dtype", raw.get("torch_dtype", "float32")),
-    )
+    )  # fmt: skip
     if head_dim < 2 or head_dim % 2 or heads * head_dim >= 10**9:
         raise InputError(f"{path}: expected heads of an even size, below 1e9 in all, found {heads} of {head_dim}")
     if type(config.tie_word_embeddings) is not bool:
@@ -158,9 +154,8 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self.activation_checkpointing = (
-            "none"  # or selective (all but what elementwise steps make again), full (a block's input alone)
-        )
+        # or selective (all but what elementwise steps make again), full (a block's input alone)
+        self.activation_checkpointing = "none"
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         how, casts = self.activation_checkpointing, self.input_layernorm.weight.dtype != x.dtype

@@ -27,15 +27,9 @@ SINGLE = "model.safetensors"
 FLOAT_TYPES = ("F32", "BF16", "F16")
 # What makes a model folder complete beside the weights; copied from the base to the trained model as they are.
 COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "vocab.json", "merges.txt",
+)  # fmt: skip
 
 
 def weight_files(folder: Path) -> list[Path]:

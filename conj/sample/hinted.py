@@ -8,12 +8,13 @@ wrong judgment, also where sampling gave only one kind (paper, section 3.2). Run
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from conj.data.options import option, run_command
 from conj.data.preprocess import question_of
 from conj.data.prompts import REASON_KEY, VERDICT_KEY, JudgeTokenizer, judge_messages, judgment_text
 from conj.data.verdicts import parse_reason, parse_strict
-from conj.model.folder import check_model
+from conj.model.folder import TRAINING_MAX_LENGTH, check_model
 from conj.sample.engines.completion import Completion, Request
 from conj.sample.stage import SamplingOptions, sample_prompts
 
@@ -28,10 +29,13 @@ class HintedOptions(SamplingOptions):
     top_k: int = option(0, help="sample from this many likeliest tokens; 0: all")
     top_p: float = option(0.9, help="sample from the likeliest tokens that add up to this share, above 0 up to 1")
 
+    def makes(self) -> dict[Path, list]:
+        return {self.run_dir / "hinted.jsonl": [self.find("prompts.jsonl"), self.model]}
+
 
 def sample_hinted(options: HintedOptions) -> None:
     """Writes `hinted.jsonl`. Raises InputError for unusable prompts, model or options."""
-    model = check_model(options.model, options.max_length)
+    model = check_model(options.model, options.max_length, most=TRAINING_MAX_LENGTH)
 
     def make_requests(row: dict) -> list[Request]:
         requests = []
@@ -44,7 +48,7 @@ def sample_hinted(options: HintedOptions) -> None:
     def judge(request: Request, completion: Completion) -> dict:
         return hinted_judgment(completion, request.hint, model.tokenizer)
 
-    sample_prompts(options.run_dir / "hinted.jsonl", options, model, make_requests, judge)
+    sample_prompts(options, model, make_requests, judge)
 
 
 def hinted_judgment(completion: Completion, hint: int, tokenizer: JudgeTokenizer) -> dict:

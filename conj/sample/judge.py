@@ -79,9 +79,8 @@ def main(options: JudgeOptions) -> None:
     """Prints the reason and the verdict; exits with 1, and the text as written, when there is no verdict in it."""
     engine_options = {field.name: getattr(options, field.name) for field in dataclasses.fields(EngineOptions)}
     with _running:
-        judgment = judge(
-            question=options.question, answer_1=options.answer_1, answer_2=options.answer_2, **engine_options
-        )
+        texts = {name: getattr(options, name) for name in ("question", "answer_1", "answer_2")}
+        judgment = judge(**texts, **engine_options)
     if judgment.verdict is None:
         print(judgment.text)
         sys.exit("no verdict in this text")

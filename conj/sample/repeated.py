@@ -7,13 +7,14 @@ section 3.1). Run it again after a kill and it goes on.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from conj.data.options import option, require_each, run_command
 from conj.data.preprocess import question_of
 from conj.data.prompts import judge_messages
 from conj.data.verdicts import PARSERS
-from conj.model.folder import check_model
+from conj.model.folder import TRAINING_MAX_LENGTH, check_model
 from conj.sample.engines.completion import Completion, Request
 from conj.sample.stage import SamplingOptions, sample_prompts
 
@@ -25,6 +26,9 @@ class RepeatedOptions(SamplingOptions):
     top_p: float = option(0.95, help="sample from the likeliest tokens that add up to this share, above 0 up to 1")
     parser: Literal["strict", "released"] = option("strict", help="how verdicts are read; released: as published")
 
+    def makes(self) -> dict[Path, list]:
+        return {self.run_dir / "repeated.jsonl": [self.find("prompts.jsonl"), self.model]}
+
     def __post_init__(self):
         super().__post_init__()
         require_each(self, ("num_samples",), lambda value: value >= 1, "1 or more")
@@ -32,7 +36,7 @@ class RepeatedOptions(SamplingOptions):
 
 def sample_repeated(options: RepeatedOptions) -> None:
     """Writes `repeated.jsonl`. Raises InputError for unusable prompts, model or options."""
-    model = check_model(options.model, options.max_length)
+    model = check_model(options.model, options.max_length, most=TRAINING_MAX_LENGTH)
 
     def make_requests(row: dict) -> list[Request]:
         prompt_ids = model.tokenizer.prompt_ids(judge_messages(question_of(row), row["answer_1"], row["answer_2"]))
@@ -43,7 +47,7 @@ def sample_repeated(options: RepeatedOptions) -> None:
         verdict = PARSERS[options.parser](completion.text)
         return {"text": completion.text, "verdict": verdict.value, "rung": verdict.rung}
 
-    sample_prompts(options.run_dir / "repeated.jsonl", options, model, make_requests, judge)
+    sample_prompts(options, model, make_requests, judge)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from pathlib import Path
 from conj import InputError
 from conj.data import manifest
 from conj.data.files import brief, dump_line, recover_jsonl, write_jsonl
-from conj.data.options import RunOptions, option, require_each
+from conj.data.manifest import RunOptions
+from conj.data.options import option, require_each
 from conj.data.preprocess import read_prompts
 from conj.data.progress import progress
-from conj.model.folder import JudgeModel
+from conj.model.folder import TRAINING_MAX_LENGTH, JudgeModel
 from conj.sample.engines.completion import Completion, Decoding, Request
 from conj.sample.engines.vllm import EngineOptions, complete_by_vllm
 
@@ -28,6 +29,10 @@ REFUSED = ("content_filter", "context_length")  # reasons of an endpoint's to wr
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(RunOptions, EngineOptions):
+    max_length: int | None = option(
+        None,
+        help=f"longest prompt + judgment, tokens; by default what training takes, {TRAINING_MAX_LENGTH}, or the model's",
+    )
     temperature: float = option(help="sampling temperature, above 0")
     top_p: float = option(help="sample from the likeliest tokens that add up to this share, above 0 up to 1")
     top_k: int = option(50, help="sample from this many likeliest tokens; 0: all")
@@ -42,28 +47,22 @@ class SamplingOptions(RunOptions, EngineOptions):
 
 
 def sample_prompts(
-    artefact: Path,
     options: SamplingOptions,
     model: JudgeModel,
     make_requests: Callable[[dict], list[Request]],
     judge: Callable[[Request, Completion], dict],
 ) -> None:
-    """Writes `artefact`: for each row of prompts.jsonl the requests `make_requests` makes of it, completed and judged.
+    """Writes the stage's file: for each row of prompts.jsonl the requests `make_requests` makes of it, completed and judged.
 
     Raises InputError for unusable prompts."""
-    source = options.run_dir / "prompts.jsonl"
+    [(artefact, inputs)] = options.makes().items()
     decoding = Decoding(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
-    )
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
+        top_k=options.top_k, repetition_penalty=options.repetition_penalty, seed=options.seed,
+    )  # fmt: skip
     complete = functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding)
     write_judgments(
-        artefact, read_prompts(source), make_requests, judge, complete,
-        inputs=[source, options.model], model=model, options=options, decoding=decoding,
+        artefact, read_prompts(inputs[0]), make_requests, judge, complete, inputs=inputs, model=model, options=options, decoding=decoding,
     )  # fmt: skip
 
 

@@ -94,13 +94,9 @@ def collate(pairs: TokenizedPairs, pack: list[Group] | None, reference: Tensor |
         add_segment([0], 0, None)
 
     return Batch(
-        input_ids=torch.tensor(ids),
-        positions=torch.tensor(positions),
-        segments=build_segments(lengths, prefix),
+        input_ids=torch.tensor(ids), positions=torch.tensor(positions), segments=build_segments(lengths, prefix),
         predict=build_gather(torch.tensor(predict, dtype=torch.int64), len(ids)),
-        targets=torch.tensor(targets, dtype=torch.int64),
-        lengths=judgment_lengths,
-        num_tokens=torch.tensor(judgment_lengths, dtype=torch.float32).view(-1, 2),
-        pair_numbers=numbers,
+        targets=torch.tensor(targets, dtype=torch.int64), lengths=judgment_lengths,
+        num_tokens=torch.tensor(judgment_lengths, dtype=torch.float32).view(-1, 2), pair_numbers=numbers,
         reference=None if reference is None else reference[numbers],
-    )
+    )  # fmt: skip

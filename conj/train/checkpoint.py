@@ -182,9 +182,8 @@ def _complete(beside: Path, step: int, num_updates: int, identity: str, num_rank
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first. Unfinished ones (`.part`) and whatever else lies there do not count."""
-    return sorted(
-        (p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name) and p.is_dir()), reverse=True
-    )
+    found = (p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name) and p.is_dir())
+    return sorted(found, reverse=True)
 
 
 def find_checkpoint(folder: Path, identity: str) -> Path | None:
@@ -228,9 +227,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         for name, parameter in model.named_parameters():
             rows = local_rows(parameter)
             for kind in ("weight", *MOMENTS):
-                _copy_rows(
-                    state[f"{kind}.{name}"], rows, [(e["first_row"][name], f, f"{kind}.{name}") for e, f in files]
-                )
+                key = f"{kind}.{name}"
+                _copy_rows(state[key], rows, [(e["first_row"][name], f, key) for e, f in files])
             optimizer.state[parameter]["step"].fill_(manifest["num_updates"])
     return manifest["step"]
 

@@ -153,7 +153,7 @@ def build_policy(options: DPOOptions, world: World) -> tuple[nn.Module, torch.op
 def main(options: DPOOptions) -> None:
     """From pairs and reference logprobs to `model/`, top to bottom."""
     started = time.perf_counter()
-    artefact, checkpoints = options.run_dir / "model", options.run_dir / "checkpoints"
+    checkpoints, [(artefact, inputs)] = options.run_dir / "checkpoints", options.makes().items()
     with distributed(options.device) as world:
         select_arithmetic(options, world.device)
         plan = make_plan(options, world)
@@ -164,7 +164,6 @@ def main(options: DPOOptions) -> None:
             print(f"{idle:.0%} of the ranks' turns have no pack; --pack-multiple {world.size} gives each of them one")
 
         # Is it done already? If not: model, optimizer, and where an earlier run of the same inputs and options stopped.
-        inputs = [options.run_dir / "pairs.jsonl", options.run_dir / "reference.safetensors", options.model]
         if not world.on_main(lambda: begin(artefact, inputs=inputs, options=options)):
             return
         run_identity = world.on_main(lambda: identity(artefact))

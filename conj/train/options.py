@@ -5,7 +5,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from conj.data.options import RunOptions, option, require, require_each
+from conj.data.manifest import RunOptions
+from conj.data.options import option, require, require_each
+from conj.model.folder import TRAINING_MAX_LENGTH
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("bfloat16", "float32")
@@ -32,9 +34,14 @@ class ComputeOptions:
 @dataclass(frozen=True, kw_only=True)
 class ReferenceOptions(RunOptions, ComputeOptions):
     model: Path = option(help="base model, a Hugging Face folder", affects_result=False)
-    max_length: int = option(6400, help="tokens of prompt and judgment; pairs over it are counted and left out")
+    max_length: int = option(
+        TRAINING_MAX_LENGTH, help="tokens of prompt and judgment; pairs over it are counted and left out"
+    )
     max_tokens_per_pack: int = option(16384, help="tokens a forward pass takes on each rank", affects_result=False)
     save_every: int = option(256, help="forward passes between saves", affects_result=False)
+
+    def makes(self) -> dict[Path, list]:
+        return {self.run_dir / "reference.safetensors": [self.find("pairs.jsonl"), self.model]}
 
     def __post_init__(self):
         require_each(self, ("max_length", "max_tokens_per_pack", "save_every"), lambda value: value > 0, "at least 1")
@@ -58,7 +65,9 @@ class DPOOptions(RunOptions, ComputeOptions):
         None, help="stop after this many optimizer steps; the schedule is that of this length"
     )
     pairs_per_step: int = option(24, help="pairs an optimizer step takes, over all ranks")
-    max_length: int = option(6400, help="tokens of prompt and judgment; pairs over it are counted and left out")
+    max_length: int = option(
+        TRAINING_MAX_LENGTH, help="tokens of prompt and judgment; pairs over it are counted and left out"
+    )
     max_tokens_per_pack: int = option(16384, help="tokens a forward pass takes on each rank")
     pack_multiple: int = option(
         1, help="the packs of a step are a multiple of this: set it to the number of ranks, and none of them idles"
@@ -86,6 +95,9 @@ class DPOOptions(RunOptions, ComputeOptions):
         ("tensorboard",), help="who gets the rows of metrics.jsonl too", affects_result=False
     )
     seed: int = option(2021, help="seed of the order of pairs")
+
+    def makes(self) -> dict[Path, list]:
+        return {self.run_dir / "model": [self.find("pairs.jsonl"), self.find("reference.safetensors"), self.model]}
 
     def __post_init__(self):
         above_0 = ("beta", "learning_rate", "max_grad_norm", "num_train_epochs", "max_steps", "pairs_per_step")

@@ -26,8 +26,8 @@ class Plan:
 def make_plan(options, world: World, *, elsewhere: bool = False) -> Plan:
     """Raises InputError unless pairs, reference logprobs and base model are all there and fit together. `elsewhere`:
     the reference may have been made on another machine or with other versions."""
-    pairs, tokenizer, usable = load_pairs(options.run_dir, options.model, options.max_length)
-    path = options.run_dir / "reference.safetensors"
+    path = options.find("reference.safetensors")
+    pairs, tokenizer, usable = load_pairs(options.find("pairs.jsonl"), options.model, options.max_length)
     key = world.on_main(
         lambda: reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
     )

@@ -38,12 +38,12 @@ NUM_ROUNDINGS = 16  # see rounding_bound
 PAIR_COLUMNS = {"id": str, "prompt": list, "chosen": list, "rejected": list, "label": int, "pair_type": str}
 
 
-def load_pairs(run: Path, model: Path, max_length: int) -> tuple[TokenizedPairs, str, list[int]]:
-    """The run's pairs as token ids of the model's tokenizer, that tokenizer's fingerprint, and the numbers of the pairs
+def load_pairs(path: Path, model: Path, max_length: int) -> tuple[TokenizedPairs, str, list[int]]:
+    """The pairs of pairs.jsonl as token ids of the model's tokenizer, that tokenizer's fingerprint, and the numbers of the pairs
     that are within `max_length` tokens and the model's context."""
     config = check_model_folder(model)
     tokenizer = JudgeTokenizer.load(model)
-    pairs = tokenize_pairs(read_jsonl(run / "pairs.jsonl", PAIR_COLUMNS), tokenizer, config.vocab_size)
+    pairs = tokenize_pairs(read_jsonl(path, PAIR_COLUMNS), tokenizer, config.vocab_size)
     longest = min(max_length, config.max_position_embeddings)
     return pairs, tokenizer.fingerprint, [i for i in range(len(pairs)) if pairs.num_tokens(i) <= longest]
 
@@ -53,23 +53,15 @@ def reference_key(
 ) -> dict[str, str]:
     """Everything the reference logprobs depend on, field by field."""
     code = hashlib.sha256()
-    sources = [
-        Path(qwen2.__file__).with_name(f"{n}.py")
-        for n in ("qwen2", "attention", "logprob", "ops", "recompute", "kernels")
-    ]
-    for path in (*sources, Path(batch_module.__file__)):
+    names = ("qwen2", "attention", "logprob", "logprob_kernels", "ops", "kernels", "recompute")
+    for path in (*(Path(qwen2.__file__).with_name(f"{name}.py") for name in names), Path(batch_module.__file__)):
         code.update(path.read_bytes())
     return {
         "weights": json.dumps({path.name: sha256_file(path) for path in weight_files(model)}),
-        "config": sha256_file(model / "config.json"),
-        "tokenizer": tokenizer,
-        "tokens": pairs.fingerprint(),
-        "dtype": dtype,
-        "code": code.hexdigest(),
-        "backends": backends.describe(),
-        "torch": torch.__version__,
+        "config": sha256_file(model / "config.json"), "tokenizer": tokenizer, "tokens": pairs.fingerprint(),
+        "dtype": dtype, "code": code.hexdigest(), "backends": backends.describe(), "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
+    }  # fmt: skip
 
 
 def read_reference(path: Path) -> tuple[dict[str, str], Tensor]:
@@ -99,9 +91,8 @@ def load_reference(
             "make it again"
         )
     if logps.shape != (num_pairs, 2) or logps.dtype != torch.float32:
-        raise InputError(
-            f"{path}: expected float32 logprobs ({num_pairs}, 2), found {logps.dtype} {tuple(logps.shape)}"
-        )
+        found = f"{logps.dtype} {tuple(logps.shape)}"
+        raise InputError(f"{path}: expected float32 logprobs ({num_pairs}, 2), found {found}")
     return logps, stale
 
 
@@ -116,9 +107,15 @@ def compute_logps(model: nn.Module, pairs: TokenizedPairs, packs: list, world: W
 
 
 def compute_reference(
-    options: ReferenceOptions, pairs: TokenizedPairs, logps: Tensor, packs: list, key: dict, world: World
+    artefact: Path,
+    options: ReferenceOptions,
+    pairs: TokenizedPairs,
+    logps: Tensor,
+    packs: list,
+    key: dict,
+    world: World,
 ) -> None:
-    """Fills in `logps` (N, 2) for the pairs of `packs`, saving as it goes."""
+    """Fills in `logps` (N, 2) for the pairs of `packs`, saving to `artefact` as it goes."""
     model = build_sharded_model(options.model, world, options.dtype)
     per_save = world.size * options.save_every
     with progress(total=len(pairs_of(packs)), desc="reference", unit="pair", disable=not world.is_main) as bar:
@@ -127,7 +124,7 @@ def compute_reference(
             done = pairs_of(now)
             logps[done] = compute_logps(model, pairs, now, world)[done]
             if world.is_main:
-                save_reference(options.run_dir, logps, key)
+                save_reference(artefact, logps, key)
             bar.update(len(done))
 
 
@@ -182,16 +179,16 @@ def check_reference(
             )
 
 
-def save_reference(run: Path, logps: Tensor, key: dict[str, str]) -> None:
-    write_atomic(run / "reference.safetensors", save({"logps": logps}, metadata={"key": json.dumps(key)}))
+def save_reference(path: Path, logps: Tensor, key: dict[str, str]) -> None:
+    write_atomic(path, save({"logps": logps}, metadata={"key": json.dumps(key)}))
 
 
 def main(options: ReferenceOptions) -> None:
     started = time.perf_counter()
-    artefact = options.run_dir / "reference.safetensors"
+    [(artefact, inputs)] = options.makes().items()
     with distributed(options.device) as world:
         backends.select(world.device, dtype=options.dtype, attention=options.attention, kernels=options.kernels)
-        pairs, tokenizer, usable = load_pairs(options.run_dir, options.model, options.max_length)
+        pairs, tokenizer, usable = load_pairs(inputs[0], options.model, options.max_length)
         key = world.on_main(
             lambda: reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
         )
@@ -200,13 +197,12 @@ def main(options: ReferenceOptions) -> None:
             logps, _ = load_reference(artefact, key, len(pairs))
         todo = [i for i in usable if logps[i].isnan().any()]
         packs = plan_packs(pairs, todo, max_tokens=options.max_tokens_per_pack, share="prompt")
-        inputs = [options.run_dir / "pairs.jsonl", options.model]
         if not world.on_main(lambda: begin(artefact, inputs=inputs, options=options)):
             return
-        compute_reference(options, pairs, logps, packs, key, world)
+        compute_reference(artefact, options, pairs, logps, packs, key, world)
         if world.is_main:
             if not artefact.exists():  # no pair was within the length
-                save_reference(options.run_dir, logps, key)
+                save_reference(artefact, logps, key)
             counts = {"over_max_length": len(pairs) - len(usable)}
             seconds = time.perf_counter() - started
             finish(artefact, num_rows=len(pairs), counts=counts, seconds=seconds, machine=world.describe())

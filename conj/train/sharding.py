@@ -240,9 +240,8 @@ def shard_model(
         layer.activation_checkpointing = activation_checkpointing
     if world.size > 1 or cpu_offload or reduce_dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=reduce_dtype)
-        _fully_shard(
-            model, world, mp_policy=policy, offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-        )
+        offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+        _fully_shard(model, world, mp_policy=policy, offload_policy=offload)
     return model.to_empty(device="cpu" if cpu_offload else world.device)
 
 

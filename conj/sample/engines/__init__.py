@@ -1,0 +1,1 @@
+"""What completes prompts: vLLM, or an HTTP endpoint."""

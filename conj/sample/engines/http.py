@@ -156,13 +156,9 @@ def _read(reply, decoding: Decoding) -> Completion:
     if choice.logprobs is not None and choice.logprobs.content:
         p_first = _first_probability(text, choice.logprobs.content, decoding)
     return Completion(
-        text=text,
-        token_ids=None,
-        finish_reason=choice.finish_reason or "unknown",
-        p_first=p_first,
-        prompt_tokens=counts[0],
-        completion_tokens=counts[1],
-    )
+        text=text, token_ids=None, finish_reason=choice.finish_reason or "unknown", p_first=p_first,
+        prompt_tokens=counts[0], completion_tokens=counts[1],
+    )  # fmt: skip
 
 
 def _why_refused(error: Exception) -> str | None:

@@ -34,13 +34,9 @@ CPU_KV_CACHE_BYTES = 2**30
 # vLLM reads these when it is imported. In-process, its scheduler is deterministic; threads that are bound to cores, or
 # that spin while they wait, lose a factor of ten as soon as another process wants a core (measured on 2 cores).
 ENVIRONMENT = {
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-}
+    "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,17 +165,11 @@ def _sampling_params(request: Request, model: JudgeModel, decoding: Decoding):
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=decoding.temperature,
-        top_p=decoding.top_p,
-        top_k=decoding.top_k,
-        repetition_penalty=decoding.repetition_penalty,
-        max_tokens=decoding.max_new_tokens,
-        seed=request_seed(decoding.seed, request.key),
-        stop_token_ids=model.end_ids,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        logprobs=NUM_TOP_LOGPROBS if decoding.verdict_probability else None,
-    )
+        temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k,
+        repetition_penalty=decoding.repetition_penalty, max_tokens=decoding.max_new_tokens,
+        seed=request_seed(decoding.seed, request.key), stop_token_ids=model.end_ids, detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY, logprobs=NUM_TOP_LOGPROBS if decoding.verdict_probability else None,
+    )  # fmt: skip
 
 
 def _completion(output, model: JudgeModel, decoding: Decoding) -> Completion:

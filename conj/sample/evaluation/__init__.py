@@ -1,0 +1,1 @@
+"""Stage 7: judges on benchmarks, figures and the report; attacks."""

@@ -8,6 +8,7 @@ goes on. It measures these attacks, each in one wording: a judge that stands the
     python -m conj.sample.evaluation.attacks --run-dir runs/demo --model runs/demo/model --data demo/test.jsonl
 """
 
+import dataclasses
 import functools
 import json
 import time
@@ -20,10 +21,12 @@ import numpy as np
 
 from conj.data import manifest
 from conj.data.files import read_jsonl, write_atomic
-from conj.data.options import RunOptions, option, require_each, run_command
+from conj.data.layouts import swapped
+from conj.data.manifest import RunOptions
+from conj.data.options import option, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
 from conj.data.prompts import judge_messages, judgment_text
-from conj.data.readers import describe_data, swapped
+from conj.data.readers import describe_data
 from conj.data.verdicts import PARSERS
 from conj.model.folder import JudgeModel, check_model
 from conj.sample.engines.completion import Completion, Decoding, Request
@@ -49,6 +52,9 @@ class AttackOptions(RunOptions, EngineOptions):
     def __post_init__(self):
         super().__post_init__()
         require_each(self, ("num_resamples", "limit"), lambda value: value >= 1, "1 or more")
+
+    def makes(self) -> dict[Path, list]:
+        return {self.run_dir / "attacks.jsonl": [*describe_data(self.data), self.model]}
 
 
 # ---- The attacks: (the worse answer, its number in the prompt: 1 or 2) -> what stands there instead. ----
@@ -124,13 +130,14 @@ def attack_judge(options: AttackOptions) -> None:
     """Writes the judgments and the card, and prints it. Raises InputError for unusable data, model or options."""
     model = check_model(options.model, options.max_length)
     prompts, data_counts = load_prompts(options.data, options.seed, options.subsets, options.limit)
-    artefact, card, page = (options.run_dir / f"attacks.{kind}" for kind in ("jsonl", "json", "md"))
-    judge_attacked(artefact, model, prompts, options, data_counts)
+    [(artefact, inputs)] = options.makes().items()
+    card, page = artefact.with_suffix(".json"), artefact.with_suffix(".md")
+    judge_attacked(artefact, inputs, model, prompts, options, data_counts)
     began = time.monotonic()
     for path in card, manifest.manifest_path(card):
         path.unlink(missing_ok=True)
-    manifest.begin(card, inputs=[artefact], options=options)
-    figures = score_attacks(prompts, read_jsonl(artefact), options.num_resamples, options.seed)
+    manifest.begin(card, inputs=[manifest.locate(artefact)], options=dataclasses.replace(options, from_runs=()))
+    figures = score_attacks(prompts, read_jsonl(manifest.locate(artefact)), options.num_resamples, options.seed)
     markdown = render_card(str(options.model), figures)
     write_atomic(card, (json.dumps(figures, ensure_ascii=False, indent=2) + "\n").encode())
     write_atomic(page, markdown.encode())
@@ -140,7 +147,7 @@ def attack_judge(options: AttackOptions) -> None:
 
 
 def judge_attacked(
-    artefact: Path, model: JudgeModel, prompts: list[dict], options: AttackOptions, data_counts: dict[str, int]
+    artefact: Path, inputs: list, model: JudgeModel, prompts: list[dict], options: AttackOptions, data_counts: dict
 ) -> None:
     """Writes a judgment of every question in both orders, plainly (`attack` none) and under each attack.
 
@@ -157,7 +164,7 @@ def judge_attacked(
     write_judgments(
         artefact, prompts, lambda row: attack_requests(row, model), judge,
         functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding),
-        inputs=[*describe_data(options.data), model.folder], model=model, options=options,
+        inputs=inputs, model=model, options=options,
         decoding=decoding, data_counts=data_counts, outcome="choice",
     )  # fmt: skip
 

@@ -18,15 +18,18 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
 from conj.data import manifest
 from conj.data.benchmarks import locate_data
 from conj.data.files import read_jsonl
-from conj.data.options import RunOptions, option, require, require_each, run_command
+from conj.data.layouts import swapped
+from conj.data.manifest import RunOptions
+from conj.data.options import option, require, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
-from conj.data.readers import describe_data, swapped
+from conj.data.readers import describe_data
 from conj.model.folder import JudgeModel, check_model
 from conj.sample.engines.completion import Completion, Decoding, Request
 from conj.sample.engines.http import EndpointOptions, complete_by_http
@@ -38,7 +41,6 @@ from conj.sample.evaluation.report import write_report
 from conj.sample.stage import write_judgments
 
 NAME = re.compile(r"[\w.+-]{1,100}")  # of a judge: it becomes a part of file names
-DEFAULT_MAX_NEW_TOKENS = 512  # of judges whose files say nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,15 @@ class EvaluateOptions(RunOptions, EngineOptions, EndpointOptions):
     seed: int = option(2021, help="seed of the order of the two answers, of sampling and of the bootstrap")
     num_resamples: int = option(2000, help="number of bootstrap resamples of the questions", affects_result=False)
 
+    def makes(self) -> dict[Path, list]:
+        """The files of judgments, which the report is then made of."""
+        if self.judgments:
+            return {}
+        judge = judge_of(self)
+        given = [*describe_data([locate_data(name)[0] for name in self.data]), describe_judge(judge)]
+        models = find_models(self, judge).items()
+        return {judgments_path(self.run_dir, name): given + ([model.folder] if model else []) for name, model in models}
+
     def __post_init__(self):
         EngineOptions.__post_init__(self)
         EndpointOptions.__post_init__(self)
@@ -110,8 +121,8 @@ def evaluate(options: EvaluateOptions) -> None:
     for path in report, manifest.manifest_path(report):
         path.unlink(missing_ok=True)
     files = [named_file(given)[1] for given in options.judgments]
-    files = files or [judgments_path(options.run_dir, name) for name in judged]
-    manifest.begin(report, inputs=files, options=options)
+    files = files or [manifest.locate(judgments_path(options.run_dir, name)) for name in judged]
+    manifest.begin(report, inputs=files, options=dataclasses.replace(options, from_runs=()))  # always made here
     content = score_all(judged, options.num_resamples, options.seed) | {"counts": counts}
     say_what_is_missing(content, options)
     prompts, rows = shown_in_one_order(judged)
@@ -161,24 +172,18 @@ def judgments_path(run: Path, name: str) -> Path:
 
 def make_judgments(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[str, int]]:
     """Judges with what the options name, and gathers all judgments of the same prompts that the run folder holds."""
-    judge = load_judge(options.judge, options.judge_text)
-    if options.parser is not None:
-        require(judge.verdict_pattern is None, f"--parser: judge {judge.name} has a verdict_pattern of its own")
-        judge = dataclasses.replace(judge, parser=options.parser)
-    options = dataclasses.replace(
-        options, max_new_tokens=options.max_new_tokens or judge.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-    )
+    judge = judge_of(options)
     models = find_models(options, judge)  # before the data: a mistyped path should not cost a download
     prompts, counts = load_prompts(options.data, options.seed, options.subsets, options.limit, benchmark=True)
-    for name, model in models.items():
-        judge_prompts(judgments_path(options.run_dir, name), judge, model, prompts, options, counts)
+    for (artefact, inputs), model in zip(options.makes().items(), models.values(), strict=True):
+        judge_prompts(artefact, inputs, judge, model, prompts, options, counts)
     found, labels = {}, {row["id"]: row["label"] for row in prompts}
-    for path in sorted(options.run_dir.glob("judgments_*.jsonl"), key=_base_first):
-        made = manifest.read_manifest(path) if path.is_file() else None
+    for path in sorted(_judgments_in(options.run_dir), key=_base_first):
+        made = manifest.read_manifest(path)
         if made is None or not made["complete"] or "overlong_ids" not in made["counts"]:
             print(f"{path}: unfinished: left out of the report")
             continue
-        rows = read_jsonl(path, {"id": str, "order": int, "sample": int, "label": int})
+        rows = read_jsonl(manifest.locate(path), {"id": str, "order": int, "sample": int, "label": int})
         if any(labels.get(row["id"]) != row["label"] for row in rows):
             print(f"{path}: of other data or another --seed: left out of the report")
             continue
@@ -192,9 +197,23 @@ def make_judgments(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[st
     return found, counts
 
 
+def _judgments_in(run: Path) -> set[Path]:
+    """Files of judgments in the run folder, and those that it takes from another run's."""
+    made = {path for path in manifest.list_artefacts(run) if fnmatch(path.name, "judgments_*.jsonl")}
+    return made | {path for path in run.glob("judgments_*.jsonl") if path.is_file()}
+
+
 def _base_first(path: Path) -> tuple:
     first = [f"judgments_{name}.jsonl" for name in ("base", "trained")]
     return (first.index(path.name) if path.name in first else len(first), path.name)
+
+
+def judge_of(options: EvaluateOptions) -> Judge:
+    judge = load_judge(options.judge, options.judge_text)
+    if options.parser is None:
+        return judge
+    require(judge.verdict_pattern is None, f"--parser: judge {judge.name} has a verdict_pattern of its own")
+    return dataclasses.replace(judge, parser=options.parser)
 
 
 def find_models(options: EvaluateOptions, judge: Judge) -> dict[str, JudgeModel | None]:
@@ -212,17 +231,23 @@ def find_models(options: EvaluateOptions, judge: Judge) -> dict[str, JudgeModel 
     require(
         options.model is not None, f"--model: expected a folder for judge {judge.name} ({judge.model or 'any model'})"
     )
-    check = functools.partial(
-        check_model, max_length=options.max_length or judge.max_length, chat_template=judge.chat_template
-    )
+    max_length = options.max_length or judge.max_length
+    check = functools.partial(check_model, max_length=max_length, chat_template=judge.chat_template)
     if options.name or options.judge != "con-j":
         return {name: check(options.model)}
-    trained = {"trained": check(options.run_dir / "model")} if (options.run_dir / "model").exists() else {}
+    trained = options.find("model")
+    trained = {"trained": check(trained)} if trained.exists() else {}
     return {"base": check(options.model)} | trained
 
 
 def judge_prompts(
-    artefact: Path, judge: Judge, model: JudgeModel | None, prompts: list[dict], options: EvaluateOptions, counts: dict
+    artefact: Path,
+    inputs: list,
+    judge: Judge,
+    model: JudgeModel | None,
+    prompts: list[dict],
+    options: EvaluateOptions,
+    counts: dict,
 ) -> None:
     """Writes a judgment of every prompt that fits, in both orders of its answers.
 
@@ -230,7 +255,7 @@ def judge_prompts(
     (the answer it means in the order of the data)."""
     labels = {row["id"]: row["label"] for row in prompts}
     decoding = Decoding(
-        max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed,
+        max_new_tokens=options.max_new_tokens or judge.max_new_tokens, temperature=options.temperature, seed=options.seed,
         verdict_probability=options.verdict_probability, verdict_place=judge.verdict_place,
     )  # fmt: skip
 
@@ -252,13 +277,9 @@ def judge_prompts(
         complete = functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding)
     write_judgments(
         artefact, prompts, functools.partial(both_orders, judge=judge, model=model, num_samples=options.num_samples),
-        read, complete, inputs=[*data_inputs(options.data), describe_judge(judge), *([model.folder] if model else [])],
+        read, complete, inputs=inputs,
         model=model, options=options, decoding=decoding, data_counts=counts, outcome="choice",
     )  # fmt: skip
-
-
-def data_inputs(data: tuple[str, ...]) -> list[str]:
-    return describe_data([locate_data(name)[0] for name in data])
 
 
 def describe_judge(judge: Judge) -> str:

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from conj.data.benchmarks import (
-    BENCHMARKS,
+from conj.data.benchmarks import BENCHMARKS
+from conj.data.preprocess import question_of
+from conj.data.prompts import question_text
+from conj.sample.evaluation import scores
+from conj.sample.evaluation.aggregation import (
     annotator_agreement,
     right_on_balance,
     scored_sections,
     section_value,
     sections_of,
 )
-from conj.data.preprocess import question_of
-from conj.data.prompts import question_text
-from conj.sample.evaluation import scores
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Judges as files: what one is asked, how its verdict is read, what it runs on. conj/sample/judges/ holds those of the
+"""Judges as files: what one is asked, how its verdict is read, what it runs on. judges/ beside this file holds those of the
 card's table; a file of the same form is as good.
 
     model = "someone/judge-7b"          # hub name, for the reader; over HTTP the model that the endpoint is asked for
@@ -47,7 +47,7 @@ class Judge:
     verdict_pattern: str | None = None  # in place of the parser
     verdicts: dict[str, int] | None = None
     max_length: int | None = None  # tokens
-    max_new_tokens: int | None = None
+    max_new_tokens: int = 512
     backend: Literal["vllm", "openai"] = "vllm"
     prompt_dollars: float | None = None  # per million tokens
     completion_dollars: float | None = None

@@ -12,9 +12,10 @@ from pathlib import Path
 from conj import InputError
 from conj.data.benchmarks import resolve_data
 from conj.data.files import check_columns
+from conj.data.layouts import swapped
 from conj.data.manifest import read_manifest
 from conj.data.preprocess import load_prompts, make_row, next_copy
-from conj.data.readers import read_preferences, read_rows, swapped
+from conj.data.readers import read_preferences, read_rows
 
 OWN = {"id": str, "order": int, "text": str, "verdict": object, "label": int, "rung": str}
 COUNT = (lambda value: type(value) is int and value >= 0, "a number from 0 up")
@@ -70,9 +71,8 @@ def _read_own(path, rows, data, seed, subsets, limit) -> tuple[list[dict], list[
     for row in judgments:
         asked.setdefault(row["id"], set()).add((row["order"], row["sample"]))
     orders = {order for keys in asked.values() for order, _ in keys}
-    whole = {
-        (order, sample) for order in orders for sample in range(max(map(len, asked.values()), default=0) // len(orders))
-    }
+    num_samples = max(map(len, asked.values()), default=0) // len(orders)
+    whole = {(order, sample) for order in orders for sample in range(num_samples)}
     if torn := [id for id, keys in asked.items() if keys != whole]:
         raise InputError(
             f"{path}: expected {len(whole)} judgments of each prompt (orders {_some(sorted(orders))}, samples from 0 on), "
@@ -156,24 +156,17 @@ def _read_pandalm(path: Path, rows: list, column: str, data: Sequence[str]) -> t
         prompt["id"] = next_copy(prompt["id"], prompts) if prompt["id"] in prompts else prompt["id"]
         prompts[prompt["id"]] = prompt
         text = results[idx].get(column.removesuffix("result") + "reason")
-        judgments.append(
-            _published(prompt, 1, 0, text if isinstance(text, str) else "", RESULTS[str(results[idx][column])])
-        )
+        text = text if isinstance(text, str) else ""
+        judgments.append(_published(prompt, 1, 0, text, RESULTS[str(results[idx][column])]))
     return list(prompts.values()), judgments
 
 
 def _published(prompt: dict, order: int, sample: int, text: str, choice: int | None) -> dict:
     return {
-        "id": prompt["id"],
-        "order": order,
-        "sample": sample,
-        "text": text,
-        "verdict": swapped(choice) if order == 2 else choice,
-        "choice": choice,
-        "label": prompt["label"],
-        "rung": "published",
-        "finish_reason": None,
-    }
+        "id": prompt["id"], "order": order, "sample": sample, "text": text,
+        "verdict": swapped(choice) if order == 2 else choice, "choice": choice, "label": prompt["label"],
+        "rung": "published", "finish_reason": None,
+    }  # fmt: skip
 
 
 def _select(prompts, judgments, subsets, limit) -> tuple[list[dict], list[dict]]:

@@ -18,25 +18,22 @@ from urllib.parse import urlencode
 import jinja2
 from markupsafe import Markup
 
-from conj.data.benchmarks import BENCHMARKS, CARD_COLUMNS, PUBLISHED, STYLES
+from conj.data.benchmarks import BENCHMARKS, STYLES
 from conj.data.files import read_jsonl, replace_surrogates, write_atomic
-from conj.data.manifest import list_artefacts, read_manifest
+from conj.data.manifest import list_artefacts, locate, read_manifest
 from conj.data.preprocess import question_of
 from conj.data.prompts import REASON_KEY, VERDICT_KEY
+from conj.sample.evaluation.aggregation import CARD_COLUMNS, PUBLISHED
 from conj.sample.evaluation.pictures import TRAINING_CURVES, draw_pictures
 
 FIGURE_NAMES = {
-    "accuracy": "Accuracy",
-    "accuracy_order_1": "Accuracy, order as given",
-    "accuracy_order_2": "Accuracy, answers swapped",
-    "both_right": "Right in both orders",
-    "consistency": "Same answer in both orders",
-    "unparsed": "Judgments without a verdict",
-    "first_position_rate": "Takes the first answer",
-    "longer_answer_rate": "Takes the longer answer",
+    "accuracy": "Accuracy", "accuracy_order_1": "Accuracy, order as given",
+    "accuracy_order_2": "Accuracy, answers swapped", "both_right": "Right in both orders",
+    "consistency": "Same answer in both orders", "unparsed": "Judgments without a verdict",
+    "first_position_rate": "Takes the first answer", "longer_answer_rate": "Takes the longer answer",
     "accuracy_longer_right": "Accuracy where the longer answer is right",
     "accuracy_shorter_right": "Accuracy where the shorter answer is right",
-}
+}  # fmt: skip
 HEADLINE = ("accuracy", "both_right", "consistency", "unparsed")
 COST_NAMES = {
     "overlong": "Questions too long for the context",
@@ -49,12 +46,9 @@ STYLE_WEIGHTS = {**_RM_BENCH["Easy"], **_RM_BENCH["Normal"], **_RM_BENCH["Hard"]
 QUESTIONS_A_BLOCK = 1000
 TEMPLATES = Path(__file__).parent / "templates"
 PAGES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(TEMPLATES),
-    autoescape=lambda name: name.endswith(".html"),
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+    loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=lambda name: name.endswith(".html"),
+    undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
 
 
 def write_report(
@@ -70,20 +64,16 @@ def write_report(
     judgments, in any order. A judgment that is not there is shown as one that did not fit the context. `seconds`: judge ->
     seconds a judgment, which the pages show and report.json leaves out: that is the same for the same judgments."""
     judges = {n: figures | {"seconds_per_judgment": (seconds or {}).get(n)} for n, figures in report["judges"].items()}
-    metrics = read_jsonl(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    log = locate(run / "model").with_name("metrics.jsonl")
+    metrics = read_jsonl(log) if log.exists() else []
     script = (TEMPLATES / "browser.js").read_text("utf-8")
     page = {
-        "run": run.name,
-        "judges": judges,
-        "comparisons": report["comparisons"],
-        "counts": report["counts"],
-        "num_questions": len(prompts),
-        "card_columns": CARD_COLUMNS,
-        "card": card_rows(judges),
+        "run": run.name, "judges": judges, "comparisons": report["comparisons"], "counts": report["counts"],
+        "num_questions": len(prompts), "card_columns": CARD_COLUMNS, "card": card_rows(judges),
         "benchmarks": gather_benchmarks(judges),
         "rungs": list(dict.fromkeys(rung for figures in judges.values() for rung in figures["rungs"])),
         "stages": read_stages(run),
-    }
+    }  # fmt: skip
     rendered = PAGES.get_template("report.html").render(
         **page,
         pictures=draw_pictures(judges, FIGURE_NAMES, metrics),
@@ -151,14 +141,9 @@ PAGES.filters |= {
     for function in (percent, percent_interval, points, points_interval, p_value, amount, with_interval, cell)
 }
 PAGES.globals |= {
-    "figure_names": FIGURE_NAMES,
-    "headline": HEADLINE,
-    "cost_names": COST_NAMES,
-    "training_curves": TRAINING_CURVES,
-    "styles": STYLES,
-    "zip": zip,
-    "reading_link": reading_link,
-}
+    "figure_names": FIGURE_NAMES, "headline": HEADLINE, "cost_names": COST_NAMES, "training_curves": TRAINING_CURVES,
+    "styles": STYLES, "zip": zip, "reading_link": reading_link,
+}  # fmt: skip
 
 
 def card_rows(judges: dict[str, dict]) -> list[dict]:
@@ -244,9 +229,7 @@ def pack_judgments(judges: dict[str, dict], prompts: list[dict], judgments: dict
     subsets = {name: {b: f["subsets"] for b, f in figures["benchmarks"].items()} for name, figures in judges.items()}
     titles = {name: f["title"] for figures in judges.values() for name, f in figures["benchmarks"].items()}
     prompts = sorted(prompts, key=lambda prompt: prompt["id"])
-    contents = [
-        {"judges": list(judges), "orders": orders, "titles": list(titles.items()), "num_questions": len(prompts)}
-    ]
+    contents = [dict(judges=list(judges), orders=orders, titles=list(titles.items()), num_questions=len(prompts))]
     for start in range(0, len(prompts), QUESTIONS_A_BLOCK):
         chunk = prompts[start : start + QUESTIONS_A_BLOCK]
         contents.append([pack_question(prompt, rows, subsets) for prompt in chunk])
@@ -269,15 +252,10 @@ def pack_question(prompt: dict, rows: dict[str, dict[str, list[dict]]], subsets:
         judged.append(found if asked else None)
     turns = [("user", question)] if isinstance(question, str) else [(m["role"], m["content"]) for m in question]
     return {
-        "id": prompt["id"],
-        "benchmark": benchmark,
-        "subset": prompt["subset"] or "",
-        "turns": turns,
-        "answers": [prompt["answer_1"], prompt["answer_2"]],
-        "label": prompt["label"],
-        "votes": prompt.get("votes"),
+        "id": prompt["id"], "benchmark": benchmark, "subset": prompt["subset"] or "", "turns": turns,
+        "answers": [prompt["answer_1"], prompt["answer_2"]], "label": prompt["label"], "votes": prompt.get("votes"),
         "judged": judged,
-    }
+    }  # fmt: skip
 
 
 def pack_judgment(row: dict) -> dict:

@@ -39,17 +39,14 @@ def figure_ratios(
     differ = longer != 0
     longer_right, shorter_right = (differ & (labels == answer) for answer in (longer, 3 - longer))
     return {
-        "accuracy": (points.sum(1), num_judged),
-        "accuracy_order_1": (points[:, 0], judged[:, 0]),
-        "accuracy_order_2": (points[:, 1], judged[:, 1]),
-        "both_right": (right.all(1), both),
+        "accuracy": (points.sum(1), num_judged), "accuracy_order_1": (points[:, 0], judged[:, 0]),
+        "accuracy_order_2": (points[:, 1], judged[:, 1]), "both_right": (right.all(1), both),
         "consistency": (parsed.all(1) & (choices[:, 0] == choices[:, 1]), both),
-        "unparsed": ((judged & ~parsed).sum(1), num_judged),
-        "first_position_rate": (first.sum(1), took.sum(1)),
+        "unparsed": ((judged & ~parsed).sum(1), num_judged), "first_position_rate": (first.sum(1), took.sum(1)),
         "longer_answer_rate": ((choices == longer[:, None]).sum(1) * differ, took.sum(1) * differ),
         "accuracy_longer_right": (points.sum(1) * longer_right, num_judged * longer_right),
         "accuracy_shorter_right": (points.sum(1) * shorter_right, num_judged * shorter_right),
-    }
+    }  # fmt: skip
 
 
 def bootstrap(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from conj import InputError
 from conj.data.files import write_atomic
+from conj.data.manifest import locate
 from conj.data.options import run_command
 from conj.train.audit.chain import Check, check_chain
 from conj.train.audit.compare import compare_runs
@@ -46,9 +47,10 @@ def main(options: AuditOptions) -> None:
         checks = world.on_main(lambda: check_chain(options.run_dir, options.model))
         holds = all(check.outcome == "holds" for check in checks)
         why = "the chain is broken" if not holds else "there is no trained model yet"
-        if holds and (options.run_dir / "model").exists() and not base_of(options).is_dir():
+        is_trained = locate(options.run_dir / "model").exists()
+        if holds and is_trained and not base_of(options).is_dir():
             holds, why = False, f"the base model {base_of(options)} is not there; name its folder with --model"
-        if holds and (options.run_dir / "model").exists():
+        if holds and is_trained:
             try:
                 run = read_run(options, world)
             except InputError as e:
@@ -56,7 +58,7 @@ def main(options: AuditOptions) -> None:
             else:
                 checks += check_run(run, options, world)
                 if options.replay:
-                    checks += replay(run, options.run_dir, options.replay, world)
+                    checks += replay(run, options.replay, world)
                 if options.reference:
                     opinion = second_opinion(run.options, run.plan, draw_pairs(run, options), world)
                     checks += [Check(name, "holds" if holds else "BROKEN", found) for name, holds, found in opinion]

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from conj import InputError
 from conj.data.files import read_jsonl
-from conj.data.manifest import ARTEFACTS, hash_input, list_artefacts, read_manifest
+from conj.data.manifest import ARTEFACTS, hash_input, list_artefacts, locate, manifest_path, read_manifest, stage_order
 from conj.data.options import require
 from conj.train.checkpoint import check_checkpoint, list_checkpoints
 
@@ -20,48 +20,67 @@ class Check(NamedTuple):
 
 
 def check_chain(run: Path, base: Path | None) -> list[Check]:
-    """Every artefact against its manifest, and every manifest against those of its inputs, in the order of the stages."""
+    """Every artefact against its manifest, and every manifest against those of its inputs, in the order of the stages:
+    those of the run, and those of other runs that it was made from."""
     artefacts = list_artefacts(run)
     require(bool(artefacts), f"{run}: expected a run folder with manifests, found none")
     # Prompts and pairs may be one's own; nothing else comes without a manifest.
     made_here = [run / name for name in ARTEFACTS if name not in ("prompts.jsonl", "pairs.jsonl")]
     artefacts += [artefact for artefact in made_here if artefact.exists() and artefact not in artefacts]
-    # The run and its base may have been moved since.
-    here = {artefact.name: artefact for artefact in artefacts}
-    base_then = recorded_base(run)
-    sha256 = functools.cache(hash_input)
+    here, base_then, sha256 = {a.name: a for a in artefacts}, recorded_base(run), functools.cache(hash_input)
 
     def find(path: Path) -> Path:
+        """Where an input lies now: the run, those beside it, and its base may have been moved since."""
         if path.name in here and path.parent.name == run.resolve().name:
-            return here[path.name]
-        return base if base is not None and str(path) == base_then else path
+            return locate(here[path.name])
+        if base is not None and str(path) == base_then:
+            return base
+        beside = run.resolve().parent / path.parent.name / path.name
+        return path if path.exists() or not beside.exists() else beside
 
     def check_artefact(artefact: Path) -> str:
-        made = read_manifest(artefact)
+        made, folder = read_manifest(artefact), locate(artefact).parent
         require(made is not None, "has no manifest")
         require(made["complete"], "was cut short; run its stage again to finish it")
         away = []
         for name, expected in ({artefact.name: made["sha256"]} | made.get("also", {})).items():
-            if Path(name).parts[0] == "checkpoints" and not (run / name).parent.exists():
+            if Path(name).parts[0] == "checkpoints" and not (folder / name).parent.exists():
                 away.append(name)  # deleted, as a whole: it takes three times the model's room
                 continue
-            require((run / name).exists(), f"{name} is missing")
-            require(sha256(run / name) == expected, f"{name} was changed: its sha256 is not the manifest's")
+            require((folder / name).exists(), f"{name} is missing")
+            require(sha256(folder / name) == expected, f"{name} was changed: its sha256 is not the manifest's")
         for entry in made["inputs"]:
             path = find(Path(entry["path"]))
             if entry["sha256"] is None or not path.exists():
                 away.append(entry["path"])
             elif sha256(path) != entry["sha256"]:
                 raise InputError(f"was made from another {path} than the one that stands there now")
-        num_rows = len(read_jsonl(artefact)) if artefact.suffix == ".jsonl" else made["num_rows"]
+        num_rows = len(read_jsonl(folder / artefact.name)) if artefact.suffix == ".jsonl" else made["num_rows"]
         require(num_rows == made["num_rows"], f"expected {made['num_rows']} rows, found {num_rows}")
         not_here = f"; not here, so not compared: {', '.join(away)}" if away else ""
-        return f"{num_rows} rows, sha256 {made['sha256'][:12]}{not_here}"
+        taken = f", in {folder}" if "taken_from" in made else ""
+        return f"{num_rows} rows, sha256 {made['sha256'][:12]}{taken}{not_here}"
 
-    checks = [check(artefact.name, lambda artefact=artefact: check_artefact(artefact)) for artefact in artefacts]
-    for path in reversed(list_checkpoints(run / "checkpoints")):
+    checks = []
+    for artefact in sorted(artefacts + _made_from(artefacts, find), key=stage_order):
+        name = artefact.name if artefact.parent == run else str(artefact)
+        checks.append(check(name, lambda artefact=artefact: check_artefact(artefact)))
+    for path in reversed(list_checkpoints(locate(run / "model").with_name("checkpoints"))):
         checks.append(check(f"checkpoints/{path.name}", lambda path=path: f"step {check_checkpoint(path)['step']}"))
     return checks
+
+
+def _made_from(artefacts: list[Path], find: Callable[[Path], Path]) -> list[Path]:
+    """Artefacts of other runs that these were made from, directly or by way of others."""
+    found, known = [], {locate(artefact) for artefact in artefacts}
+    for artefact in (todo := list(artefacts)):
+        with suppress(InputError):  # found by the check of that artefact
+            for path in (find(Path(entry["path"])) for entry in (read_manifest(artefact) or {"inputs": ()})["inputs"]):
+                if path not in known and manifest_path(path).exists():
+                    known.add(path)
+                    found.append(path)
+                    todo.append(path)
+    return found
 
 
 def check(name: str, find: Callable[[], str]) -> Check:

@@ -13,26 +13,15 @@ from safetensors import safe_open
 
 from conj import InputError
 from conj.data.files import read_jsonl, read_model_json
-from conj.data.manifest import list_artefacts, read_manifest
+from conj.data.manifest import list_artefacts, locate, read_manifest
 from conj.model.weights import weight_files
 from conj.train.reference import read_reference
 
 # What a step's row of metrics.jsonl says of the training; the rest follows from it or says when, where and how fast.
 STEP_FIELDS = (
-    "step",
-    "order",
-    "num_pairs",
-    "num_tokens",
-    "learning_rate",
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-    "grad_norm",
-)
+    "step", "order", "num_pairs", "num_tokens", "learning_rate", "loss", "rewards/chosen", "rewards/rejected",
+    "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm",
+)  # fmt: skip
 
 
 def first_difference(a: dict, b: dict, names: tuple[str, ...], tolerance: float = 0.0) -> str | None:
@@ -66,7 +55,7 @@ def compare_runs(run: Path, other: Path) -> Iterator[tuple[str, bool, str]]:
 
 def _differences(a: Path, b: Path) -> Iterator[str]:
     """Of two artefacts of one stage: options, inputs, then the first place in what was made."""
-    made = [read_manifest(path) for path in (a, b)]
+    made, (a, b) = [read_manifest(path) for path in (a, b)], (locate(a), locate(b))
     options = [manifest["options"] for manifest in made]
     for name in sorted(options[0].keys() | options[1].keys()):
         values = [o.get(name) for o in options]
@@ -131,9 +120,8 @@ def _model_difference(a: Path, b: Path) -> str:
             return f": {name} is in one of them only"
         if files[0].read_bytes() != files[1].read_bytes():
             contents = [read_model_json(file) if name.endswith(".json") else {} for file in files]
-            keys = sorted(
-                k for k in contents[0].keys() | contents[1].keys() if contents[0].get(k) != contents[1].get(k)
-            )
+            one, two = contents
+            keys = sorted(k for k in one.keys() | two.keys() if one.get(k) != two.get(k))
             return f": {name} differs" + (f" in {', '.join(keys[:10])}" if keys else "")
     tensors = [{key: path for path in weight_files(f) for key in _keys(path)} for f in (a, b)]
     if different := sorted(tensors[0].keys() ^ tensors[1].keys()):

@@ -23,11 +23,14 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 MOVED_TOLERANCE = 0.1
 
 
-def replay(run: TrainedRun, folder: Path, num_steps: int, world: World) -> Iterator[Check]:
+def replay(run: TrainedRun, num_steps: int, world: World) -> Iterator[Check]:
     """Takes steps again from the latest start that reaches a checkpoint (a start is step 0 or a checkpoint), and
     compares each row of the log and the state at checkpoints: bit for bit here, within TOLERANCE elsewhere."""
     require(num_steps <= run.num_steps, f"--replay: expected at most {run.num_steps} steps, found {num_steps}")
-    saved = {check_checkpoint(path)["step"]: path for path in list_checkpoints(folder / "checkpoints")}
+    saved = {
+        check_checkpoint(path)["step"]: path
+        for path in list_checkpoints(run.options.find("model").with_name("checkpoints"))
+    }
     starts = [start for start in (0, *saved) if start + num_steps <= run.num_steps]
     reaching = [start for start in starts if any(start < step <= start + num_steps for step in saved)]
     start = max(reaching or starts)
@@ -58,9 +61,7 @@ def replay(run: TrainedRun, folder: Path, num_steps: int, world: World) -> Itera
         else f"within {TOLERANCE[run.options.dtype]:g}, since this is another machine or version"
     )
     name = f"replay of steps {start + 1} to {start + num_steps}"
-    found = (
-        differing[0] + f" ({len(differing)} differences)" if differing else (f"log and {compared} checkpoints {how}")
-    )
+    found = f"{differing[0]} ({len(differing)} differences)" if differing else f"log and {compared} checkpoints {how}"
     yield Check(name, "BROKEN" if differing else "holds", found)
 
 

@@ -75,7 +75,7 @@ def second_opinion(options: DPOOptions, plan: Plan, sample: list[int], world: Wo
     del precise
     yield "reference by transformers", holds and size <= most, f"{found}; along {norm} {size:.1f}, allowed {most:.1f}"
 
-    trained = logps(options.run_dir / "model")[:3]
+    trained = logps(options.find("model"))[:3]
     policy, reference = ([torch.stack([t.sum() for t in x]).view(-1, 2) for x in by] for by in (trained, base))
     losses = (dpo_loss(p, r, options.beta)[0] for p, r in zip(policy, reference))
     yield "loss by transformers", *compare(*losses, "pair")
@@ -86,7 +86,7 @@ def _official_ids(options: DPOOptions, pairs: TokenizedPairs, sample: list[int])
     from transformers import AutoTokenizer  # seconds to import
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    rows, same = read_jsonl(options.run_dir / "pairs.jsonl", PAIR_COLUMNS), {}
+    rows, same = read_jsonl(options.find("pairs.jsonl"), PAIR_COLUMNS), {}
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -45,17 +45,19 @@ def base_of(options: AuditOptions) -> Path:
 def read_run(options: AuditOptions, world: World) -> TrainedRun:
     """Options, plan and log of a finished run. Raises InputError when pairs, reference and base do not fit together."""
     made = read_manifest(options.run_dir / "model")
+    elsewhere = dict.fromkeys(Path(entry["path"]).parent for entry in made["inputs"][:2])  # pairs and reference
     try:
-        trained = DPOOptions(run_dir=options.run_dir, model=base_of(options), **made["options"])
+        trained = DPOOptions(
+            run_dir=options.run_dir, from_runs=tuple(elsewhere), model=base_of(options), **made["options"]
+        )
     except TypeError as e:
         raise InputError(
             f"{manifest_path(options.run_dir / 'model')}: options of another version of conj: {e}"
         ) from None
     select_arithmetic(trained, world.device)
     plan = make_plan(trained, world, elsewhere=True)
-    log = read_jsonl(
-        options.run_dir / "metrics.jsonl", {"step": int, "order": str, "num_ranks": int, "rewards/margins": float}
-    )
+    columns = {"step": int, "order": str, "num_ranks": int, "rewards/margins": float}
+    log = read_jsonl(trained.find("model").with_name("metrics.jsonl"), columns)
     here, there = world.describe(), made["machine"]
     if trained.audit_mode:
         is_here = here["device"] == there["device"]
@@ -74,11 +76,11 @@ def check_run(run: TrainedRun, options: AuditOptions, world: World) -> Iterator[
 
     yield check("step 0", lambda: check_step_0(run, options, world))
     yield check("data order", lambda: check_order(run))
-    newest = next(iter(list_checkpoints(options.run_dir / "checkpoints")), None)
+    newest = next(iter(list_checkpoints(run.options.find("model").with_name("checkpoints"))), None)
     if newest is None or check_checkpoint(newest)["step"] != run.num_steps:
         yield Check("exported weights", "unchecked", f"the checkpoint of step {run.num_steps} is not there any more")
     else:
-        yield check("exported weights", lambda: check_export(options.run_dir / "model", newest))
+        yield check("exported weights", lambda: check_export(run.options.find("model"), newest))
 
 
 def check_step_0(run: TrainedRun, options: AuditOptions, world: World) -> str:
