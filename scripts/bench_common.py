@@ -1,17 +1,14 @@
-"""What the benchmarks share: the row that says where a figure was measured, the device's matmul ceiling, timing."""
+"""What the benchmarks share: the row that says where a figure was measured, sizes of models, and a machine that is quiet."""
 
 import argparse
 import platform
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from conj.data.manifest import describe_code
-from conj.data.packs import group_tokens
-from conj.model.qwen2 import DTYPES, Qwen2Config
+from conj.model.qwen2 import Qwen2Config
 
 ROOT = Path(__file__).resolve().parent.parent
 # Whose versions move a figure; a run's manifests name all that is installed.
@@ -46,42 +43,6 @@ def where_measured(device: str) -> dict[str, str]:
     return {"device": name, **versions, "commit": commit}
 
 
-def resident_bytes(field: str) -> int:
-    """VmRSS or VmHWM, its peak, of this process. Not ru_maxrss: a child starts at its parent's."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def peak_memory_bytes(device: str) -> int:
-    """Of this process: allocated on the GPU, or resident on a CPU."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM")
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def time_calls(function: Callable, device: str, *, seconds: float, least: int = 5) -> list[float]:
-    """Seconds of each call, for about `seconds` altogether, after one call as warm-up."""
-    function()
-    times = []
-    while len(times) < least or sum(times) < seconds:
-        synchronize(device)
-        started = time.perf_counter()
-        function()
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    return times
-
-
-def matmul_ceiling(device: str, dtype: str, seconds: float = 2.0) -> float:
-    """FLOP/s of the best of many square matmuls of random numbers: what any step is measured against."""
-    size = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
-    return 2 * size**3 / min(time_calls(lambda: a @ b, device, seconds=seconds))
-
-
 def require_quiet(ceilings: list[float], own: float = 0.0) -> float:
     """The machine's own matmul ceiling in FLOP/s: `own`, measured when it was idle, or the best of `ceilings`.
 
@@ -105,31 +66,3 @@ def config_of(size: dict, num_layers: int) -> Qwen2Config:
         num_attention_heads=size["N"], num_key_value_heads=size["K"], head_dim=size["H"], rms_norm_eps=1e-6,
         rope_theta=1e6, tie_word_embeddings=size["tie"], max_position_embeddings=32768, dtype="bfloat16",
     )  # fmt: skip
-
-
-def training_flops(pairs, packs: list, config: Qwen2Config, *, recompute: str, device: str) -> tuple[int, int]:
-    """(executed, needed) FLOPs of a step. Needed is three times the forward; executed adds what is computed again: on a
-    GPU the head's forward, and the blocks' with full activation checkpointing."""
-    blocks, head = step_flops(pairs, packs, config)
-    executed = (4 if recompute == "full" else 3) * blocks + (4 if device == "cuda" else 3) * head
-    return executed, 3 * (blocks + head)
-
-
-def step_flops(pairs, packs: list, config: Qwen2Config) -> tuple[int, int]:
-    """FLOPs of one forward through the blocks, and through the head, elementwise work left out.
-
-    A token takes 2 x (parameters of the blocks' matrices); a query takes 4 x N x H for every key it sees; a predicted
-    token takes 2 x D x V."""
-    c = config
-    heads_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    block = c.hidden_size * (2 * heads_size + 2 * kv_size + 3 * c.intermediate_size)
-    blocks = head = 0
-    for group in (g for pack in packs for g in pack):
-        prompt = len(pairs.prompts[group.prompt])
-        judgments = [len(ids) for pair in group.pairs for ids in pairs.judgments[pair]]
-        copies = len(judgments) if group.split else 1
-        keys_seen = copies * prompt * (prompt + 1) // 2
-        keys_seen += sum((n - 1) * prompt + (n - 1) * n // 2 for n in judgments)
-        blocks += c.num_hidden_layers * (2 * block * group_tokens(pairs, group) + 4 * heads_size * keys_seen)
-        head += 2 * c.hidden_size * c.vocab_size * sum(judgments)
-    return blocks, head

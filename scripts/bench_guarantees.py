@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from bench_common import ROOT, argument_parser, matmul_ceiling, require_quiet, where_measured
+from bench_common import ROOT, argument_parser, require_quiet, where_measured
 from bench_sides import GEOMETRIES, make_model, write_pairs
 
 from conj.data.files import read_jsonl
@@ -34,6 +34,7 @@ from conj.train import dpo
 from conj.train.checkpoint import Saver
 from conj.train.reference import load_pairs
 from conj.train.sharding import distributed
+from conj.train.speed import matmul_ceiling
 
 SAVE_EVERY = dpo.DPOOptions.__dataclass_fields__["save_every"].default
 DEVICE = "cpu"  # of all that runs here, also where a GPU is visible

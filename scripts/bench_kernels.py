@@ -36,7 +36,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from bench_common import QWEN2, matmul_ceiling, resident_bytes, synchronize, where_measured
+from bench_common import QWEN2, where_measured
 from kernel_problems import (
     OPERATIONS,
     PEERS,
@@ -52,6 +52,7 @@ from torch import Tensor
 from conj.data.files import write_atomic
 from conj.model import backends
 from conj.model.qwen2 import DTYPES
+from conj.train.speed import matmul_ceiling, resident_bytes, synchronize
 
 MODES = ("forward", "backward", "both")
 VOCABULARIES = (32768, 65536, 131072, 262144)

@@ -6,8 +6,10 @@ import random
 import time
 from pathlib import Path
 
-from bench_common import QWEN2, ROOT, peak_memory_bytes
+from bench_common import QWEN2, ROOT
 from make_random_model import write_random_model
+
+from conj.train.speed import peak_memory_bytes
 
 SETTINGS = {"beta": 0.1, "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.0}
 GEOMETRIES = {

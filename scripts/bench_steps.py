@@ -31,16 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_common import (
-    QWEN2,
-    argument_parser,
-    config_of,
-    matmul_ceiling,
-    peak_memory_bytes,
-    synchronize,
-    training_flops,
-    where_measured,
-)
+from bench_common import QWEN2, argument_parser, config_of, where_measured
 from torch.profiler import ProfilerActivity, profile
 
 from conj import InputError
@@ -53,6 +44,7 @@ from conj.train.dpo import DPOOptions, batches_of, build_optimizer, select_arith
 from conj.train.options import ACTIVATION_CHECKPOINTING
 from conj.train.reference import compute_logps
 from conj.train.sharding import World, distributed, ending_process, shard_model
+from conj.train.speed import matmul_ceiling, peak_memory_bytes, synchronize, training_flops
 
 TINY = {"D": 64, "F": 160, "N": 4, "K": 2, "H": 16, "V": 5000, "L": 2, "tie": False}
 KERNEL_KINDS = {  # the first pattern that a kernel's name matches

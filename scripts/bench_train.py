@@ -27,8 +27,10 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from bench_common import argument_parser, matmul_ceiling, require_quiet, training_flops, where_measured
+from bench_common import argument_parser, require_quiet, where_measured
 from bench_sides import GEOMETRIES, make_model, run_conj, run_reference, run_trl, steps_of, write_pairs
+
+from conj.train.speed import matmul_ceiling, training_flops
 
 SHARES = ("prompt", "pair", "none")
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # after a few steps; more means that the work was not equal

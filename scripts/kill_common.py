@@ -22,10 +22,10 @@ from safetensors.numpy import load_file
 
 from conj.data.files import read_jsonl
 from conj.data.manifest import describe_code, hash_input
+from conj.train.log import TIMES
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-TIMES = {"step_seconds", "pairs_per_second", "tokens_per_second"}  # of metrics.jsonl: they differ from run to run
 ARTEFACTS = ("prompts.jsonl", "repeated.jsonl", "hinted.jsonl", "pairs.jsonl", "reference.safetensors", "model")
 ARTEFACTS += ("judgments_base.jsonl", "judgments_trained.jsonl", "report.json")
 KILLS_PER_FOLDER = 8

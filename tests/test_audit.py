@@ -199,8 +199,8 @@ def edit_manifest(run: Path, **options) -> None:
 def test_a_learning_rate_other_than_the_one_stated_is_found_at_the_first_step(run):
     edit_manifest(run, learning_rate=2e-3)
     _, checks = audited(run, replay=8)
-    assert "step 1: lr: expected 0.002 by seed and options, found 0.001" in checks["data order"].found
-    assert checks["replay of steps 1 to 8"].found.startswith("step 1: lr")
+    assert "step 1: learning_rate: expected 0.002 by seed and options, found 0.001" in checks["data order"].found
+    assert checks["replay of steps 1 to 8"].found.startswith("step 1: learning_rate")
 
 
 def test_a_beta_other_than_the_one_stated_is_found_at_the_step_where_it_shows(run):
@@ -288,7 +288,9 @@ def test_a_changed_learning_rate_parts_at_the_first_step(run, other):
     pairs, reference, model = other(run, learning_rate=5e-4)
     assert pairs.outcome == reference.outcome == "holds"
     assert "option learning_rate: 0.001 and 0.0005" in model.found
-    assert "metrics.jsonl:1: step 1: lr: 0.001 and 0.0005" in model.found and "weights: tensor" in model.found
+    assert (
+        "metrics.jsonl:1: step 1: learning_rate: 0.001 and 0.0005" in model.found and "weights: tensor" in model.found
+    )
 
 
 def test_a_swapped_pair_parts_at_its_record(run, other):

@@ -18,10 +18,11 @@ from conj.data.packs import plan_packs
 from conj.train import dpo, optimizer, reference
 from conj.train.checkpoint import list_checkpoints
 from conj.train.dpo import DPOOptions, batches_of, learning_rate_at, train_step
+from conj.train.log import TIMES
 from conj.train.reference import ReferenceOptions, load_pairs
 from conj.train.sharding import build_sharded_model, distributed
 
-TIMES = {"step_seconds", "pairs_per_second", "tokens_per_second", "num_ranks"}  # and where: what two runs may differ in
+NOT_COMPARED = TIMES | {"num_ranks", "idle_share"}  # when, how fast, and where
 
 
 def dpo_options(run, model, **changes) -> DPOOptions:
@@ -45,7 +46,7 @@ def packs_of(pairs, members, options) -> list:
 
 
 def metrics_of(run) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_jsonl(run / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in NOT_COMPARED} for row in read_jsonl(run / "metrics.jsonl")]
 
 
 @pytest.fixture
@@ -121,10 +122,10 @@ def test_at_step_0_every_margin_is_exactly_0(share, dtype, run_folder, tied_mode
         model = build_sharded_model(tied_model, world, dtype)
         for pair in range(len(pairs)):
             metrics = metrics_of_packs(model, pairs, logps, packs_of(pairs, [pair], options), options, world)
-            assert metrics["margin"] == metrics["chosen_reward"] == metrics["rejected_reward"] == 0.0
+            assert metrics["rewards/margins"] == metrics["rewards/chosen"] == metrics["rewards/rejected"] == 0.0
             assert metrics["loss"] == torch.nn.functional.softplus(torch.tensor(0.0)).item()
         metrics = metrics_of_packs(model, pairs, logps, packs_of(pairs, range(len(pairs)), options), options, world)
-        assert metrics["margin"] == 0.0
+        assert metrics["rewards/margins"] == 0.0
         assert metrics["loss"] == torch.nn.functional.softplus(torch.tensor(0.0)).item()
 
 
@@ -136,7 +137,7 @@ def test_a_reference_off_by_one_ulp_moves_the_margin(ready, tied_model):
         model = build_sharded_model(tied_model, world, "float32")
         options = dpo_options(ready, tied_model)
         metrics = metrics_of_packs(model, pairs, logps, packs_of(pairs, [0], options), options, world)
-    assert metrics["margin"] != 0.0
+    assert metrics["rewards/margins"] != 0.0
 
 
 ARGUMENTS = ["--device", "cpu", "--dtype", "float32", "--learning-rate", "1e-3", "--pairs-per-step", "6"]
@@ -155,7 +156,7 @@ def test_two_ranks_and_one_give_the_same_20_step_loss_curve(ready, tied_model, t
     one, two = metrics_of(ready), metrics_of(other)
     assert len(one) == len(two) == 20
     for a, b in zip(one, two):
-        for name in ("loss", "chosen_reward", "rejected_reward", "margin", "grad_norm"):
+        for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "grad_norm"):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4), (a["step"], name)
     assert one[-1]["loss"] < 0.6 < one[0]["loss"]  # it does learn
     assert len(list(list_checkpoints(other / "checkpoints")[0].glob("*.safetensors"))) == 2

@@ -154,10 +154,16 @@ def row_of(request: Request, completion: Completion) -> dict:
     return {"text": completion.text, "verdict": verdict.value, "rung": verdict.rung}
 
 
+def labels_of(requests: list[Request]) -> dict[str, int]:
+    return {request.key["id"]: 1 for request in requests}
+
+
 def judge_all(file: Path, url: str, requests: list[Request], decoding: Decoding = DECODING, **options) -> list[dict]:
     options = EndpointOptions(base_url=url, **{"max_concurrency": 4, "request_timeout": 20.0} | options)
     complete = functools.partial(complete_by_http, judge=JUDGE, options=options, decoding=decoding)
-    return append_samples(file, requests, complete, row_of, "verdict", decoding.verdict_probability)
+    return append_samples(
+        file, requests, complete, row_of, "verdict", labels_of(requests), decoding.verdict_probability
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -424,7 +430,7 @@ def test_vllms_server_gives_the_offline_verdicts_and_may_be_killed(tmp_path):
         options = EndpointOptions(base_url=f"http://127.0.0.1:{port}/v1", max_concurrency=2, max_retries=40)
         complete = functools.partial(complete_by_http, judge=judge, options=options, decoding=decoding)
         began = time.monotonic()
-        rows = append_samples(file, over_http, complete, row_of, "verdict", True)
+        rows = append_samples(file, over_http, complete, row_of, "verdict", labels_of(over_http), True)
         print(
             f"killed with {killed_at} of {len(over_http)} rows in the file, done after {time.monotonic() - began:.0f} s"
         )
@@ -435,7 +441,9 @@ def test_vllms_server_gives_the_offline_verdicts_and_may_be_killed(tmp_path):
     assert 10 <= killed_at[0] < len(over_http) == len(rows)
     options = EngineOptions(model=BASE, max_num_seqs=8)
     complete = functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding)
-    expected = append_samples(tmp_path / "offline.jsonl", offline, complete, row_of, "verdict", True)
+    expected = append_samples(
+        tmp_path / "offline.jsonl", offline, complete, row_of, "verdict", labels_of(offline), True
+    )
     verdicts = Counter(row["verdict"] for row in expected)
     shown = [f"{row['p_first']:.2g}" for row in expected if row["p_first"] is not None][:8]
     print(f"offline: verdicts {dict(verdicts)}; the first answer is better with {', '.join(shown)} …")

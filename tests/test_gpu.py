@@ -144,7 +144,7 @@ def test_the_shipped_judge_trains_on_one_gpu(cpu_offload, tmp_path):
         )
     )  # fmt: skip
     rows = read_jsonl(tmp_path / "metrics.jsonl")
-    print("margin at step 0:", rows[0]["margin"])
-    assert abs(rows[0]["margin"]) < 0.05 and rows[-1]["loss"] < 0.6 < rows[0]["loss"]
+    print("margin at step 0:", rows[0]["rewards/margins"])
+    assert abs(rows[0]["rewards/margins"]) < 0.05 and rows[-1]["loss"] < 0.6 < rows[0]["loss"]
     weights = load_file(tmp_path / "model" / "model.safetensors")
     assert all(w.isfinite().all() for w in weights.values())

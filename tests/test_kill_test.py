@@ -10,6 +10,7 @@ from kill_common import Aim, descendants, differences, is_alive, listing, run_co
 from kill_test import training_phase
 
 from conj.data.files import write_jsonl
+from conj.train.log import TIMES
 
 
 def test_a_kill_reaches_processes_in_sessions_of_their_own(tmp_path):
@@ -33,11 +34,11 @@ def test_every_difference_between_two_runs_is_named(tmp_path):
     """Times aside. A comparison that overlooks one makes every kill a success."""
     one = tmp_path / "one"
     write_jsonl(one / "pairs.jsonl", random_pairs(2))
-    write_jsonl(one / "metrics.jsonl", [{"step": 1, "loss": 0.5, "step_seconds": 1.0}])
+    write_jsonl(one / "metrics.jsonl", [{"step": 1, "loss": 0.5} | dict.fromkeys(TIMES, 1.0)])
     two = shutil.copytree(one, tmp_path / "two")
-    write_jsonl(two / "metrics.jsonl", [{"step": 1, "loss": 0.5, "step_seconds": 2.0}])
+    write_jsonl(two / "metrics.jsonl", [{"step": 1, "loss": 0.5} | dict.fromkeys(TIMES, 2.0)])
     assert differences(two, one) == []
-    write_jsonl(two / "metrics.jsonl", [{"step": 1, "loss": 0.25, "step_seconds": 1.0}])
+    write_jsonl(two / "metrics.jsonl", [{"step": 1, "loss": 0.25} | dict.fromkeys(TIMES, 1.0)])
     with open(two / "pairs.jsonl", "a") as file:
         file.write("\n")
     (two / "left.part").touch()

@@ -97,7 +97,7 @@ def run(tmp_path):
     """A run with curves and a stage, of a base that takes the first answer and a trained judge that is right."""
     run = tmp_path / "run"
     run.mkdir()
-    write_jsonl(run / "metrics.jsonl", [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6, "eval_loss": 0.65}])
+    write_jsonl(run / "metrics.jsonl", [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6, "eval/loss": 0.65}])
     made = {"artefact": "prompts.jsonl", "complete": True, "num_rows": 30, "seconds": 1.5, "inputs": [], "options": {}}
     made["counts"] = {"left_out_identical": 17, "overlong_ids": ["not a count"]}
     write_sealed(run / "prompts.jsonl.manifest.json", made)

@@ -276,8 +276,25 @@ def test_the_probability_is_kept_if_asked_for_and_only_of_a_verdict(asked, tmp_p
         verdict = parse_strict(completion.text)
         return {"text": completion.text, "verdict": verdict.value, "rung": verdict.rung}
 
-    rows = append_samples(tmp_path / "rows.jsonl", requests, completions, judge, "verdict", asked)
+    rows = append_samples(
+        tmp_path / "rows.jsonl", requests, completions, judge, "verdict", {"parsed": 1, "cut off": 1}, asked
+    )
     assert [row.get("p_first", "not asked") for row in rows] == ([0.75, None] if asked else ["not asked"] * 2)
+
+
+def test_the_bar_tells_which_judgments_are_right_and_goes_on_after_a_kill(tmp_path, capsys):
+    """A model that writes no verdicts, or one verdict only, is seen after a minute, not after a night."""
+    labels = {"parsed": 1, "also parsed": 2, "cut off": 1}
+    requests = [Request(key={"id": id}, prompt_ids=[1]) for id in ("parsed", "cut off", "also parsed", "parsed 2")]
+    labels["parsed 2"] = 2
+
+    def judge(request: Request, completion: Completion) -> dict:
+        value = None if request.key["id"] == "cut off" else 1
+        return {"text": completion.text, "verdict": value, "rung": "json"}
+
+    for so_far, shares in ((2, "right=50%, wrong=0%, unparsed=50%"), (4, "right=25%, wrong=50%, unparsed=25%")):
+        append_samples(tmp_path / "rows.jsonl", requests[:so_far], completions, judge, "verdict", labels)
+        assert shares in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_source_of_completions_is_closed_when_judging_fails(tmp_path):
@@ -294,7 +311,8 @@ def test_the_source_of_completions_is_closed_when_judging_fails(tmp_path):
         raise InputError("no")
 
     with pytest.raises(InputError) as held:  # its traceback keeps the generator alive
-        append_samples(tmp_path / "rows.jsonl", [Request(key={"id": "a"}, prompt_ids=[1])], complete, judge, "verdict")
+        requests = [Request(key={"id": "a"}, prompt_ids=[1])]
+        append_samples(tmp_path / "rows.jsonl", requests, complete, judge, "verdict", {"a": 1})
     assert held and closed == [True]
 
 

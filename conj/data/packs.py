@@ -28,6 +28,7 @@ class TokenizedPairs:
     prompts: list[array]  # token ids of each distinct prompt
     prompt_of: list[int]  # (N,) row of `prompts`
     judgments: list[tuple[array, array]]  # (N,) chosen and rejected token ids, each with its end token
+    pair_types: list[str] | None = None  # (N,) how each was made; for the log alone
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -78,7 +79,7 @@ def tokenize_pairs(rows: Sequence[dict], tokenizer: JudgeTokenizer, vocab_size: 
             raise InputError(f"pairs.jsonl:{i}: token id {highest} is outside the model's vocabulary of {vocab_size}")
     return TokenizedPairs(
         ids=[row["id"] for row in rows], is_eval=[row.get("split") == "eval" for row in rows], prompts=prompts,
-        prompt_of=prompt_of, judgments=judgments,
+        prompt_of=prompt_of, judgments=judgments, pair_types=[row["pair_type"] for row in rows],
     )  # fmt: skip
 
 

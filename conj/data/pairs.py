@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from tqdm import tqdm
-
 from conj import InputError
 from conj.data import manifest
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require, require_each, run_command
 from conj.data.preprocess import question_of, read_prompts
+from conj.data.progress import progress
 from conj.data.prompts import VERDICT_KEY, judge_messages, question_text
 
 PairType = Literal["repeated", "repeated_vs_unparsed", "hinted", "hinted_vs_unparsed"]
@@ -102,7 +101,7 @@ def make_rows(
     """Rows of `pairs.jsonl`, and counts: pairs by type and split, prompts without a pair and why."""
     counts = Counter(dict.fromkeys((*get_args(PairType), "train", "eval", "prompts_without_pair"), 0))
     rows = []
-    for prompt in tqdm(prompts, desc="pairing", unit=" prompts", disable=None):
+    for prompt in progress(prompts, desc="pairing", unit=" prompts"):
         id, label, question = prompt["id"], prompt["label"], question_of(prompt)
         if options.chosen_length and (length := _length_of_better(prompt)) != options.chosen_length:
             counts[f"left_out_better_is_{length}"] += 1

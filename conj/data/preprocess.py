@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from conj import InputError
 from conj.data import manifest
 from conj.data.benchmarks import BENCHMARKS, official_subset, resolve_data
@@ -25,6 +23,7 @@ from conj.data.files import read_jsonl, write_jsonl
 from conj.data.layouts import Preference, swapped
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require_each, run_command
+from conj.data.progress import progress
 from conj.data.readers import describe_data, read_preferences, split_name
 
 
@@ -72,7 +71,7 @@ def load_prompts(
     for given in data:
         name, known = resolve_data(given) if benchmark else (given, "")
         source = Path(name).name if Path(split_name(name)[0]).exists() else name
-        for record in tqdm(read_preferences(name, limit), desc=f"reading {source}", unit=" records", disable=None):
+        for record in progress(read_preferences(name, limit), desc=f"reading {source}", unit=" records"):
             counts["records"] += 1
             row = make_row(record, source, seed, known if benchmark else None)
             found.add(row["subset"])

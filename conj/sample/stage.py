@@ -13,14 +13,13 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from conj import InputError
 from conj.data import manifest
 from conj.data.files import brief, dump_line, recover_jsonl, write_jsonl
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require_each
 from conj.data.preprocess import read_prompts
+from conj.data.progress import progress
 from conj.model.folder import TRAINING_MAX_LENGTH, JudgeModel
 from conj.sample.engines.completion import Completion, Decoding, Request
 from conj.sample.engines.vllm import EngineOptions, complete_by_vllm
@@ -97,8 +96,9 @@ def write_judgments(
         left.extend(requests)
         return complete(requests)
 
-    rows = append_samples(artefact, requests, complete_left, judge, outcome, decoding.verdict_probability)
-    counts = count_judgments(rows, {row["id"]: row["label"] for row in prompts}, outcome)
+    labels = {row["id"]: row["label"] for row in prompts}
+    rows = append_samples(artefact, requests, complete_left, judge, outcome, labels, decoding.verdict_probability)
+    counts = count_judgments(rows, labels, outcome)
     counts |= {"overlong_prompts": len(overlong_ids), "overlong_ids": overlong_ids}
     # Of the seconds below: those of this process, which an earlier, killed one may have left little to do.
     counts["judgments_made"] = len(left)
@@ -141,6 +141,7 @@ def append_samples(
     complete: Callable[[list[Request]], Generator[tuple[Request, Completion]]],
     judge: Callable[[Request, Completion], dict],
     outcome: str,
+    labels: dict[str, int],
     verdict_probability: bool = False,
 ) -> list[dict]:
     """Makes the rows of `artefact` that are not there yet, and returns all of them.
@@ -150,14 +151,16 @@ def append_samples(
     conj.sample.engines.http.complete_by_http, the rest bound) gives each request with its completion, as it finishes. Rows are
     appended in that order; the whole file is put into the order of the requests at the end, so that a run that was killed
     and one that was not leave the same bytes. Raises InputError for a malformed file, a row of no request, and one that
-    stands there twice."""
+    stands there twice.
+
+    The bar shows which shares of the judgments so far are right (their id's answer in `labels`), wrong, and unparsed."""
     done = _rows_made(artefact, requests, outcome)
     left = [r for r in requests if _name(r.key) not in done]
     if left:
+        counts = Counter(count_judgments(list(done.values()), labels, outcome))
         with contextlib.closing(complete(left)) as completions, open(artefact, "a", encoding="utf-8") as file:
-            for request, completion in tqdm(
-                completions, desc=artefact.name, total=len(requests), initial=len(done), unit=" judgments"
-            ):
+            bar = progress(completions, desc=artefact.name, total=len(requests), initial=len(done), unit=" judgments")
+            for request, completion in bar:
                 row = {
                     **request.key, **judge(request, completion), "finish_reason": completion.finish_reason,
                     **{column: getattr(completion, column) for column in _cost_columns(request)},
@@ -167,6 +170,9 @@ def append_samples(
                 file.write(dump_line(row))
                 file.flush()
                 done[_name(request.key)] = row
+                counts.update(count_judgments([row], labels, outcome))
+                shares = {name: f"{counts[name] / len(done):.0%}" for name in ("right", "wrong", "unparsed")}
+                bar.set_postfix(shares, refresh=False)
     rows = [done[_name(r.key)] for r in requests]
     write_jsonl(artefact, rows)
     return rows

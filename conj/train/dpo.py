@@ -9,32 +9,27 @@ exactly `--pairs-per-step` pairs, and its loss is the mean over them, whatever t
 A killed run, started again, goes on from its last checkpoint and ends as if nothing had happened.
 """
 
-import hashlib
 import math
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from conj.data.files import dump_line, recover_jsonl, write_jsonl
 from conj.data.manifest import begin, finish, identity
 from conj.data.options import run_command
-from conj.data.packs import Group, TokenizedPairs, deal, group_tokens, pairs_of
+from conj.data.packs import Group, TokenizedPairs, deal, pairs_of
 from conj.model import backends
 from conj.model.qwen2 import DTYPES
 from conj.model.weights import export_model
 from conj.train.batch import Batch, batches_ahead, to_device
 from conj.train.checkpoint import Saver, find_checkpoint, load_checkpoint
+from conj.train.log import COLUMNS, step_order, summary, training_log
 from conj.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
 from conj.train.options import DPOOptions
 from conj.train.plan import make_plan
@@ -49,7 +44,6 @@ from conj.train.sharding import (
 )
 
 NUM_SPOT_CHECKS = 8  # pairs whose stored reference is computed again before training starts
-COLUMNS = ("loss", "chosen_reward", "rejected_reward", "margin", "accuracy")  # of each pair
 
 
 def dpo_loss(logps: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -80,23 +74,13 @@ def run_packs(
             if options.audit_mode:  # gradients of a step meet once, in float64, and are rounded once
                 model.set_requires_gradient_sync(turn == num_turns)
             (losses.sum() / len(members)).backward()
-        margins = rewards[:, 0] - rewards[:, 1]
         rows += [place[pair] for pair in batch.pair_numbers]
-        columns.append(torch.stack([losses.detach(), *rewards.unbind(1), margins, (margins > 0).float()], dim=1))
+        columns.append(torch.column_stack([losses.detach(), rewards, logps.detach()]))
         del logps, losses  # and with them this pack's graph, before the next one's is made
     assert len(columns) == num_turns, f"{num_turns - len(columns)} batches are missing"
     values = torch.zeros(len(members), len(COLUMNS), device=world.device)
     values[to_device(torch.tensor(rows, dtype=torch.int64), world.device)] = torch.cat(columns)
     return world.sum(values)
-
-
-def summary(values: Tensor, pairs: TokenizedPairs, packs: list) -> dict:
-    """Means over the pairs of what `run_packs` gave, read; num_pairs, num_tokens; and not_finite_ids, if there are any."""
-    members = pairs_of(packs)
-    metrics = dict(zip(COLUMNS, values.double().mean(dim=0).tolist()))
-    metrics |= {"num_pairs": len(members), "num_tokens": sum(group_tokens(pairs, g) for pack in packs for g in pack)}
-    not_finite = (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()
-    return metrics | ({"not_finite_ids": sorted({pairs.ids[members[i]] for i in not_finite})} if not_finite else {})
 
 
 def train_step(
@@ -126,10 +110,8 @@ def train_step(
         ids = sorted({pairs.ids[i] for i in pairs_of(packs)})
         metrics = {"skipped": True, "not_finite_ids": ids} | metrics
     optimizer.zero_grad()
-    seconds = time.perf_counter() - started
-    speed = {f"{unit}_per_second": metrics[f"num_{unit}"] / seconds for unit in ("pairs", "tokens")}
-    metrics |= {"grad_norm": grad_norm, "lr": lr, "order": step_order(packs), "num_ranks": world.size}
-    return metrics | {"step_seconds": seconds} | speed
+    metrics |= {"grad_norm": grad_norm, "learning_rate": lr, "order": step_order(packs)}
+    return metrics | {"step_seconds": time.perf_counter() - started}
 
 
 def batches_of(pairs: TokenizedPairs, reference: Tensor, steps: list, world: World) -> Iterator[Batch]:
@@ -138,45 +120,15 @@ def batches_of(pairs: TokenizedPairs, reference: Tensor, steps: list, world: Wor
     return batches_ahead(pairs, packs, world.device, reference)
 
 
-def step_order(packs: list[list[Group]]) -> str:
-    """A short hash of which pairs a step takes, pack by pack: what the log keeps of the order of the data."""
-    return hashlib.sha256(repr([pairs_of([pack]) for pack in packs]).encode()).hexdigest()[:16]
-
-
 @torch.no_grad()
 def evaluate_pairs(
     model: nn.Module, pairs: TokenizedPairs, reference: Tensor, packs: list, options: DPOOptions, world: World
-) -> dict[str, float]:
-    """Loss, margin and accuracy on held-out pairs, each named `eval_…`."""
+) -> dict:
+    """What `summary` says of held-out pairs, each name with `eval/` before it."""
     batches = batches_of(pairs, reference, [packs], world)
     metrics = summary(run_packs(model, pairs, packs, batches, options, world).cpu(), pairs, packs)
     reshard(model)
-    return {f"eval_{name}": metrics[name] for name in ("loss", "margin", "accuracy", "num_pairs")}
-
-
-@contextmanager
-def metrics_log(run: Path, num_steps_done: int, world: World) -> Iterator[Callable[[int, dict], None]]:
-    """Gives the function that adds a step's row to `metrics.jsonl` and to the TensorBoard events, on the main rank.
-
-    Rows past `num_steps_done`, which a killed run wrote after its last checkpoint, are dropped: they come again."""
-    if not world.is_main:
-        yield lambda step, metrics: None
-        return
-    path = run / "metrics.jsonl"
-    write_jsonl(path, [row for row in recover_jsonl(path) if row["step"] <= num_steps_done])
-    with (
-        open(path, "a", encoding="utf-8") as file,
-        SummaryWriter(run / "tensorboard", purge_step=num_steps_done + 1) as events,
-    ):
-
-        def write(step: int, metrics: dict) -> None:
-            file.write(dump_line({"step": step, **metrics}))
-            file.flush()
-            for name, value in metrics.items():
-                if isinstance(value, (int, float)):
-                    events.add_scalar(name, value, step)
-
-        yield write
+    return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 def select_arithmetic(options: DPOOptions, device: torch.device) -> None:
@@ -228,9 +180,8 @@ def main(options: DPOOptions) -> None:
 
         saver = Saver(folder=checkpoints, world=world, identity=run_identity, keep=options.keep_checkpoints)
         with (
-            metrics_log(options.run_dir, num_done, world) as log,
+            training_log(options, plan, num_done, run_identity, world) as log,
             leave_on_sigterm() as asked_to_leave,
-            tqdm(total=len(steps), desc="dpo", unit="step", initial=num_done, disable=not world.is_main) as bar,
         ):
             leaving, batches = False, batches_of(pairs, reference, steps[num_done:], world)
             for step in range(num_done + 1, len(steps) + 1):
@@ -239,10 +190,6 @@ def main(options: DPOOptions) -> None:
                 if plan.eval_packs and (step % options.eval_every == 0 or step == len(steps)):
                     metrics |= evaluate_pairs(model, pairs, reference, plan.eval_packs, options, world)
                 log(step, metrics)
-                bar.set_postfix(
-                    {name: f"{metrics[name]:.3f}" for name in ("loss", "margin", "accuracy")}, refresh=False
-                )
-                bar.update()
                 leaving = world.any(asked_to_leave.is_set())
                 if step % options.save_every == 0 or step == len(steps) or leaving:
                     saver.save(step, model, optimizer)
@@ -264,11 +211,8 @@ def main(options: DPOOptions) -> None:
                 "eval_pairs": len(plan.held_out),
                 "over_max_length": len(pairs) - len(plan.train) - len(plan.held_out),
             }
-            also = [
-                options.run_dir / "metrics.jsonl",
-                options.run_dir / "tensorboard",
-                *checkpoints.glob("*/manifest.json"),
-            ]
+            logs = [path for name in ("metrics.jsonl", "tensorboard") if (path := options.run_dir / name).exists()]
+            also = [*logs, *checkpoints.glob("*/manifest.json")]
             seconds = time.perf_counter() - started
             finish(artefact, num_rows=len(steps), counts=counts, seconds=seconds, also=also, machine=world.describe())
 

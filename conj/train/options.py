@@ -1,6 +1,7 @@
 """What can be configured of the stages that run the model by torch; without torch, so that `conj run` checks it in no time."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ DTYPES = ("bfloat16", "float32")
 ATTENTION = ("flash_attn", "varlen", "sdpa")
 KERNELS = ("triton", "compile", "torch")
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
+REPORT_TO = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,9 @@ class DPOOptions(RunOptions, ComputeOptions):
     eval_every: int = option(50, help="optimizer steps between evaluations on the held-out pairs")
     save_every: int = option(200, help="optimizer steps between checkpoints", affects_result=False)
     keep_checkpoints: int = option(2, help="newest checkpoints to keep", affects_result=False)
+    report_to: tuple[Literal[REPORT_TO], ...] = option(
+        ("tensorboard",), help="who gets the rows of metrics.jsonl too", affects_result=False
+    )
     seed: int = option(2021, help="seed of the order of pairs")
 
     def makes(self) -> dict[Path, list]:
@@ -106,6 +111,13 @@ class DPOOptions(RunOptions, ComputeOptions):
             "makes again, found selective",
         )
         require_each(self, ("warmup_ratio", "adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "0 to below 1")
+        for (
+            name
+        ) in self.report_to:  # a folder of that name, which wandb leaves where it ran, is a package without origin
+            require(
+                getattr(find_spec(name), "origin", None) is not None,
+                f"--report-to {name}: not installed; pip install {name}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

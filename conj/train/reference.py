@@ -17,13 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from conj import InputError
 from conj.data.files import read_jsonl, sha256_file, write_atomic
 from conj.data.manifest import begin, finish
 from conj.data.options import run_command
 from conj.data.packs import Group, TokenizedPairs, deal, pairs_of, plan_packs, tokenize_pairs
+from conj.data.progress import progress
 from conj.data.prompts import JudgeTokenizer
 from conj.model import backends, qwen2
 from conj.model.weights import check_model_folder, weight_files
@@ -118,7 +118,7 @@ def compute_reference(
     """Fills in `logps` (N, 2) for the pairs of `packs`, saving to `artefact` as it goes."""
     model = build_sharded_model(options.model, world, options.dtype)
     per_save = world.size * options.save_every
-    with tqdm(total=len(pairs_of(packs)), desc="reference", unit="pair", disable=not world.is_main) as bar:
+    with progress(total=len(pairs_of(packs)), desc="reference", unit="pair", disable=not world.is_main) as bar:
         for start in range(0, len(packs), per_save):
             now = packs[start : start + per_save]
             done = pairs_of(now)

@@ -69,7 +69,9 @@ def draw_pictures(judges: dict[str, dict], titles: dict[str, str], metrics: list
         if certain := {name: figures["probability"] for name, figures in judges.items() if figures["probability"]}:
             pictures["calibration"] = draw_calibration(certain, colours)
         for title, curves in TRAINING_CURVES.items():
-            drawn = {name: [(row["step"], row[name]) for row in metrics if name in row] for name in curves}
+            drawn = {
+                name: [(row["step"], row[name]) for row in metrics if row.get(name) is not None] for name in curves
+            }
             if any(drawn.values()):
                 pictures[title] = draw_training(drawn, curves)
     return pictures
@@ -135,9 +137,9 @@ def draw_calibration(probabilities: dict[str, dict], colours: dict[str, str]) ->
 
 
 TRAINING_CURVES = {
-    "Loss": {"loss": TEAL, "eval_loss": JUDGE_COLOURS[1]},
-    "Pairs with a positive margin": {"accuracy": TEAL, "eval_accuracy": JUDGE_COLOURS[1]},
-    "Rewards": {"chosen_reward": TEAL, "rejected_reward": JUDGE_COLOURS[3]},
+    "Loss": {"loss": TEAL, "eval/loss": JUDGE_COLOURS[1]},
+    "Pairs with a positive margin": {"rewards/accuracies": TEAL, "eval/rewards/accuracies": JUDGE_COLOURS[1]},
+    "Rewards": {"rewards/chosen": TEAL, "rewards/rejected": JUDGE_COLOURS[3]},
     "Gradient norm": {"grad_norm": GREY},
 }
 
@@ -147,8 +149,8 @@ def draw_training(curves: dict[str, list[tuple[int, float]]], colours: dict[str,
     figure, axes = _chart("step")
     for name, points in curves.items():
         if points:
-            held_out = name.startswith("eval_")
-            label = "held out" if held_out else name.replace("_", " ")
+            held_out = name.startswith("eval/")
+            label = "held out" if held_out else name.rpartition("/")[2].replace("_", " ")
             marker = "o" if held_out else None
             axes.plot(*zip(*points), color=colours[name], linewidth=1.4, marker=marker, markersize=4, label=label)
     if len(axes.lines) > 1:

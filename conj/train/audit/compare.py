@@ -17,10 +17,10 @@ from conj.data.manifest import list_artefacts, locate, read_manifest
 from conj.model.weights import weight_files
 from conj.train.reference import read_reference
 
-# What a step's row of metrics.jsonl says of the training; the rest are times.
+# What a step's row of metrics.jsonl says of the training; the rest follows from it or says when, where and how fast.
 STEP_FIELDS = (
-    "step", "order", "num_pairs", "num_tokens", "lr", "loss", "chosen_reward", "rejected_reward", "margin", "accuracy",
-    "grad_norm",
+    "step", "order", "num_pairs", "num_tokens", "learning_rate", "loss", "rewards/chosen", "rewards/rejected",
+    "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm",
 )  # fmt: skip
 
 
@@ -29,10 +29,10 @@ def first_difference(a: dict, b: dict, names: tuple[str, ...], tolerance: float 
     tolerance accuracy is left out: a margin that rounds to the other side of 0 moves it by a whole pair."""
     for name in names:
         x, y = a.get(name), b.get(name)
-        if x != x and y != y:  # NaN equals NaN
+        if (x != x and y != y) or (tolerance and name == "rewards/accuracies"):  # NaN equals NaN
             continue
         if tolerance and isinstance(x, float) and isinstance(y, float):
-            if name != "accuracy" and not abs(x - y) <= tolerance * max(1.0, abs(x)):
+            if not abs(x - y) <= tolerance * max(1.0, abs(x)):
                 return name
         elif x != y:
             return name

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from conj.data.options import require
+from conj.data.progress import progress
 from conj.model.weights import local_rows
 from conj.train.audit.chain import Check
 from conj.train.audit.compare import STEP_FIELDS, first_difference
@@ -41,7 +41,9 @@ def replay(run: TrainedRun, num_steps: int, world: World) -> Iterator[Check]:
     differing, compared = [], 0
     steps = run.plan.steps[start : start + num_steps]
     batches = batches_of(run.plan.pairs, run.plan.reference, steps, world)
-    for step in tqdm(range(start + 1, start + num_steps + 1), desc="replay", unit="step", disable=not world.is_main):
+    for step in progress(
+        range(start + 1, start + num_steps + 1), desc="replay", unit="step", disable=not world.is_main
+    ):
         row, packs = run.log[step - 1], run.plan.steps[step - 1]
         lr = learning_rate_at(step - 1, run.num_steps, run.options)
         metrics = train_step(model, optimizer, run.plan.pairs, packs, batches, lr, run.options, world)

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from conj.data.files import read_jsonl
 from conj.data.packs import TokenizedPairs, deal, plan_packs
+from conj.data.progress import progress
 from conj.model.qwen2 import DTYPES
 from conj.train.batch import batches_ahead
 from conj.train.dpo import DPOOptions, dpo_loss
@@ -132,7 +132,7 @@ def load_transformers(folder: Path, dtype: str, *, precise: bool) -> nn.Module:
 def transformers_logps(model: nn.Module, ids: list[tuple[list[int], list[int]]], what: str) -> list[Tensor]:
     """Logprobs of each token of the judgments, of (prompt, judgment) one by one."""
     with torch.no_grad():
-        return [_logps(model, *sequence) for sequence in tqdm(ids, desc=f"transformers: {what}", unit="judgment")]
+        return [_logps(model, *sequence) for sequence in progress(ids, desc=f"transformers: {what}", unit="judgment")]
 
 
 def _logps(model: nn.Module, prompt: list[int], judgment: list[int]) -> Tensor:
@@ -157,7 +157,7 @@ def trend(
         norm.requires_grad_(True)
     lengths = [len(judgment) for _, judgment in ids]
     turns = zip(prompts, ids, weights.split(lengths))
-    for prompt, sequence, w in tqdm(turns, desc="transformers: trend", unit="judgment", total=len(ids)):
+    for prompt, sequence, w in progress(turns, desc="transformers: trend", unit="judgment", total=len(ids)):
         gradients = torch.autograd.grad((_logps(model, *sequence) * w).sum(), list(norms.values()))
         totals[prompt] += torch.stack([(g * p).sum().double() for g, p in zip(gradients, norms.values())]).detach()
     x = torch.stack(list(totals.values()))  # (prompts, norms)

@@ -18,7 +18,8 @@ from conj.model.weights import weight_files
 from conj.train.audit.chain import Check, check, recorded_base
 from conj.train.audit.compare import first_difference
 from conj.train.checkpoint import check_checkpoint, list_checkpoints, read_tensors
-from conj.train.dpo import select_arithmetic, step_order
+from conj.train.dpo import select_arithmetic
+from conj.train.log import step_order
 from conj.train.optimizer import learning_rate_at
 from conj.train.options import AuditOptions, DPOOptions
 from conj.train.plan import Plan, make_plan
@@ -55,7 +56,8 @@ def read_run(options: AuditOptions, world: World) -> TrainedRun:
         ) from None
     select_arithmetic(trained, world.device)
     plan = make_plan(trained, world, elsewhere=True)
-    log = read_jsonl(trained.find("model").with_name("metrics.jsonl"), {"step": int, "order": str, "num_ranks": int})
+    columns = {"step": int, "order": str, "num_ranks": int, "rewards/margins": float}
+    log = read_jsonl(trained.find("model").with_name("metrics.jsonl"), columns)
     here, there = world.describe(), made["machine"]
     if trained.audit_mode:
         is_here = here["device"] == there["device"]
@@ -87,7 +89,7 @@ def check_step_0(run: TrainedRun, options: AuditOptions, world: World) -> str:
     packs = plan_packs(run.plan.pairs, sample, max_tokens=run.options.max_tokens_per_pack, share=run.options.share)
     model = build_sharded_model(run.options.model, world, run.options.dtype)
     check_reference(model, run.plan.pairs, run.plan.reference, packs, world, run.options.dtype, exact=exact)
-    margin = run.log[0]["margin"]
+    margin = run.log[0]["rewards/margins"]
     require(margin == 0 or not exact, f"metrics.jsonl: step 1: expected a margin of 0, found {margin}")
     return f"{len(sample)} pairs have the stored logprobs {'bit for bit' if exact else 'within rounding'}"
 
@@ -105,7 +107,7 @@ def check_order(run: TrainedRun) -> str:
     )
     for number, (packs, row) in enumerate(zip(steps, run.log), 1):
         expected = {"step": number, "order": step_order(packs)}
-        expected["lr"] = learning_rate_at(number - 1, len(steps), run.options)
+        expected["learning_rate"] = learning_rate_at(number - 1, len(steps), run.options)
         if name := first_difference(expected, row, tuple(expected)):
             raise InputError(
                 f"metrics.jsonl:{number}: step {number}: {name}: expected {expected[name]} by seed and options, "

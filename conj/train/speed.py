@@ -1,0 +1,96 @@
+"""How fast a step is, by written formulas: FLOPs, the device's measured matmul ceiling, memory, ranks that wait.
+
+What the log of a run and the benchmarks share, so that both count the same.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from conj.data.packs import Group, TokenizedPairs, group_tokens
+from conj.model.qwen2 import DTYPES, Qwen2Config
+
+
+def step_flops(pairs: TokenizedPairs, packs: list[list[Group]], config: Qwen2Config) -> tuple[int, int]:
+    """FLOPs of one forward through the blocks, and through the head, elementwise work left out.
+
+    A token takes 2 x (parameters of the blocks' matrices); a query takes 4 x N x H for every key it sees; a predicted
+    token takes 2 x D x V. A prompt counts as often as it is encoded: once for all pairs that share it."""
+    c = config
+    heads_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    block = c.hidden_size * (2 * heads_size + 2 * kv_size + 3 * c.intermediate_size)
+    blocks = head = 0
+    for group in (g for pack in packs for g in pack):
+        prompt = len(pairs.prompts[group.prompt])
+        judgments = [len(ids) for pair in group.pairs for ids in pairs.judgments[pair]]
+        copies = len(judgments) if group.split else 1
+        keys_seen = copies * prompt * (prompt + 1) // 2
+        keys_seen += sum((n - 1) * prompt + (n - 1) * n // 2 for n in judgments)
+        blocks += c.num_hidden_layers * (2 * block * group_tokens(pairs, group) + 4 * heads_size * keys_seen)
+        head += 2 * c.hidden_size * c.vocab_size * sum(judgments)
+    return blocks, head
+
+
+def training_flops(
+    pairs: TokenizedPairs, packs: list[list[Group]], config: Qwen2Config, *, recompute: str, device: str
+) -> tuple[int, int]:
+    """(executed, needed) FLOPs of a step. Needed is three times the forward; executed adds what is computed again: on a
+    GPU the head's forward, and the blocks' with full activation checkpointing."""
+    blocks, head = step_flops(pairs, packs, config)
+    executed = (4 if recompute == "full" else 3) * blocks + (4 if device == "cuda" else 3) * head
+    return executed, 3 * (blocks + head)
+
+
+def idle_share(pairs: TokenizedPairs, packs: list[list[Group]], num_ranks: int) -> float:
+    """Share of the ranks' time in a step that passes in waiting for the fullest pack of each turn, by tokens."""
+    tokens = [sum(group_tokens(pairs, group) for group in pack) for pack in packs]
+    longest = sum(max(tokens[i : i + num_ranks]) for i in range(0, len(tokens), num_ranks))
+    return 1 - sum(tokens) / (num_ranks * longest)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_calls(function: Callable, device: str, *, seconds: float, least: int = 5) -> list[float]:
+    """Seconds of each call, for about `seconds` altogether, after one call as warm-up."""
+    function()
+    times = []
+    while len(times) < least or sum(times) < seconds:
+        synchronize(device)
+        started = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def matmul_ceiling(device: str, dtype: str, seconds: float = 2.0, size: int | None = None) -> float:
+    """FLOP/s of the best of many square matmuls of random numbers: what any step is measured against."""
+    size = size or (8192 if device == "cuda" else 2048)
+    generator = torch.Generator(device).manual_seed(0)  # not the process's own
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(DTYPES[dtype]) for _ in range(2))
+    return 2 * size**3 / min(time_calls(lambda: a @ b, device, seconds=seconds))
+
+
+def quick_ceiling(device: str, dtype: str) -> float:
+    """`matmul_ceiling` in a fraction of a second, for a run that is about to start; leaves no trace in its peak memory."""
+    ceiling = matmul_ceiling(device, dtype, seconds=0.1, size=None if device == "cuda" else 1024)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return ceiling
+
+
+def resident_bytes(field: str) -> int | None:
+    """VmRSS or VmHWM, its peak, of this process; None where the kernel does not say (gVisor has no VmHWM). Not ru_maxrss:
+    a child starts at its parent's."""
+    lines = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(lines[0].split()[1]) * 1024 if lines else None
+
+
+def peak_memory_bytes(device: str) -> int | None:
+    """Of this process: allocated on the GPU, or resident on a CPU."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM")
