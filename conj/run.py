@@ -26,12 +26,13 @@ from conj import InputError
 from conj.data import manifest
 from conj.data.benchmarks import locate_data
 from conj.data.files import write_atomic
-from conj.data.options import flag, run_command
+from conj.data.options import flag, require, run_command
 from conj.data.readers import read_rows
 from conj.model.folder import check_model
 from conj.settings import COMMANDS, Run, as_toml, resolve, run_file_options
 
 ON_ALL_RANKS = ("reference", "dpo")  # under torchrun
+SAME_IN_A_SWEEP = ("data", "subsets", "limit", "seed", "num_resamples")  # of the evaluation: the runs are compared
 # On a CPU, threads that spin while they wait lose a factor of ten as soon as another process wants a core.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -41,6 +42,12 @@ def check(runs: list[Run]) -> None:
     for options in (options for run in runs for options in run.options.values()):
         for name in getattr(options, "data", ()):
             read_rows(locate_data(name)[0])  # nothing is read before the first row is asked for
+    evaluations = [run.options["evaluate"] for run in runs if "evaluate" in run.options]
+    for name in SAME_IN_A_SWEEP:
+        found = {str(getattr(options, name)): None for options in evaluations}
+        require(
+            len(found) < 2, f"[evaluate] {name}: expected the same in all runs of a sweep, found {', '.join(found)}"
+        )
     stages = [options for run in runs for options in run.options.values() if hasattr(options, "model")]
     # Training takes what fits the model; a sampler that is asked for more refuses.
     for model, max_length in {(o.model, o.max_length if hasattr(o, "max_new_tokens") else None): None for o in stages}:
@@ -62,12 +69,8 @@ def _are_there(inputs: list) -> bool:
 def command_line(stage: str, options, num_processes: int) -> list[str]:
     """The stage as a command: every option that is not its default."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    line = [
-        sys.executable,
-        *(launch if stage in ON_ALL_RANKS and num_processes > 1 else ()),
-        "-m",
-        COMMANDS[stage].module,
-    ]
+    launch = launch if stage in ON_ALL_RANKS and num_processes > 1 else []
+    line = [sys.executable, *launch, "-m", COMMANDS[stage].module]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if value == field.default or value is None:
@@ -81,8 +84,9 @@ def command_line(stage: str, options, num_processes: int) -> list[str]:
     return line
 
 
-def execute(line: list[str]) -> None:
+def execute(what: str, line: list[str]) -> None:
     """Runs a command; where it fails, so does this one, with its exit code. SIGTERM goes to it, which may save first."""
+    print(f"== {what}: {shlex.join(['python', *line[1:]])}", flush=True)
     child = subprocess.Popen(line, env=ENVIRONMENT | os.environ)
     before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     try:
@@ -101,9 +105,7 @@ def run_stages(run: Run) -> None:
     for stage, options in run.options.items():
         if stage != "evaluate" and is_complete(options):
             continue
-        line = command_line(stage, options, run.num_processes)
-        print(f"== {stage}: {shlex.join(line[1:])}", flush=True)
-        execute(line)
+        execute(stage, command_line(stage, options, run.num_processes))
 
 
 def is_complete(options) -> bool:
@@ -112,7 +114,7 @@ def is_complete(options) -> bool:
 
 
 def dry_run(runs: list[Run]) -> None:
-    """Prints, for each stage of each run, what `run_stages` would do and why."""
+    """Prints, for each file of each run, whether it is there, and if it is stale why; and the commands that would run."""
     made_by = {}  # what a stage makes from what, by settings alone -> the run that makes it first
     for run in runs:
         print(f"{run.folder}")
@@ -130,21 +132,20 @@ def dry_run(runs: list[Run]) -> None:
                 if found == "to do" and first is not run:
                     found = f"taken from {first.folder}"
                 print(f"  {stage:10}  {artefact.name:24}  {found}")
+            if found in ("to do", "unfinished") or stage == "evaluate":
+                print(f"    {shlex.join(['python', *command_line(stage, options, run.num_processes)[1:]])}")
 
 
 def compare(runs: list[Run]) -> None:
     """One report over the runs of a sweep, in the folder above theirs."""
-    options = [run.options["evaluate"] for run in runs]
-    files = [("base", options[0].find("judgments_base.jsonl"))]
-    files += [(run.name, run.folder / "judgments_trained.jsonl") for run in runs]
-    first = options[0]
-    together = dataclasses.replace(
-        first, run_dir=first.run_dir.parent, from_runs=(), model=None,
-        judgments=tuple(f"{name}={manifest.locate(path)}" for name, path in files if manifest.locate(path).exists()),
-    )  # fmt: skip
-    line = command_line("evaluate", together, 1)
-    print(f"== all runs: {shlex.join(line[1:])}", flush=True)
-    execute(line)
+    first = runs[0].options["evaluate"]
+    files = {"base": first.find("judgments_base.jsonl")}
+    files |= {run.name: manifest.locate(run.folder / "judgments_trained.jsonl") for run in runs}
+    judgments = tuple(f"{name}={path}" for name, path in files.items() if path.exists())
+    same = {name: getattr(first, name) for name in SAME_IN_A_SWEEP}
+    execute(
+        "all runs", command_line("evaluate", type(first)(run_dir=first.run_dir.parent, judgments=judgments, **same), 1)
+    )
 
 
 def main(given) -> None:

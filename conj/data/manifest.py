@@ -175,7 +175,8 @@ def state(artefact: Path, now: dict) -> str:
         there = locate(artefact)
         return "complete" if not _difference(made, now) and _is_whole(there, made) else "to do"
     if made is not None and (made["complete"] or artefact.exists()):
-        advice = f"delete it and {manifest_path(artefact).name}, or use another --run-dir"
+        kept = f"--from {artefact.parent} for what stays the same"
+        advice = f"delete it and {manifest_path(artefact).name}, or give another --run-dir and {kept}"
         if why := _difference(made, now):
             raise InputError(f"{artefact}: {why}; {advice}")
         if made["complete"] and not _is_whole(artefact, made):
