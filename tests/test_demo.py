@@ -15,10 +15,9 @@ from conj.data.manifest import read_manifest
 TRAIN, TEST = (ROOT / "demo" / f"{name}.jsonl" for name in ("train", "test"))
 
 
-def run_script(*arguments: str | Path) -> str:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["bash", *map(str, arguments)], capture_output=True, text=True, env=env, cwd=ROOT)
+def conj_run(*arguments: str | Path) -> str:
+    line, env = [sys.executable, "-m", "conj", "run", *map(str, arguments)], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, capture_output=True, text=True, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -33,7 +32,7 @@ def test_no_question_and_no_town_of_the_test_set_is_in_the_training_set():
 def demo(tmp_path_factory) -> Path:
     pytest.importorskip("vllm", reason="sampling needs vLLM; scripts/setup.sh installs it")
     run = tmp_path_factory.mktemp("demo") / "run"
-    run_script("scripts/demo.sh", run)
+    conj_run("demo/demo.toml", "--run-dir", run)
     return run
 
 
@@ -62,7 +61,7 @@ def test_no_label_of_the_test_set_reaches_an_earlier_stage(demo):
 
 @pytest.mark.vllm
 def test_a_second_run_finds_everything_complete(demo):
-    assert run_script("scripts/demo.sh", demo).count("already complete") == 8
+    assert conj_run("demo/demo.toml", "--run-dir", demo).count("already complete") == 8
 
 
 @pytest.mark.slow
@@ -76,11 +75,11 @@ def test_the_pipeline_completes_on_real_data_with_a_model_that_writes_noise(tmp_
     maker = [sys.executable, "scripts/make_random_model.py", "--tokenizer", SHARED / "qwen2-tokenizer", "--out", base]
     subprocess.run(maker, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
     data = [SHARED / "ultrafeedback" / "train_clean.jsonl", SHARED / "dpo_zh" / "dpo_zh_demo.json"]
-    run_script(
-        "scripts/run_conj.sh", "--run-dir", run, "--model", base, "--data", *data,
-        "--test-data", ROOT / "tests" / "data" / "llmbar" / "adver_neighbor.json", "--preprocess", "--limit 64",
-        "--repeated", "--max-new-tokens 24", "--hinted", "--max-new-tokens 24", "--reference", "--dtype float32",
-        "--dpo", "--dtype float32", "--evaluate", "--max-new-tokens 24 --limit 16",
+    (tmp_path / "run.toml").write_text("[preprocess]\nlimit = 64\n[evaluate]\nlimit = 16\n")
+    short = [part for stage in ("repeated", "hinted", "evaluate") for part in (f"--{stage}.max-new-tokens", "24")]
+    conj_run(
+        tmp_path / "run.toml", "--run-dir", run, "--model", base, "--dtype", "float32", "--preprocess.data", *data,
+        "--evaluate.data", ROOT / "tests" / "data" / "llmbar" / "adver_neighbor.json", *short,
     )  # fmt: skip
     assert read_manifest(run / "repeated.jsonl")["counts"]["unparsed"] > 900
     assert json.loads((run / "report.json").read_text())["judges"]["trained"]["unparsed"] == 1.0
