@@ -69,7 +69,7 @@ def _read_own(path, rows, data, seed, subsets, limit) -> tuple[list[dict], list[
     for row in judgments:
         asked.setdefault(row["id"], set()).add((row["order"], row["sample"]))
     orders = {order for keys in asked.values() for order, _ in keys}
-    num_samples = max(map(len, asked.values()), default=0) // len(orders)
+    num_samples = max(map(len, asked.values()), default=0) // max(len(orders), 1)
     whole = {(order, sample) for order in orders for sample in range(num_samples)}
     if torn := [id for id, keys in asked.items() if keys != whole]:
         raise InputError(
