@@ -1,7 +1,9 @@
 """Stored reference logprobs: refused when anything they depend on has changed, and when a single bit of them has."""
 
+import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +11,14 @@ from conftest import change_config, random_pairs
 from safetensors.torch import load_file, save_file
 from test_dpo import dpo_options, make_reference, one_ulp
 
+import conj
 from conj import InputError
+from conj.data import manifest
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.manifest import manifest_path
 from conj.train import dpo, reference
+from conj.train import options as train_options
+from conj.train.options import FORWARD, ReferenceOptions
 
 
 def replace(path, old: str, new: str) -> None:
@@ -47,11 +53,6 @@ FILES = {  # what changes: the field that the message names, and the change
     "template": ("tokenizer", lambda run, model: replace(model / "tokenizer_config.json", "assistant", "helper")),
     "one token id": ("tokens", lambda run, model: change_a_token(run)),
     "row order": ("tokens", lambda run, model: write_jsonl(run / "pairs.jsonl", random_pairs(30)[::-1])),
-}
-HERE = {  # what the process is: where it is asked for, and what it says instead
-    "code": ("sha256", lambda *a: "0"),
-    "kernels": ("backends.describe", lambda: "sdpa, triton, triton 9.9"),
-    "torch": ("torch.__version__", "9.9.0"),
 }
 
 
@@ -90,7 +91,34 @@ def test_the_key_knows_kernels_versions_and_device(run_folder, tied_model, monke
     assert key()["torch"] == "9.9" != before["torch"]
     monkeypatch.setattr(reference.backends.current, "kernels", "compile")
     assert "compile" in key()["backends"] and key()["backends"] != before["backends"]
-    assert re.fullmatch("[0-9a-f]{64}", before["code"])
+    monkeypatch.setattr(reference, "hash_forward", lambda: "0")
+    assert key()["code"] == "0" != before["code"]
+
+
+def test_the_hash_of_the_forward_covers_every_module_that_it_runs():
+    """One that is left out could change and the stored logprobs would still be taken for the model's. What `backends`
+    decides stands in the key itself."""
+    found = todo = {"model/qwen2", "train/batch"}
+    while todo:
+        sources = ((Path(conj.__file__).parent / f"{name}.py").read_text("utf-8") for name in sorted(todo))
+        words = {m for source in sources for m in re.findall(r"conj\.model(?:\.(\w+)| import (.+))", source)}
+        named = {f"model/{name.strip()}" for pair in words for part in pair for name in part.split(",") if name}
+        todo, found = named - found, found | named
+    assert found - {"model/backends"} == set(FORWARD)
+
+
+def test_a_reference_of_other_code_is_stale_from_the_start_and_not_taken_from_another_run(
+    run_folder, tied_model, tmp_path, monkeypatch
+):
+    """`conj run` says so in its first second; a run that builds on it makes its own."""
+    make_reference(run_folder, tied_model)
+    monkeypatch.setattr(train_options, "hash_forward", lambda: "0")
+    options = ReferenceOptions(run_dir=run_folder, model=tied_model, dtype="float32", max_tokens_per_pack=900)
+    [(artefact, inputs)] = options.makes().items()
+    with pytest.raises(InputError, match="made from other inputs .changed: forward pass 0 of torch"):
+        manifest.state(artefact, manifest.describe(inputs, options))
+    new = dataclasses.replace(options, run_dir=tmp_path / "new", from_runs=(run_folder,))
+    assert not manifest.is_complete(tmp_path / "new" / artefact.name, manifest.describe(inputs, new), new)
 
 
 @pytest.mark.parametrize("side", [0, 1])

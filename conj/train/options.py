@@ -1,10 +1,13 @@
 """What can be configured of the stages that run the model by torch; without torch, so that `conj run` checks it in no time."""
 
+import hashlib
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+import conj
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require, require_each
 from conj.model.folder import TRAINING_MAX_LENGTH
@@ -15,6 +18,16 @@ ATTENTION = ("flash_attn", "varlen", "sdpa")
 KERNELS = ("triton", "compile", "torch")
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 REPORT_TO = ("tensorboard", "wandb", "trackio")
+FORWARD = [
+    f"model/{name}" for name in ("qwen2", "attention", "logprob", "logprob_kernels", "ops", "kernels", "recompute")
+]
+FORWARD.append("train/batch")
+
+
+def hash_forward() -> str:
+    """sha256 of the code that logprobs depend on."""
+    package = Path(conj.__file__).parent
+    return hashlib.sha256(b"".join(package.joinpath(f"{name}.py").read_bytes() for name in FORWARD)).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +54,8 @@ class ReferenceOptions(RunOptions, ComputeOptions):
     save_every: int = option(256, help="forward passes between saves", affects_result=False)
 
     def makes(self) -> dict[Path, list]:
-        return {self.run_dir / "reference.safetensors": [self.find("pairs.jsonl"), self.model]}
+        by = f"forward pass {hash_forward()} of torch {version('torch')}"
+        return {self.run_dir / "reference.safetensors": [self.find("pairs.jsonl"), by, self.model]}
 
     def __post_init__(self):
         require_each(self, ("max_length", "max_tokens_per_pack", "save_every"), lambda value: value > 0, "at least 1")

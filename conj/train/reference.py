@@ -8,7 +8,6 @@ on; `conj.train.dpo` refuses a file whose key differs and says which part. NaN m
 taken up where its last save stands, and pairs over `--max-length` stay NaN.
 """
 
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -25,11 +24,10 @@ from conj.data.options import run_command
 from conj.data.packs import Group, TokenizedPairs, deal, pairs_of, plan_packs, tokenize_pairs
 from conj.data.progress import progress
 from conj.data.prompts import JudgeTokenizer
-from conj.model import backends, qwen2
+from conj.model import backends
 from conj.model.weights import check_model_folder, weight_files
-from conj.train import batch as batch_module
 from conj.train.batch import batches_ahead
-from conj.train.options import ReferenceOptions
+from conj.train.options import ReferenceOptions, hash_forward
 from conj.train.sharding import World, build_sharded_model, distributed, ending_process, reshard
 
 WHERE = {"code", "backends", "torch", "device"}  # fields of the key that say where it was made, not from what
@@ -52,14 +50,10 @@ def reference_key(
     model: Path, tokenizer: str, pairs: TokenizedPairs, *, dtype: str, device: torch.device
 ) -> dict[str, str]:
     """Everything the reference logprobs depend on, field by field."""
-    code = hashlib.sha256()
-    names = ("qwen2", "attention", "logprob", "logprob_kernels", "ops", "kernels", "recompute")
-    for path in (*(Path(qwen2.__file__).with_name(f"{name}.py") for name in names), Path(batch_module.__file__)):
-        code.update(path.read_bytes())
     return {
         "weights": json.dumps({path.name: sha256_file(path) for path in weight_files(model)}),
         "config": sha256_file(model / "config.json"), "tokenizer": tokenizer, "tokens": pairs.fingerprint(),
-        "dtype": dtype, "code": code.hexdigest(), "backends": backends.describe(), "torch": torch.__version__,
+        "dtype": dtype, "code": hash_forward(), "backends": backends.describe(), "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }  # fmt: skip
 
