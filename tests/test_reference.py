@@ -101,7 +101,7 @@ def test_the_hash_of_the_forward_covers_every_module_that_it_runs():
     found = todo = {"model/qwen2", "train/batch"}
     while todo:
         sources = ((Path(conj.__file__).parent / f"{name}.py").read_text("utf-8") for name in sorted(todo))
-        words = {m for source in sources for m in re.findall(r"conj\.model(?:\.(\w+)| import ([\w, ]+))", source)}
+        words = {m for source in sources for m in re.findall(r"from conj\.model(?:\.(\w+)| import ([\w, ]+))", source)}
         named = {f"model/{name.strip()}" for pair in words for part in pair for name in part.split(",") if name}
         todo, found = named - found, found | named
     assert found - {"model/backends"} == set(FORWARD)
