@@ -27,8 +27,8 @@ from cyclopts import Group
 
 from conj import InputError
 from conj.data.files import brief
-from conj.data.manifest import RunOptions
-from conj.data.options import key, option, parse_options, require, require_each
+from conj.data.manifest import FROM_RUNS, RunOptions
+from conj.data.options import GROUPS, key, option, parse_options, require, require_each
 
 
 class Command(NamedTuple):
@@ -55,35 +55,26 @@ COMMANDS = {
     "audit": Command("conj.train.audit", "conj.train.options:AuditOptions"),
 }
 STAGES = ("preprocess", "repeated", "hinted", "pairs", "reference", "dpo", "evaluate")
-ON_ALL_RANKS = ("reference", "dpo")  # under torchrun
-
-FOR_ALL = Group("For all stages", sort_key=1)
 NAME = re.compile(r"\w[\w.+-]*")  # of a run of a sweep: it becomes a folder and a judge
+
+
+ALL = Group("For all stages", sort_key=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedOptions:
     """What stands above the tables of a file: every stage gets it that has such an option."""
 
-    run_dir: Path | None = option(None, group=FOR_ALL, help="run folder")
-    from_runs: tuple[Path, ...] | None = option(
-        None,
-        name="from",
-        group=FOR_ALL,
-        help="run folders to build on: what is complete there is not made again",
-    )
-    model: Path | None = option(None, group=FOR_ALL, help="base model, a Hugging Face folder")
-    judge: str | None = option(None, group=FOR_ALL, help="a judge that conj ships, or a judge file")
-    dtype: str | None = option(None, group=FOR_ALL, help="dtype of sampling and training")
-    max_length: int | None = option(None, group=FOR_ALL, help="longest prompt + judgment, tokens")
-    device: str | None = option(None, group=FOR_ALL, help="auto, cpu or cuda")
-    seed: int | None = option(None, group=FOR_ALL, help="seed of every choice")
-    nproc_per_node: int | None = option(
-        None, group=FOR_ALL, help="processes of stages 5 and 6: one a GPU; 1 if not given"
-    )
-    stages: tuple[Literal[STAGES], ...] | None = option(
-        None, group=FOR_ALL, help="stages to run; all seven if not given"
-    )
+    run_dir: Path | None = option(None, group=ALL, help="run folder")
+    from_runs: tuple[Path, ...] | None = option(None, group=ALL, name="from", help=FROM_RUNS)
+    model: Path | None = option(None, group=ALL, help="base model, a Hugging Face folder")
+    judge: str | None = option(None, group=ALL, help="a judge that conj ships, or a judge file")
+    dtype: str | None = option(None, group=ALL, help="dtype of sampling and training")
+    max_length: int | None = option(None, group=ALL, help="longest prompt + judgment, tokens")
+    device: str | None = option(None, group=ALL, help="auto, cpu or cuda")
+    seed: int | None = option(None, group=ALL, help="seed of every choice")
+    nproc_per_node: int | None = option(None, group=ALL, help="processes of stages 5 and 6: one a GPU; 1 if not given")
+    stages: tuple[Literal[STAGES], ...] | None = option(None, group=ALL, help="stages to run; all seven if not given")
 
     def __post_init__(self):
         require_each(self, ("nproc_per_node",), lambda value: value >= 1, "1 or more")
@@ -95,18 +86,9 @@ OF_THE_FILE = ("run_dir", "from", "nproc_per_node", "stages")  # no run of a swe
 
 def run_file_options() -> type:
     """The options of `conj run`: the file, what all stages share, and every option of a stage as `--STAGE.OPTION`."""
-    fields = [
-        (
-            "settings",
-            tuple[Path, ...],
-            option(help="files of settings, TOML; the later ones over the earlier", positional=True),
-        ),
-        (
-            "dry_run",
-            bool,
-            option(False, help="print what would run, what is complete, what is stale and why", group="Other"),
-        ),
-    ]
+    files = option(help="files of settings, TOML; the later ones over the earlier", positional=True)
+    dry_run = option(False, help="print what would run, what is complete, what is stale and why", group=GROUPS["other"])
+    fields = [("settings", tuple[Path, ...], files), ("dry_run", bool, dry_run)]
     for place, stage in enumerate(STAGES, 1):
         kind, group = COMMANDS[stage].load_options(), Group(f"Stage {place}: {stage}", sort_key=10 + place)
         hints = typing.get_type_hints(kind)

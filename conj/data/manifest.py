@@ -42,14 +42,15 @@ ARTEFACTS = (
 )
 
 
+FROM_RUNS = "run folders to build on: what is complete there is not made again"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What every stage of a run has."""
 
     run_dir: Path = option(help="run folder: the stage writes there, and reads what it needs", affects_result=False)
-    from_runs: tuple[Path, ...] = option(
-        (), name="from", help="run folders to build on: what is complete there is not made again", affects_result=False
-    )
+    from_runs: tuple[Path, ...] = option((), name="from", help=FROM_RUNS, affects_result=False)
 
     def find(self, name: str) -> Path:
         """Where the run's `name` lies: in its own folder, else where its manifest says, else in the first run folder of
