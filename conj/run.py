@@ -13,11 +13,16 @@ line again. The resolved settings are written to `settings.toml` in the run fold
 """
 
 import dataclasses
+import functools
+import multiprocessing
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import tomli_w
@@ -30,40 +35,81 @@ from conj.data.options import flag, require, run_command
 from conj.data.readers import read_rows
 from conj.model.folder import check_model
 from conj.settings import COMMANDS, Run, as_toml, resolve, run_file_options
+from conj.train.options import check_machine
 
 ON_ALL_RANKS = ("reference", "dpo")  # under torchrun
+SAME_IN_TRAINING = ("dtype", "attention", "kernels", "model")  # a stored reference is of one forward pass
 SAME_IN_A_SWEEP = ("data", "subsets", "limit", "seed", "num_resamples")  # of the evaluation: the runs are compared
 # On a CPU, threads that spin while they wait lose a factor of ten as soon as another process wants a core.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def check(runs: list[Run]) -> None:
-    """Raises InputError for data and model folders that cannot be used, before hours go into what comes before them."""
-    for options in (options for run in runs for options in run.options.values()):
-        for name in getattr(options, "data", ()):
-            read_rows(locate_data(name)[0])  # nothing is read before the first row is asked for
-    evaluations = [run.options["evaluate"] for run in runs if "evaluate" in run.options]
+    """Raises InputError for data, model folders and devices that cannot be used, and for stages that do not fit together,
+    before hours go into what comes before them."""
+    stages = [(stage, options) for run in runs for stage, options in run.options.items()]
+    for folder in (run.folder for run in runs):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        require(there.is_dir() and os.access(there, os.W_OK), f"{folder}: expected a folder that can be written")
+    for name in {name: None for _, options in stages for name in getattr(options, "data", ())}:
+        read_rows(locate_data(name)[0])  # nothing is read before the first row is asked for
+    asked = [options for _, options in stages if hasattr(options, "model")]
+    # Training takes what fits the model; a sampler that is asked for more refuses.
+    for model, most in {(o.model, o.max_length if hasattr(o, "max_new_tokens") else None): None for o in asked}:
+        check_model(model, most)
     for name in SAME_IN_A_SWEEP:
-        found = {str(getattr(options, name)): None for options in evaluations}
+        found = {str(getattr(options, name)): None for stage, options in stages if stage == "evaluate"}
         require(
             len(found) < 2, f"[evaluate] {name}: expected the same in all runs of a sweep, found {', '.join(found)}"
         )
-    stages = [options for run in runs for options in run.options.values() if hasattr(options, "model")]
-    # Training takes what fits the model; a sampler that is asked for more refuses.
-    for model, max_length in {(o.model, o.max_length if hasattr(o, "max_new_tokens") else None): None for o in stages}:
-        check_model(model, max_length)
+    for run in (run for run in runs if run.options.keys() >= set(ON_ALL_RANKS)):
+        for name in SAME_IN_TRAINING:
+            first, second = (str(getattr(run.options[stage], name)) for stage in ON_ALL_RANKS)
+            require(first == second, f"[dpo] {name}: expected {first}, as in [reference], found {second}")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        trained = [(stage, options) for stage, options in stages if stage in ON_ALL_RANKS]
+        process.submit(check_machine, trained, runs[0].num_processes).result()
 
 
-def status(options, artefact: Path, inputs: list) -> str:
-    """complete, unfinished, or to do. Raises InputError where it was made of other inputs or options."""
-    if not _are_there(inputs):
-        return "to do"
-    return manifest.state(artefact, manifest.describe(inputs, options))
+def survey(runs: list[Run]) -> dict[Path, str]:
+    """What is the case of each file that the stages make: `complete`, `unfinished`, `to do`, `taken from` another run, or
+    `stale` and why. Nothing is written."""
+    found, made_by, hash_once = {}, {}, functools.cache(manifest.hash_input)
+    for run in runs:
+        keys, places = {}, {}  # of the run's files, by name: by what settings they are made; where they lie, if they do
+        for options in run.options.values():
+            for artefact, inputs in options.makes().items():
+                base = getattr(options, "model", None)
+                inputs = [places.get(p.name, p) if isinstance(p, Path) and p != base else p for p in inputs]
+                made_of = [keys.get(p.name, str(p)) if isinstance(p, Path) else p for p in inputs]
+                key = keys[artefact.name] = repr((artefact.name, manifest.describe_options(options), made_of))
+                first = made_by.setdefault(key, run)
+                state, place = _state(options, artefact, inputs, hash_once)
+                if state == "to do" and first is not run:
+                    state = f"taken from {first.folder}"
+                found[artefact], places[artefact.name] = state, place
+    return found
 
 
-def _are_there(inputs: list) -> bool:
-    """Whether no stage before this one has still to make one of them."""
-    return all(path.exists() for path in inputs if isinstance(path, Path))
+def _state(options, artefact: Path, inputs: list, hash: Callable) -> tuple[str, Path]:
+    """The case of one file, and where it lies, or will lie."""
+    try:
+        if awaited := [path for path in inputs if isinstance(path, Path) and not path.exists()]:
+            made = manifest.read_manifest(artefact)
+            if artefact.exists() and made is not None:
+                raise InputError(
+                    f"{artefact}: was made from another {awaited[0].name} than will be made now; delete it"
+                )
+            return "to do", artefact.with_name(f"{artefact.name} to be made")
+        now = manifest.describe(inputs, options, hash)
+        state = manifest.state(artefact, now)
+        if state == "to do" and (there := manifest.find_complete(artefact.name, now, options)):
+            return f"taken from {there.parent}", there
+        return state, manifest.locate(artefact) if state == "complete" else artefact.with_name(
+            f"{artefact.name} to be made"
+        )
+    except InputError as e:
+        return f"stale: {e}", artefact
 
 
 def command_line(stage: str, options, num_processes: int) -> list[str]:
@@ -78,7 +124,7 @@ def command_line(stage: str, options, num_processes: int) -> list[str]:
         if isinstance(value, bool):
             line.append(flag(field) if value else flag(field).replace("--", "--no-", 1))
         elif isinstance(value, tuple):
-            line += [flag(field), *map(str, value)]
+            line += [f"{flag(field)}={part}" for part in value]
         else:
             line.append(f"{flag(field)}={value}")
     return line
@@ -100,39 +146,28 @@ def execute(what: str, line: list[str]) -> None:
         sys.exit(code if code > 0 else 128 - code)
 
 
-def run_stages(run: Run) -> None:
+def run_stages(run: Run, found: dict[Path, str]) -> None:
     """The stages in order; those that are complete, here or in a run that this one builds on, are not started."""
     for stage, options in run.options.items():
-        if stage != "evaluate" and is_complete(options):
-            continue
+        if stage != "evaluate":  # the report is made anew
+            [(artefact, inputs)] = options.makes().items()
+            if found[artefact] == "complete":
+                print(f"{manifest.locate(artefact)}: already complete")
+                continue
+            if options.from_runs and manifest.is_complete(artefact, manifest.describe(inputs, options), options):
+                continue
         execute(stage, command_line(stage, options, run.num_processes))
 
 
-def is_complete(options) -> bool:
-    [(artefact, inputs)] = options.makes().items()
-    return _are_there(inputs) and manifest.is_complete(artefact, manifest.describe(inputs, options), options)
-
-
-def dry_run(runs: list[Run]) -> None:
-    """Prints, for each file of each run, whether it is there, and if it is stale why; and the commands that would run."""
-    made_by = {}  # what a stage makes from what, by settings alone -> the run that makes it first
+def dry_run(runs: list[Run], found: dict[Path, str]) -> None:
+    """Prints the case of each file, and the commands that would run."""
     for run in runs:
-        print(f"{run.folder}")
-        sources = {}  # file name -> what makes it
+        print(run.folder)
         for stage, options in run.options.items():
-            for artefact, inputs in options.makes().items():
-                key = (artefact.name, repr(manifest.describe_options(options)))
-                key += tuple(sources.get(Path(path).name, str(path)) for path in inputs)
-                sources[artefact.name] = key
-                first = made_by.setdefault(key, run)
-                try:
-                    found = status(options, artefact, inputs)
-                except InputError as e:
-                    found = f"stale: {e}"
-                if found == "to do" and first is not run:
-                    found = f"taken from {first.folder}"
-                print(f"  {stage:10}  {artefact.name:24}  {found}")
-            if found in ("to do", "unfinished") or stage == "evaluate":
+            states = {artefact: found[artefact] for artefact in options.makes()}
+            for artefact, state in states.items():
+                print(f"  {stage:10}  {artefact.name:24}  {state}")
+            if {"to do", "unfinished"} & set(states.values()):
                 print(f"    {shlex.join(['python', *command_line(stage, options, run.num_processes)[1:]])}")
 
 
@@ -151,19 +186,21 @@ def compare(runs: list[Run]) -> None:
 def main(given) -> None:
     runs = resolve(given)
     check(runs)
+    found = survey(runs)
     if given.dry_run:
-        dry_run(runs)
+        dry_run(runs, found)
         return
+    for state in found.values():  # before anything is made
+        require(not state.startswith("stale: "), state.removeprefix("stale: "))
     for run in runs:
-        for options in run.options.values():  # what is stale is found before anything is made
-            for artefact, inputs in options.makes().items():
-                status(options, artefact, inputs)
-    for run in runs:
-        write_atomic(run.folder / "settings.toml", tomli_w.dumps(as_toml(run)).encode())
-        run_stages(run)
-    if len(runs) > 1 and "evaluate" in runs[0].options:
-        compare(runs)
-    print(f"open {(runs[0].folder.parent if len(runs) > 1 else runs[0].folder) / 'report.html'}")
+        kept = run.folder / "settings.toml"
+        before = tomllib.loads(kept.read_text("utf-8")) if kept.exists() else {}
+        write_atomic(kept, tomli_w.dumps(as_toml(run, before)).encode())
+        run_stages(run, found)
+    if "evaluate" in runs[0].options:
+        if len(runs) > 1:
+            compare(runs)
+        print(f"open {(runs[0].folder.parent if len(runs) > 1 else runs[0].folder) / 'report.html'}")
 
 
 if __name__ == "__main__":

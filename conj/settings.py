@@ -26,9 +26,9 @@ from typing import Literal, NamedTuple
 from cyclopts import Group
 
 from conj import InputError
+from conj.data import manifest
 from conj.data.files import brief
-from conj.data.manifest import FROM_RUNS, RunOptions
-from conj.data.options import GROUPS, key, option, parse_options, require, require_each
+from conj.data.options import GROUPS, brief_line, key, option, parse_options, require, require_each, without_none
 
 
 class Command(NamedTuple):
@@ -55,7 +55,8 @@ COMMANDS = {
     "audit": Command("conj.train.audit", "conj.train.options:AuditOptions"),
 }
 STAGES = ("preprocess", "repeated", "hinted", "pairs", "reference", "dpo", "evaluate")
-NAME = re.compile(r"\w[\w.+-]*")  # of a run of a sweep: it becomes a folder and a judge
+NAME = re.compile(r"\w[\w.+-]*", re.ASCII)  # of a run of a sweep: it becomes a folder and a judge
+RESERVED = ("base", "report.json", "report.md", "report.html", "report.json.manifest.json")  # what stands beside them
 
 
 ALL = Group("For all stages", sort_key=1)
@@ -66,7 +67,7 @@ class SharedOptions:
     """What stands above the tables of a file: every stage gets it that has such an option."""
 
     run_dir: Path | None = option(None, group=ALL, help="run folder")
-    from_runs: tuple[Path, ...] | None = option(None, group=ALL, name="from", help=FROM_RUNS)
+    from_runs: tuple[Path, ...] | None = option(None, group=ALL, name="from", help=manifest.FROM_RUNS)
     model: Path | None = option(None, group=ALL, help="base model, a Hugging Face folder")
     judge: str | None = option(None, group=ALL, help="a judge that conj ships, or a judge file")
     dtype: str | None = option(None, group=ALL, help="dtype of sampling and training")
@@ -104,7 +105,7 @@ class Run:
     """One run folder, and what each stage of it is to do."""
 
     name: str  # in a sweep, else empty
-    options: dict[str, RunOptions]  # by stage, in their order
+    options: dict[str, manifest.RunOptions]  # by stage, in their order
     num_processes: int  # of stages 5 and 6
 
     @property
@@ -112,44 +113,84 @@ class Run:
         return next(iter(self.options.values())).run_dir
 
 
+# ---- Files ----
+
+
 def read_settings(path: Path) -> dict:
-    """The file's content, keys with underscores. Raises InputError for malformed TOML and a key that means nothing."""
+    """The file's content, keys with underscores. Raises InputError for malformed TOML, for a key that means nothing, and
+    for a value of another type than its option's."""
     try:
-        content = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: expected TOML: {e}") from None
+        content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise InputError(brief_line(f"{path}: expected TOML: {e}")) from None
     runs = content.pop("runs", {})
-    content = _tables(content, (*SHARED, *STAGES), str(path))
-    content["runs"] = dict(_keys(runs, f"{path} [runs]"))
-    for name, tables in content["runs"].items():
-        require(bool(NAME.fullmatch(name)), f"{path} [runs.{name}]: expected a name of {NAME.pattern}")
+    require(isinstance(runs, dict), f"{path} [runs]: expected a table, found {brief(runs)}")
+    content = _check_tables(content, (*SHARED, *STAGES), str(path))
+    content["runs"] = {}
+    for name, tables in runs.items():
+        require(
+            bool(NAME.fullmatch(name)) and name not in RESERVED,
+            f"{path} [runs.{brief(name)[1:-1]}]: expected another name, of letters, digits and . _ + -",
+        )
         of_a_run = [k for k in (*SHARED, *STAGES) if k not in OF_THE_FILE]
-        content["runs"][name] = _tables(tables, of_a_run, f"{path} [runs.{name}]")
+        content["runs"][name] = _check_tables(tables, of_a_run, f"{path} [runs.{name}]")
     return content
 
 
-def _tables(content: object, allowed: Iterable[str], where: str) -> dict:
-    """Shared keys and stages' tables. What a stage's table holds is checked with its options."""
-    checked = {name.replace("-", "_"): value for name, value in _keys(content, where)}
-    for name, value in checked.items():
-        if name not in allowed:
-            close = difflib.get_close_matches(name, allowed, 1)
-            hint = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(allowed)}"
-            raise InputError(f"{where}: unknown key {name}; {hint}")
-        if name in STAGES:
-            checked[name] = {k.replace("-", "_"): v for k, v in _keys(value, f"{where} {name}")}
+def _check_tables(content: object, allowed: Iterable[str], where: str) -> dict:
+    """Shared keys and stages' tables."""
+    content = _table(content, where)
+    shared = {name: value for name, value in content.items() if name not in STAGES}
+    checked = _check_values(shared, SharedOptions, [name for name in allowed if name not in STAGES], where, STAGES)
+    for stage in content.keys() - shared.keys():
+        kind = COMMANDS[stage].load_options()
+        place = f"{where[:-1]}.{stage}]" if where.endswith("]") else f"{where} [{stage}]"
+        names = [key(field) for field in dataclasses.fields(kind) if key(field) not in ("run_dir", "from")]
+        checked[stage] = _check_values(_table(content[stage], place), kind, names, place)
     return checked
 
 
-def _keys(table: object, where: str) -> Iterable[tuple[str, object]]:
+def _table(table: object, where: str) -> dict:
     require(isinstance(table, dict), f"{where}: expected a table, found {brief(table)}")
-    return table.items()
+    names = [name.replace("-", "_") for name in table]
+    twice = [name for name in names if names.count(name) > 1]
+    require(not twice, f"{where}: {brief(twice[:1])} is given twice, with - and with _")
+    return dict(zip(names, table.values()))
+
+
+def _check_values(table: dict, kind: type, allowed: Iterable[str], where: str, also: Iterable[str] = ()) -> dict:
+    """The table, if each key is allowed and each value of its option's type. `also`: keys that stand beside them."""
+    hints = {key(f): without_none(typing.get_type_hints(kind)[f.name]) for f in dataclasses.fields(kind)}
+    for name, value in table.items():
+        if name not in allowed:
+            close = difflib.get_close_matches(name, [*allowed, *also], 1)
+            hint = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(sorted((*allowed, *also)))}"
+            raise InputError(f"{where}: unknown key {brief(name)[1:-1]}; {hint}")
+        if expected := _expected(hints[name], value):
+            raise InputError(f"{where}: {name}: expected {expected}, found {brief(value)}")
+    return table
+
+
+def _expected(hint: object, value: object) -> str:
+    """What a value of TOML should be for an option of this type; empty if it is that."""
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        return (
+            "" if isinstance(value, list) and not any(_expected(inner, part) for part in value) else "a list of texts"
+        )
+    if hint in (bool, int, float):
+        fits = type(value) is hint or (hint is float and type(value) is int)
+        return "" if fits else {bool: "true or false", int: "a whole number", float: "a number"}[hint]
+    return "" if isinstance(value, str) and value and value.isprintable() else "a text"  # paths and choices too
 
 
 def merge(first: dict, second: dict) -> dict:
     """Settings with those of another file over them, table by table."""
     both = {k: merge(first[k], v) for k, v in second.items() if isinstance(v, dict) and k in first}
     return first | second | both
+
+
+# ---- To the options of every stage ----
 
 
 def resolve(given) -> list[Run]:
@@ -162,26 +203,29 @@ def resolve(given) -> list[Run]:
     of_all = {name: value for name, value in (content | asked).items() if name in SHARED}
     shared = _parse(SharedOptions, of_all, where)
     require(shared.run_dir is not None, f"{where}: run_dir: expected a run folder, found none")
+    manifest.RunOptions(run_dir=shared.run_dir, from_runs=shared.from_runs or ()).check_from()
     runs = []
     for name in content["runs"] or ("",):
         own, options = content["runs"].get(name, {}), {}
         place = {"run_dir": str(shared.run_dir / name)}
         place["from"] = [*_plain(shared.from_runs or ()), *(str(run.folder) for run in runs)]
-        for stage in STAGES:
-            if stage in (shared.stages or STAGES):
-                kind = COMMANDS[stage].load_options()
-                table = _stage_table(stage, {key(f) for f in dataclasses.fields(kind)}, content, own, asked) | place
-                options[stage] = _parse(kind, table, f"{where} [{f'runs.{name}.' if name else ''}{stage}]")
+        for stage in [stage for stage in STAGES if stage in (shared.stages or STAGES)]:
+            kind = COMMANDS[stage].load_options()
+            names = {key(field) for field in dataclasses.fields(kind)}
+            table = _stage_table(stage, names, (content, own), asked) | place
+            options[stage] = _parse(kind, table, f"{where} [{f'runs.{name}.' if name else ''}{stage}]")
         runs.append(Run(name=name, options=options, num_processes=shared.nproc_per_node or 1))
     return runs
 
 
-def _stage_table(stage: str, names: set[str], content: dict, own: dict, asked: dict) -> dict:
-    """A stage's options: shared ones, over them the tables of the file and of a sweep's run, over these the command line."""
-    shared = {k: v for k, v in (content | own).items() if k in SHARED and k in names}
-    for_all = {k: v for k, v in asked.items() if k in names}
-    for_stage = {k.removeprefix(f"{stage}."): v for k, v in asked.items() if k.startswith(f"{stage}.")}
-    return shared | content.get(stage, {}) | own.get(stage, {}) | for_all | for_stage
+def _stage_table(stage: str, names: set[str], levels: Iterable[dict], asked: dict) -> dict:
+    """A stage's options: of each level (the file, then a sweep's run) what is for all stages, over it the stage's own
+    table; over all of them the command line, in the same order."""
+    table = {}
+    for level in levels:
+        table |= {k: v for k, v in level.items() if k in SHARED and k in names} | level.get(stage, {})
+    table |= {k: v for k, v in asked.items() if k in names}
+    return table | {k.removeprefix(f"{stage}."): v for k, v in asked.items() if k.startswith(f"{stage}.")}
 
 
 def _plain(value: object) -> object:
@@ -198,8 +242,9 @@ def _parse(kind: type, table: dict, where: str):
         raise InputError(str(e) if where in str(e) else f"{where}: {e}") from None
 
 
-def as_toml(run: Run) -> dict:
-    """The resolved settings of one run, every option of every stage, as a file that gives the same run again."""
+def as_toml(run: Run, before: dict | None = None) -> dict:
+    """The resolved settings of one run, every option of every stage, as a file that gives the same run again. Of stages that
+    it leaves out, `before` is kept."""
     shared = {"run_dir", "from_runs"}
     tables = {
         stage: {
@@ -210,4 +255,5 @@ def as_toml(run: Run) -> dict:
         for stage, options in run.options.items()
     }
     head = {"run_dir": str(run.folder), "from": _plain(next(iter(run.options.values())).from_runs)}
-    return head | {"nproc_per_node": run.num_processes, "stages": list(run.options)} | tables
+    tables = {stage: table for stage in STAGES if (table := tables.get(stage, (before or {}).get(stage)))}
+    return head | {"nproc_per_node": run.num_processes, "stages": list(tables)} | tables

@@ -16,7 +16,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -54,15 +54,26 @@ class RunOptions:
 
     def find(self, name: str) -> Path:
         """Where the run's `name` lies: in its own folder, else where its manifest says, else in the first run folder of
-        `--from` that has it."""
-        found = [locate(run / name) for run in (self.run_dir, *self.from_runs)]
-        return next((path for path in found if path.exists()), self.run_dir / name)
+        `--from` that has it complete."""
+        own = locate(self.run_dir / name)
+        if own.exists():
+            return own
+        made = [(run / name, read_manifest(run / name)) for run in self.from_runs]
+        complete = (locate(path) for path, manifest in made if manifest is None or manifest["complete"])
+        return next((path for path in complete if path.exists()), self.run_dir / name)
+
+    def check_from(self) -> None:
+        """Raises InputError for a run folder to build on that is none."""
+        for run in self.from_runs:
+            if not run.is_dir() or run.resolve() == self.run_dir.resolve():
+                found = "the run folder itself" if run.is_dir() else "none"
+                raise InputError(f"--from {run}: expected another run's folder, found {found}")
 
 
 def locate(artefact: Path) -> Path:
     """Where an artefact lies: here, or in another run folder, from which its run has taken it."""
     made = None if artefact.exists() else read_manifest(artefact)
-    if made is None or "taken_from" not in made:
+    if made is None or not isinstance(made.get("taken_from"), str):
         return artefact
     return Path(os.path.normpath(artefact.parent / made["taken_from"] / artefact.name))
 
@@ -129,9 +140,9 @@ def hash_input(path: str | Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def describe_inputs(inputs: Sequence[str | Path]) -> list[dict]:
+def describe_inputs(inputs: Sequence[str | Path], hash: Callable = hash_input) -> list[dict]:
     """Each input's path and hash; a text that is not on disk (a hub name, a split) is described by itself alone."""
-    return [{"path": str(p), "sha256": hash_input(p) if Path(p).exists() else None} for p in inputs]
+    return [{"path": str(p), "sha256": hash(p) if Path(p).exists() else None} for p in inputs]
 
 
 def describe_options(options) -> dict:
@@ -141,9 +152,9 @@ def describe_options(options) -> dict:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
-def describe(inputs: Sequence[str | Path], options) -> dict:
+def describe(inputs: Sequence[str | Path], options, hash: Callable = hash_input) -> dict:
     """What a manifest is about, and two are compared by."""
-    return {"inputs": describe_inputs(inputs), "options": describe_options(options)}
+    return {"inputs": describe_inputs(inputs, hash), "options": describe_options(options)}
 
 
 @functools.cache
@@ -194,8 +205,9 @@ def begin(artefact: Path, *, inputs: Sequence[str | Path], options) -> bool:
     """Opens the stage that makes `artefact`. Returns False if it is already complete, from these inputs and options: here
     or in a run folder that the options name (`--from`), to which the manifest then refers.
 
-    Raises InputError when an artefact of other inputs or options stands there (nothing is overwritten), or when an
-    input is not what its own manifest describes. A stage that failed before it made anything leaves nothing behind."""
+    Raises InputError when an artefact of other inputs or options stands there (nothing is overwritten), when an input is
+    not what its own manifest describes, or when another process is making it. A stage that failed before it made anything
+    does not bind the next try."""
     for path in inputs:
         if isinstance(path, Path) and not path.exists():
             raise InputError(f"{path}: no such file; make it by its stage first")
@@ -203,9 +215,12 @@ def begin(artefact: Path, *, inputs: Sequence[str | Path], options) -> bool:
     _check_chain(now["inputs"])
     if is_complete(artefact, now, options):
         return False
-    if not artefact.exists() or read_manifest(artefact) is None:
-        write_sealed(manifest_path(artefact), {"artefact": artefact.name, "complete": False, **now, **describe_code()})
     _hold(artefact)
+    if is_complete(artefact, now, options):  # another process has just finished it
+        _held.pop(artefact).close()
+        return False
+    if not artefact.exists():
+        write_sealed(manifest_path(artefact), {"artefact": artefact.name, "complete": False, **now, **describe_code()})
     return True
 
 
@@ -215,35 +230,44 @@ def is_complete(artefact: Path, now: dict, options) -> bool:
     found = state(artefact, now)
     if found == "complete":
         print(f"{locate(artefact)}: already complete")
-    for run in getattr(options, "from_runs", ()) if found == "to do" else ():
-        made, there = read_manifest(run / artefact.name), locate(run / artefact.name)
-        if made is not None and made["complete"] and not _difference(made, now) and _is_whole(there, made):
-            place = os.path.relpath(there.parent, artefact.parent)
-            write_sealed(manifest_path(artefact), {**made, "taken_from": place})
-            print(f"{there}: already complete; {artefact.parent} takes it from there")
-            return True
+    elif found == "to do" and (there := find_complete(artefact.name, now, options)):
+        place = os.path.relpath(there.parent, artefact.parent)
+        write_sealed(manifest_path(artefact), {**read_manifest(there), "taken_from": place})
+        print(f"{there}: already complete; {artefact.parent} takes it from there")
+        return True
     return found == "complete"
+
+
+def find_complete(name: str, now: dict, options) -> Path | None:
+    """The artefact of the inputs and options `now`, in a run folder that the options build on."""
+    for run in getattr(options, "from_runs", ()):
+        made, there = read_manifest(run / name), locate(run / name)
+        if made is not None and made["complete"] and not _difference(made, now) and _is_whole(there, made):
+            return there
+    return None
 
 
 def _is_whole(artefact: Path, made: dict) -> bool:
     return artefact.exists() and hash_input(artefact) == made["sha256"]
 
 
-_held: dict[Path, IO] = {}  # open manifests of the stages that this process is making
+_held: dict[Path, IO] = {}  # locks of the stages that this process is making
 
 
 def _hold(artefact: Path) -> None:
     """Keeps other processes off an artefact as long as this one lives, or until it is finished: two that append to one
-    file, or write one checkpoint, spoil it. Raises InputError when another one holds it. File systems without locks
-    (ENOLCK) go unprotected."""
-    _held.pop(artefact, None)
-    file = open(manifest_path(artefact))
+    file, or write one checkpoint, spoil it. Raises InputError when another one holds it. The lock is a file of its own,
+    which is never renamed or deleted. File systems without locks (ENOLCK) go unprotected."""
+    if old := _held.pop(artefact, None):
+        old.close()
+    artefact.parent.mkdir(parents=True, exist_ok=True)
+    file = open(artefact.with_name(f".{artefact.name}.lock"), "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{artefact}: another process is making it at this moment") from None
     except OSError:
-        return
+        pass
     _held[artefact] = file
 
 
@@ -312,7 +336,8 @@ def finish(
     made |= {"also": {str(p.relative_to(artefact.parent)): hash_input(p) for p in sorted(also)}} if also else {}
     made |= {"machine": machine} if machine else {}
     write_sealed(manifest_path(artefact), {**manifest, "complete": True, **made})
-    _held.pop(artefact, None)
+    if lock := _held.pop(artefact, None):
+        lock.close()
     print(
         f"{artefact}: {num_rows} rows; " + ", ".join(f"{k} {v}" for k, v in counts.items() if not isinstance(v, list))
     )

@@ -14,6 +14,7 @@ import inspect
 import math
 import os
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from conj import InputError, __version__
 GROUPS = {  # of the help, in this order
     "required": Group("Required", sort_key=0),
     True: Group("What is made", sort_key=1),
-    False: Group("How it is made: a stage that was cut short may go on with other values of these", sort_key=2),
+    False: Group("How it is made: may be another when a stage goes on", sort_key=2),
     "other": Group("Other", sort_key=3),
 }
 
@@ -60,9 +61,35 @@ def flag(field: dataclasses.Field) -> str:
     return "--" + key(field).replace("_", "-")
 
 
-def _check_finite(kind: type, value: object) -> None:
+def check_value(hint: object, value: object) -> None:
+    """Raises ValueError for a number that is not finite, and for a list with an empty text."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"Expected a finite number, found {value}")
+    if isinstance(value, tuple) and "" in value:
+        raise ValueError("Expected texts, found an empty one")
+
+
+def _path(kind: type, tokens: Sequence) -> Path:
+    value = tokens[0].value
+    if not value or not value.isprintable():
+        raise ValueError(f"Expected a path, found {value!r}")
+    return Path(value)
+
+
+def _whole_number(kind: type, tokens: Sequence) -> int:
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"Expected a whole number, found {tokens[0].value}") from None
+
+
+CONVERTERS = {int: _whole_number, Path: _path}  # cyclopts rounds 1.5, and takes "" for the current folder
+
+
+def without_none(hint: object) -> object:
+    """A type without `None`: what is not given is None, and the word "none" is no way to say so."""
+    parts = [part for part in typing.get_args(hint) if part is not type(None)]
+    return hint if typing.get_origin(hint) not in (typing.Union, types.UnionType) else typing.Union[tuple(parts)]  # noqa: UP007
 
 
 def _show(default: object) -> str:
@@ -79,14 +106,16 @@ def command_of(options_class: type) -> Callable:
     for field in dataclasses.fields(options_class):
         needed = field.default is dataclasses.MISSING
         kind = inspect.Parameter.POSITIONAL_ONLY if field.metadata["positional"] else inspect.Parameter.KEYWORD_ONLY
+        hint = without_none(hints[field.name])
         settings = Parameter(
-            name=() if field.metadata["positional"] else flag(field), help=field.metadata["help"], validator=_check_finite,
+            name=() if field.metadata["positional"] else flag(field), help=field.metadata["help"], validator=check_value,
             group=field.metadata["group"] or GROUPS["required" if needed else field.metadata["affects_result"]],
-            consume_multiple=True, allow_repeating=True, negative_iterable=(), show_default=_show if field.default else None,
+            consume_multiple=1, allow_repeating=True, negative_iterable=(), converter=CONVERTERS.get(hint),
+            show_default=field.default not in (None, ()) and _show,
         )  # fmt: skip
         parameters.append(
             inspect.Parameter(
-                field.name, kind, annotation=Annotated[hints[field.name], settings],
+                field.name, kind, annotation=Annotated[hint, settings],
                 default=inspect.Parameter.empty if needed else field.default,
             )
         )  # fmt: skip
@@ -123,7 +152,7 @@ def run_app(app: App, argv: Sequence[str]):
     try:
         return app(list(argv), exit_on_error=False, print_error=False)
     except CycloptsError as e:
-        raise InputError(str(e).rstrip(".")) from None
+        raise InputError(brief_line(str(e).rstrip("."))) from None
 
 
 def _program() -> str:
@@ -140,7 +169,9 @@ def run_command(
     """Runs `stage(options)`, as `bad_input_in_one_line` has it. `description` is the module docstring."""
     with bad_input_in_one_line():
         argv = sys.argv[1:] if argv is None else argv
-        stage(parse_options(options_class, argv, description=first_paragraph(description)))
+        options = parse_options(options_class, argv, description=first_paragraph(description))
+        getattr(options, "check_from", lambda: None)()
+        stage(options)
 
 
 @contextlib.contextmanager
@@ -157,6 +188,12 @@ def bad_input_in_one_line() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def brief_line(text: str, most: int = 500) -> str:
+    """A text as one line, cut where it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]} …"
 
 
 def first_paragraph(docstring: str | None) -> str:

@@ -1,6 +1,8 @@
 """What can be configured of the stages that run the model by torch; without torch, so that `conj run` checks it in no time."""
 
+import dataclasses
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import conj
+from conj import InputError
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require, require_each
 from conj.model.folder import TRAINING_MAX_LENGTH
@@ -42,6 +45,21 @@ class ComputeOptions:
     kernels: Literal[KERNELS] | None = option(
         None, help="norm, RoPE, SwiGLU and logprob kernels; by default triton, and on a CPU torch, their reference"
     )
+
+
+def check_machine(options: Iterable[tuple[str, ComputeOptions]], num_processes: int) -> None:
+    """Raises InputError, naming the stage, for what cannot run on this machine. Imports torch and may start CUDA: for a
+    process of its own."""
+    from conj.model import backends
+
+    for stage, asked in options:
+        machine = dataclasses.replace(backends.this_machine(asked.device), num_local_ranks=num_processes)
+        try:
+            backends.choose(
+                machine, device=asked.device, dtype=asked.dtype, attention=asked.attention, kernels=asked.kernels
+            )
+        except InputError as e:
+            raise InputError(f"[{stage}] {e}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
