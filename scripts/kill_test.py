@@ -126,7 +126,7 @@ def kill_sampling(args: argparse.Namespace, out: Path) -> list[dict]:
     prepare = [sys.executable, "-m", "conj.data.preprocess", "--run-dir", out / "start", "--data", train, *few]
     run_command(prepare, out / "log")
     stages = {"repeated": ("repeated.jsonl", 8, []), "hinted": ("hinted.jsonl", 2, [])}
-    stages["evaluation.evaluate"] = ("judgments_base.jsonl", 2, ["--data", test, *few])
+    stages["evaluate"] = ("judgments_base.jsonl", 2, ["--data", test, *few])
     rows = []
     for number, (stage, (artefact, per_prompt, options)) in enumerate(stages.items()):
         num_kills = len(range(number, args.kills, 3))
