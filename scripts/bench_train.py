@@ -60,8 +60,8 @@ def best_settings(folder: Path, model: Path, logits: str, args: argparse.Namespa
     args = argparse.Namespace(**vars(args) | {"steps": 2})
     for batch in (b for b in args.batch_sizes if args.pairs_per_step % b == 0):
         for checkpointing in (False, True):
-            peer = {"precompute_ref_log_probs": True, "per_device_train_batch_size": batch}
-            peer["gradient_checkpointing"] = checkpointing
+            peer = {"precompute_ref_log_probs": True, "per_device_train_batch_size": batch,
+                    "gradient_checkpointing": checkpointing}  # fmt: skip
             result = isolated(run_trl, folder, model, logits, peer, args)
             how = f"logits {logits}, batch {batch}, checkpointing {checkpointing}"
             print(f"  trl, {how}: {in_short(result)}", flush=True)
@@ -85,10 +85,10 @@ def race(folder: Path, model: Path, peers: dict[Side, dict], args: argparse.Name
     for _ in range(args.rounds * (1 if args.any_load else 3)):  # rounds of a busy machine are taken again
         found = {}
         for side in sides:
-            if side in peers:
-                found[side] = isolated(run_trl, folder, model, side[2], peers[side], args)
-            else:
-                found[side] = isolated(run_conj, folder, model, side[1], args)
+            how = (
+                (run_trl, folder, model, side[2], peers[side]) if side in peers else (run_conj, folder, model, side[1])
+            )
+            found[side] = isolated(*how, args)
             print(f"  {' '.join(side)}: {in_short(found[side])}", flush=True)
         ceilings.append(ceiling())
         results.append((min(ceilings[-2:]), found))
@@ -124,13 +124,8 @@ def compare(folder: Path, geometry: str, args: argparse.Namespace) -> Iterator[d
             yield row | {"error": failed}
             continue
         flops = conj_step_flops(folder, model, share, args)
-        executed, needed = (
-            statistics.median(
-                sum(f[i] for f in flops[1:]) / sum(r["step_seconds"][1:]) / ceiling
-                for r, ceiling in zip(ours, ceilings)
-            )
-            for i in (0, 1)
-        )
+        possible = [sum(r["step_seconds"][1:]) * ceiling for r, ceiling in zip(ours, ceilings)]
+        executed, needed = (statistics.median(sum(of[1:]) / flop for flop in possible) for of in zip(*flops))
         row |= {
             "pairs_per_second_conj": statistics.median(map(pairs_per_second, ours)),
             "unique_tokens_per_second_conj": statistics.median(sum(r["tokens"][1:]) / sum(r["step_seconds"][1:]) for r in ours),
@@ -150,8 +145,7 @@ def beside(ours: list[dict], theirs: list[dict], side: Side, settings: dict) -> 
     if failed := next((r["error"] for r in theirs if "error" in r), None):
         return start | {"peer_error": failed}
     ratios = [pairs_per_second(a) / pairs_per_second(b) for a, b in zip(ours, theirs)]
-    peak = max(r["peak_memory_bytes"] for r in theirs)
-    losses = theirs[0]["losses"]
+    peak, losses = max(r["peak_memory_bytes"] for r in theirs), theirs[0]["losses"]
     return start | {
         "pairs_per_second_peer": statistics.median(map(pairs_per_second, theirs)), "peak_memory_bytes_peer": peak,
         "ratio_pairs_per_second": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
@@ -173,11 +167,8 @@ def in_short(result: dict) -> str:
 
 
 def print_table(rows: list[dict]) -> None:
-    print(
-        "| model | dtype | share | TRL | its logits | its settings | conj pairs/s | TRL pairs/s | ratio | peak memory ",
-        end="",
-    )
-    print("| losses differ by |\n" + "|---" * 11 + "|")
+    print("| model | dtype | share | TRL | its logits | its settings | conj pairs/s | TRL pairs/s | ratio | ", end="")
+    print("peak memory | losses differ by |\n" + "|---" * 11 + "|")
     for row in rows:
         if "error" in row:
             print(f"| {row['geometry']} | | | | | | {row['error']} | | | | |")

@@ -20,34 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench_common import ROOT, argument_parser, where_measured
-from kill_common import num_lines
+from kill_common import num_lines, write_pairs
 
-from conj.data.files import read_jsonl, write_atomic, write_jsonl
-from conj.data.prompts import judge_messages, judgment_text
+from conj.data.files import read_jsonl, write_atomic
 from conj.train import dpo, reference
 from conj.train.audit import __main__ as audit
 
 BASE = ROOT / "demo" / "base"
-
-
-def pair_of(preference: dict, label: int, write: Callable[[str, int], str] = judgment_text) -> dict:
-    """A row of pairs.jsonl, but for id and split; `write(reason, verdict)` gives a judgment, whose reason is the better
-    answer."""
-    answers = [preference["chosen"], preference["rejected"]][:: 1 if label == 1 else -1]
-    texts = [write(preference["chosen"], verdict) for verdict in (label, 3 - label)]
-    chosen, rejected = ([{"role": "assistant", "content": text}] for text in texts)
-    row = {"prompt": judge_messages(preference["prompt"], *answers), "chosen": chosen, "rejected": rejected}
-    return row | {"label": label, "pair_type": "repeated"}
-
-
-def write_pairs(path: Path, num_prompts: int) -> None:
-    """A pair for each of the demo's first preferences."""
-    rng, preferences = random.Random(0), read_jsonl(ROOT / "demo" / "train.jsonl")[:num_prompts]
-    rows = [
-        {"id": f"{i:04}", **pair_of(row, rng.choice((1, 2))), "split": "eval" if i % 10 == 0 else "train"}
-        for i, row in enumerate(preferences)
-    ]
-    write_jsonl(path, rows)
 
 
 def run_stage(function: Callable, options, kill_when: Callable[[], bool] = lambda: False) -> float:
@@ -78,7 +57,7 @@ def main() -> None:
         undisturbed, killed = Path(scratch) / "undisturbed", Path(scratch) / "killed"
         common = {"model": BASE, "device": args.device, "dtype": args.dtype, "max_tokens_per_pack": 4096}
         undisturbed.mkdir()
-        write_pairs(undisturbed / "pairs.jsonl", args.prompts)
+        write_pairs(undisturbed / "pairs.jsonl", args.prompts, random.Random(0))
         seconds = {"reference": run_stage(reference.main, reference.ReferenceOptions(run_dir=undisturbed, **common))}
         shutil.copytree(undisturbed, killed)
 

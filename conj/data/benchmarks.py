@@ -4,15 +4,14 @@ How they add up is in `conj.sample.evaluation.aggregation`. Nothing here reads a
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from conj import InputError
-from conj.data.layouts import recognise
+from conj.data.layouts import STYLE_CELLS, recognise
 from conj.data.readers import read_rows, split_name
 
-STYLES = ("concise", "detailed", "markdown")  # of RM-Bench's answers, from plain to rich
 BY_ROWS = None  # as a weight: the number of rows that are there, so that each row counts the same
 
 
@@ -30,22 +29,14 @@ class Benchmark:
     net_of_orders: bool = False  # a pair counts as right by `right_on_balance`, not by the mean of its two orders
 
 
-def _cells(domain: str, difficulties: Sequence[str] = ("easy", "normal", "hard"), weight: float = 1) -> dict:
-    """RM-Bench's cells of chosen style × rejected style in a domain, by difficulty."""
-    cells = {}
-    for i, better in enumerate(STYLES):
-        for j, worse in enumerate(STYLES):
-            difficulty = "easy" if i > j else "hard" if i < j else "normal"
-            if difficulty in difficulties:
-                cells[f"{domain}/{difficulty}/{better}-{worse}"] = weight
-    return cells
+def _cells(domain: str, difficulty: str = "", weight: float = 1) -> dict:
+    """RM-Bench's cells of chosen style × rejected style in a domain, those of one difficulty or all."""
+    return {f"{domain}/{cell}": weight for cell in STYLE_CELLS if cell.startswith(difficulty)}
 
 
 RM_BENCH_ROWS = {"chat": 129, "math": 529, "code": 228, "safety-refuse": 284, "safety-response": 157}
 REWARD_BENCH = {
-    "Chat": {
-        "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40,
-    },
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40},
     "Chat Hard": {
         "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
         "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
@@ -68,9 +59,7 @@ BENCHMARKS = {
         num_rows={subset: rows for section in REWARD_BENCH.values() for subset, rows in section.items()}
         | {"math-prm": 447},
     ),
-    "ultrafeedback": Benchmark(
-        title="UltraFeedback", hub="HuggingFaceH4/ultrafeedback_binarized:test_prefs", sections=WHOLE,
-    ),
+    "ultrafeedback": Benchmark(title="UltraFeedback", hub="HuggingFaceH4/ultrafeedback_binarized:test_prefs", sections=WHOLE),
     "pku-saferlhf": Benchmark(
         title="PKU-SafeRLHF", hub="PKU-Alignment/PKU-SafeRLHF:test",
         sections={"Better": {"better": 1}, "Safer": {"safer": 1}},
@@ -94,7 +83,7 @@ BENCHMARKS = {
             level.capitalize(): {
                 cell: weight
                 for domain in RM_BENCH_ROWS
-                for cell, weight in _cells(domain, (level,), 0.5 if domain.startswith("safety") else 1).items()
+                for cell, weight in _cells(domain, level, 0.5 if domain.startswith("safety") else 1).items()
             }
             for level in ("easy", "normal", "hard")
         },

@@ -8,7 +8,7 @@ import json
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,11 @@ MAX_TOKENIZER_BYTES = 40_000_000
 MAX_BRACKETS = 1_500_000
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 120
+
+
+def listed(items: Sequence, show: Callable = str) -> str:
+    """For a message: the first ten, and how many more there are."""
+    return ", ".join(map(show, items[:10])) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
 
 
 def read_jsonl(path: str | Path, columns: Mapping[str, type] | None = None) -> list[dict]:

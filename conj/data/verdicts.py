@@ -23,8 +23,6 @@ REASON_START = re.compile(r'\{\s*"' + REASON_KEY + r'"\s*[:：]\s*"?')
 # models slip into.
 LAST_VALUE = re.compile(r'\s*[:：]\s*("?)((?:回答)?[12])\1\s*\}')
 RELEASED_VALUE = re.compile(VERDICT_KEY + r'["\']?\s*[:：]\s*["\']?([12])')
-
-
 QUOTED_KEY = f'"{VERDICT_KEY}"'
 MAX_MENDED = 20_000  # characters; json-repair takes a tenth of a second for as many, and more than in proportion
 
@@ -64,11 +62,8 @@ def _judge(text: str) -> Judgment:
     if len(values) != 1 or None in values:
         return UNPARSED
     content, start, end = judgments[0]
-    if (start, end) == (0, len(text)):
-        rung = "json"
-    else:
-        fenced = text[:start].rstrip().endswith(("```", "```json")) and text[end:].lstrip().startswith("```")
-        rung = "fenced" if fenced else "embedded"
+    fenced = text[:start].rstrip().endswith(("```", "```json")) and text[end:].lstrip().startswith("```")
+    rung = "json" if (start, end) == (0, len(text)) else "fenced" if fenced else "embedded"
     reason = content.get(REASON_KEY)
     return Judgment(Verdict(values.pop(), rung), reason if isinstance(reason, str) else "")
 

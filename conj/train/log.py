@@ -74,11 +74,9 @@ def step_speed(
     done["flops"] = 3 * sum(step_flops(pairs, packs, config))
     speed = {f"{name}_per_second": number / metrics["step_seconds"] for name, number in done.items()}
     return speed | {
-        "share_of_ceiling": speed["flops_per_second"] / (ceiling * world.size),
-        "peak_memory_bytes": peak_memory_bytes(world.device.type),
-        "idle_share": idle_share(pairs, packs, world.size),
-        "num_ranks": world.size,
-    }
+        "share_of_ceiling": speed["flops_per_second"] / (ceiling * world.size), "num_ranks": world.size,
+        "peak_memory_bytes": peak_memory_bytes(world.device.type), "idle_share": idle_share(pairs, packs, world.size),
+    }  # fmt: skip
 
 
 @contextmanager

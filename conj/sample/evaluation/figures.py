@@ -94,13 +94,11 @@ def to_arrays(judged: Judged) -> Choices:
     with np.errstate(invalid="ignore"):
         mean = np.where(known, probability, 0).sum((1, 2)) / known.sum((1, 2))
     return Choices(
-        samples=samples,
-        labels=np.array([row["label"] or scores.TIE for row in prompts]),
+        samples=samples, labels=np.array([row["label"] or scores.TIE for row in prompts]), probability=mean,
         longer=np.where(lengths[:, 0] == lengths[:, 1], 0, lengths.argmax(1) + 1),
         subsets=np.array([row["subset"] or "all" for row in prompts], dtype=object),
         clusters=np.unique([question_text(question_of(row)) for row in prompts], return_inverse=True)[1],
-        probability=mean,
-    )
+    )  # fmt: skip
 
 
 def score_judge(judged: Judged, arrays: Choices, num_resamples: int, seed: int) -> dict:
@@ -128,9 +126,7 @@ def score_judge(judged: Judged, arrays: Choices, num_resamples: int, seed: int) 
     return figures
 
 
-def score_benchmark(
-    name: str, prompts: list[dict], arrays: Choices, num_resamples: int, seed: int, is_part: bool
-) -> dict:
+def score_benchmark(name: str, prompts: list, arrays: Choices, num_resamples: int, seed: int, is_part: bool) -> dict:
     """A benchmark's entry: its figures over all questions and over each subset's, its sections and its score as its authors
     add them up; of data that are no benchmark, the accuracy."""
     known = BENCHMARKS.get(name)
@@ -158,18 +154,15 @@ def score_benchmark(
         between = None if draws[section.name] is None else scores.interval(draws[section.name])
         found = shown(aggregation.section_value(section, values), between, section.partial or is_part)
         entry["sections"][section.name] = found | {"n": section.n}
-    entry["in_no_section"] = len(prompts) - sum(
-        int(of.sum()) for subset, of in members.items() if any(subset in section.weights for section in sections)
-    )
+    known_subsets = set().union(*(section.weights for section in sections))
+    entry["in_no_section"] = int(sum(of.sum() for subset, of in members.items() if subset not in known_subsets))
     scored = [entry["sections"][section] for section in aggregation.scored_sections(name)]
     values = [section["value"] for section in scored]
-    partial = any(section["partial"] for section in scored)
+    entry["partial"] = any(section["partial"] for section in scored)
+    entry["score"] = shown(None, None, partial=True)
     if None not in values:
         between = scores.interval(sum(draws[section] for section in aggregation.scored_sections(name)) / len(scored))
-        entry["score"] = shown(float(np.mean(values)), between, partial)
-    else:
-        entry["score"] = shown(None, None, partial=True)
-    entry["partial"] = partial
+        entry["score"] = shown(float(np.mean(values)), between, entry["partial"])
     if all("votes" in row for row in prompts):
         entry["annotators"] = agreement_with_annotators([row["votes"] for row in prompts], arrays.choices())
     return entry

@@ -87,8 +87,7 @@ def summarize(ratios: Ratios, num_resamples: int, seed: int, clusters: np.ndarra
     resampled = bootstrap(ratios, num_resamples, seed, clusters)
     summary = {"n": len(ratios["accuracy"][0])}
     for name, ratio in ratios.items():
-        summary[name] = figure(ratio)
-        summary[f"{name}_ci95"] = interval(resampled[name])
+        summary |= {name: figure(ratio), f"{name}_ci95": interval(resampled[name])}
     return summary
 
 
