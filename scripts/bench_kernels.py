@@ -235,9 +235,7 @@ def peak_beyond_gradients(name: str, T: int, D: int, V: int, device: str, dtype:
     return peak - sum(x.numel() * x.element_size() for x in problem.inputs.values() if x.requires_grad)
 
 
-def memory_rows(
-    T: int, D: int, device: str, dtype: str, names: list[str] | None = None, vocabularies: tuple = VOCABULARIES
-) -> list[dict]:
+def memory_rows(T: int, D: int, device: str, dtype: str, names=None, vocabularies: tuple = VOCABULARIES) -> list[dict]:
     """A row for each V and each candidate of linear_logprob (or those named). On a CPU each is a fresh process."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for those processes: what is freed goes back to the kernel
     rows, found = [], [c.name for c in linear_logprob_candidates(device, False)]

@@ -1,5 +1,4 @@
-"""The two sides of `bench_train.py`, conj and TRL, and the models and pairs that both take; each run is for a process of its
-own, and imports what it needs there."""
+"""The sides of `bench_train.py`, conj and TRL, with the models and pairs that both take; each imports in its own process."""
 
 import argparse
 import random

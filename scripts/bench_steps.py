@@ -204,8 +204,7 @@ def by_kind(events: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def largest_pack(pairs: TokenizedPairs, plans: list) -> int:
-    """Tokens."""
+def largest_pack(pairs: TokenizedPairs, plans: list) -> int:  # tokens
     return max(sum(group_tokens(pairs, group) for group in pack) for packs in plans for pack in packs)
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from bench_common import argument_parser, require_quiet, where_measured
 from bench_sides import GEOMETRIES, make_model, run_conj, run_reference, run_trl, steps_of, write_pairs
 
+from conj.model.qwen2 import read_config
 from conj.train.speed import matmul_ceiling, training_flops
 
 SHARES = ("prompt", "pair", "none")
@@ -43,15 +44,6 @@ def isolated(function, *arguments) -> dict:
             return pool.submit(function, *arguments).result()
         except Exception as e:
             return {"error": f"{type(e).__name__}: {e}".splitlines()[0][:200]}
-
-
-def conj_step_flops(folder: Path, model: Path, share: str, args: argparse.Namespace) -> list[tuple[int, int]]:
-    """(executed, needed) FLOPs of each step."""
-    from conj.model.qwen2 import read_config
-
-    pairs, _, plans = steps_of(folder / "run", model, share, args)
-    how = {"recompute": args.activation_checkpointing, "device": args.device}
-    return [training_flops(pairs, packs, read_config(model), **how) for packs in plans]
 
 
 def best_settings(folder: Path, model: Path, logits: str, args: argparse.Namespace) -> dict:
@@ -85,10 +77,8 @@ def race(folder: Path, model: Path, peers: dict[Side, dict], args: argparse.Name
     for _ in range(args.rounds * (1 if args.any_load else 3)):  # rounds of a busy machine are taken again
         found = {}
         for side in sides:
-            how = (
-                (run_trl, folder, model, side[2], peers[side]) if side in peers else (run_conj, folder, model, side[1])
-            )
-            found[side] = isolated(*how, args)
+            run, *how = (run_trl, side[2], peers[side]) if side in peers else (run_conj, side[1])
+            found[side] = isolated(run, folder, model, *how, args)
             print(f"  {' '.join(side)}: {in_short(found[side])}", flush=True)
         ceilings.append(ceiling())
         results.append((min(ceilings[-2:]), found))
@@ -123,7 +113,9 @@ def compare(folder: Path, geometry: str, args: argparse.Namespace) -> Iterator[d
         if failed := next((r["error"] for r in ours if "error" in r), None):
             yield row | {"error": failed}
             continue
-        flops = conj_step_flops(folder, model, share, args)
+        pairs, _, plans = steps_of(folder / "run", model, share, args)
+        how = {"recompute": args.activation_checkpointing, "device": args.device}
+        flops = [training_flops(pairs, packs, read_config(model), **how) for packs in plans]  # executed, needed
         possible = [sum(r["step_seconds"][1:]) * ceiling for r, ceiling in zip(ours, ceilings)]
         executed, needed = (statistics.median(sum(of[1:]) / flop for flop in possible) for of in zip(*flops))
         row |= {

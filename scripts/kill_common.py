@@ -37,8 +37,7 @@ KILLS_PER_FOLDER = 8
 
 
 def pair_of(preference: dict, label: int, write: Callable[[str, int], str] = judgment_text) -> dict:
-    """A row of pairs.jsonl, but for id and split; `write(reason, verdict)` gives a judgment, whose reason is the better
-    answer."""
+    """A row of pairs.jsonl, but for id and split; its judgments are `write(the better answer, verdict)`."""
     answers = [preference["chosen"], preference["rejected"]][:: 1 if label == 1 else -1]
     texts = [write(preference["chosen"], verdict) for verdict in (label, 3 - label)]
     chosen, rejected = ([{"role": "assistant", "content": text}] for text in texts)

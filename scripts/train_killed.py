@@ -30,8 +30,7 @@ BASE = ROOT / "demo" / "base"
 
 
 def run_stage(function: Callable, options, kill_when: Callable[[], bool] = lambda: False) -> float:
-    """Runs a stage in a fork, to its end or until it is to be killed (SIGKILL); returns its seconds. Leaves if it fails,
-    or ends before it could be killed."""
+    """Seconds of a stage in a fork, to its end or its kill (SIGKILL). Leaves if it fails, or ends before the kill."""
     started, will_die = time.perf_counter(), False
     process = multiprocessing.get_context("fork").Process(target=function, args=(options,))
     process.start()
@@ -60,19 +59,13 @@ def main() -> None:
         write_pairs(undisturbed / "pairs.jsonl", args.prompts, random.Random(0))
         seconds = {"reference": run_stage(reference.main, reference.ReferenceOptions(run_dir=undisturbed, **common))}
         shutil.copytree(undisturbed, killed)
-
-        def options(run: Path) -> dpo.DPOOptions:
-            return dpo.DPOOptions(
-                run_dir=run, **common, audit_mode=True, max_steps=args.max_steps, num_train_epochs=2, learning_rate=5e-5,
-                eval_every=10, save_every=2,
-            )  # fmt: skip
-
-        seconds["training"] = run_stage(dpo.main, options(undisturbed))
-        half = args.max_steps // 2
-        log = killed / "metrics.jsonl"
-        seconds["until killed"] = run_stage(dpo.main, options(killed), lambda: num_lines(log) >= half)
+        how = {**common, "audit_mode": True, "max_steps": args.max_steps, "num_train_epochs": 2, "learning_rate": 5e-5}
+        once, again = (dpo.DPOOptions(run_dir=run, **how, eval_every=10, save_every=2) for run in (undisturbed, killed))
+        seconds["training"] = run_stage(dpo.main, once)
+        half, log = args.max_steps // 2, killed / "metrics.jsonl"
+        seconds["until killed"] = run_stage(dpo.main, again, lambda: num_lines(log) >= half)
         print(f"killed after step {num_lines(log)} of {args.max_steps}", flush=True)
-        seconds["started anew"] = run_stage(dpo.main, options(killed))
+        seconds["started anew"] = run_stage(dpo.main, again)
         rows = read_jsonl(log)
         result = {"seconds": seconds, "metrics": [rows[0], rows[-1]]}
         checks = audit.AuditOptions(run_dir=killed, device=args.device, replay=2, reference=True, against=undisturbed)

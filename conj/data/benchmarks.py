@@ -29,9 +29,9 @@ class Benchmark:
     net_of_orders: bool = False  # a pair counts as right by `right_on_balance`, not by the mean of its two orders
 
 
-def _cells(domain: str, difficulty: str = "", weight: float = 1) -> dict:
-    """RM-Bench's cells of chosen style × rejected style in a domain, those of one difficulty or all."""
-    return {f"{domain}/{cell}": weight for cell in STYLE_CELLS if cell.startswith(difficulty)}
+def _cells(*domains: str) -> dict[str, float]:
+    """RM-Bench's cells of difficulty and of chosen style × rejected style in some domains, all of one weight."""
+    return {f"{domain}/{cell}": 1 for domain in domains for cell in STYLE_CELLS}
 
 
 RM_BENCH_ROWS = {"chat": 129, "math": 529, "code": 228, "safety-refuse": 284, "safety-response": 157}
@@ -78,12 +78,10 @@ BENCHMARKS = {
     "rm-bench": Benchmark(
         title="RM-Bench", hub="THU-KEG/RM-Bench:train", scored=("Chat", "Math", "Code", "Safety"),
         sections={name: _cells(name.lower()) for name in ("Chat", "Math", "Code")}
-        | {"Safety": _cells("safety-refuse") | _cells("safety-response")}
+        | {"Safety": _cells("safety-refuse", "safety-response")}
         | {
             level.capitalize(): {
-                cell: weight
-                for domain in RM_BENCH_ROWS
-                for cell, weight in _cells(domain, level, 0.5 if domain.startswith("safety") else 1).items()
+                cell: 0.5 if cell.startswith("safety") else 1 for cell in _cells(*RM_BENCH_ROWS) if f"/{level}/" in cell
             }
             for level in ("easy", "normal", "hard")
         },

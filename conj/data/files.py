@@ -39,7 +39,12 @@ def read_jsonl(path: str | Path, columns: Mapping[str, type] | None = None) -> l
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                rows.append(_parse_line(line, f"{path}:{number}", columns or {}))
+                try:
+                    rows.append(json.loads(line))
+                except (ValueError, RecursionError) as e:
+                    found = f"{line.strip()[:60]!r} ({e})"
+                    raise InputError(f"{path}:{number}: expected a JSON object, found {found}") from None
+                check_columns(rows[-1], columns or {}, f"{path}:{number}")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as e:
@@ -47,15 +52,6 @@ def read_jsonl(path: str | Path, columns: Mapping[str, type] | None = None) -> l
     if not rows:
         raise InputError(f"{path}: expected at least one row, found none")
     return rows
-
-
-def _parse_line(line: str, where: str, columns: Mapping[str, type]) -> dict:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{where}: expected a JSON object, found {line.strip()[:60]!r} ({e})") from None
-    check_columns(row, columns, where)
-    return row
 
 
 def check_columns(row: object, columns: Mapping[str, type], where: str) -> None:

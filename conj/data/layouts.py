@@ -46,15 +46,12 @@ def _chosen_rejected(row: dict) -> Iterator[Preference]:
     if asked is not None:  # `chosen` may open with the whole question, or go on from it
         asked = _turns(asked, "user")
         question = question if question[: len(asked)] == asked else asked + question
+    scores = row["metadata"] if isinstance(row.get("metadata"), dict) else row
+    is_tie = scores.get("score_chosen") is not None and scores["score_chosen"] == scores.get("score_rejected")
     yield Preference(
         question=_question(question), better=better, worse=worse, subset=_subset(row),
-        unusable="two_questions" if chosen[:-1] != rejected[:-1] else "tie" if _equal_scores(row) else None,
+        unusable="two_questions" if chosen[:-1] != rejected[:-1] else "tie" if is_tie else None,
     )  # fmt: skip
-
-
-def _equal_scores(row: dict) -> bool:
-    scores = row["metadata"] if isinstance(row.get("metadata"), dict) else row
-    return scores.get("score_chosen") is not None and scores["score_chosen"] == scores.get("score_rejected")
 
 
 def _rm_bench(row: dict) -> Iterator[Preference]:
@@ -143,8 +140,7 @@ def swapped(choice: int | None) -> int | None:
 
 
 def _turns(value, role: str) -> list[dict]:
-    """Chat messages of a text (one turn of `role`), of one message or of a list of them, in either naming of the hub:
-    role and content, or from and value."""
+    """Chat messages of a text (one turn of `role`), a message or a list: of role and content, or of from and value."""
     if value == []:
         raise InputError("expected messages, found an empty list")
     if isinstance(value, list):

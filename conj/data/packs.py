@@ -57,8 +57,7 @@ class TokenizedPairs:
 
 
 def tokenize_pairs(rows: Sequence[dict], tokenizer: JudgeTokenizer, vocab_size: int) -> TokenizedPairs:
-    """Tokenizes rows of `pairs.jsonl`. Raises InputError (row number) on messages of another shape and on ids that the
-    model has no embedding for."""
+    """Rows of `pairs.jsonl` as ids. Raises InputError (row number) on messages of another shape and ids over the model's."""
     prompts, numbers, prompt_of, judgments = [], {}, [], []
     for i, row in enumerate(rows, 1):
         try:

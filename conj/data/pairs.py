@@ -62,13 +62,10 @@ class Pair(NamedTuple):
 
 
 def build_pairs(options: PairsOptions) -> None:
-    """Writes `pairs.jsonl`. Raises InputError when a file is missing, unfinished or does not fit `prompts.jsonl`, or
-    when no pair can be made."""
+    """Writes `pairs.jsonl`. Raises InputError for a file that is missing, torn or of other prompts, and for no pair at all."""
     began, [(artefact, inputs)] = time.monotonic(), options.makes().items()
-    if len(inputs) > 2:
-        require(
-            inputs[-1].exists(), f"{inputs[-1]}: no such file; leave hinted pairs out of --pair-types to do without"
-        )
+    for hinted in inputs[2:]:
+        require(hinted.exists(), f"{hinted}: no such file; leave hinted pairs out of --pair-types to do without")
     if not manifest.begin(artefact, inputs=inputs, options=options):
         return
     prompts = read_prompts(inputs[0])

@@ -25,8 +25,7 @@ SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
 def read_preferences(data: str, limit: int | None = None) -> Iterator[Preference]:
     """Records of the first `limit` rows of a data set (all if None), in its order.
 
-    Raises InputError for a data set that is missing, empty or of no known layout, and, with file and line or row, for
-    a malformed row."""
+    Raises InputError for a data set that is missing, empty or of no known layout, and, with its place, for a bad row."""
     layout = None
     for number, (where, row) in enumerate(read_rows(data)):
         if number == limit:

@@ -19,8 +19,7 @@ from conj.data.prompts import REASON_KEY, VERDICT_KEY
 VALUES = {1: 1, 2: 2, "1": 1, "2": 2, "回答1": 1, "回答2": 2}
 OBJECT_START = re.compile(r'\{\s*["“\']')  # a brace in prose, as in {name}, starts no object
 REASON_START = re.compile(r'\{\s*"' + REASON_KEY + r'"\s*[:：]\s*"?')
-# What must follow the last quoted verdict key of an object that is mended; full-width punctuation is what Chinese
-# models slip into.
+# What must follow the last quoted verdict key of an object that is mended; Chinese models slip into full-width punctuation.
 LAST_VALUE = re.compile(r'\s*[:：]\s*("?)((?:回答)?[12])\1\s*\}')
 RELEASED_VALUE = re.compile(VERDICT_KEY + r'["\']?\s*[:：]\s*["\']?([12])')
 QUOTED_KEY = f'"{VERDICT_KEY}"'

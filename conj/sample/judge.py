@@ -55,8 +55,7 @@ def judge(
     model: str | Path, question: str | list[dict], answer_1: str, answer_2: str, max_new_tokens: int = 2048,
     **engine_options,
 ) -> Judgment:  # fmt: skip
-    """Asks a judge which answer is better, greedily. `question` is a text or chat messages; `engine_options` are
-    fields of EngineOptions.
+    """Asks a judge which answer is better, greedily, of a text or chat messages. `engine_options`: as in EngineOptions.
 
     Raises InputError for an unusable model folder, or when the prompt leaves no room for a judgment."""
     options = EngineOptions(model=Path(model), max_new_tokens=max_new_tokens, **engine_options)

@@ -72,8 +72,7 @@ def write_judgments(
     """Writes `artefact` with its manifest, or does nothing if it is complete. A prompt that does not fit the model's context
     is left out and counted; one behind an endpoint (`model` None) fits if that says so.
 
-    `complete` gives each request its completion; `data_counts` go before the judgments' own; `outcome` is the column that
-    says which answer a judgment is for."""
+    `data_counts` go before the judgments' own; `outcome`: the column that says which answer a judgment is for."""
     began = time.monotonic()
     if not manifest.begin(artefact, inputs=inputs, options=options):
         return
@@ -133,8 +132,7 @@ def append_samples(
     A row is the request's key, what `judge` makes of the completion (`outcome` among it), and what the model wrote: its
     token ids, or how many a server counted, and with `verdict_probability` also `p_first`. Rows are appended as `complete`
     gives them; the whole file is put into the order of the requests at the end, so that a run that was killed and one that
-    was not leave the same bytes. Raises InputError for a malformed file, a row of no request, and one that stands there
-    twice.
+    was not leave the same bytes. Raises InputError for a malformed file, and a row of no request or that is there twice.
 
     The bar shows which shares of the judgments so far are right (their id's answer in `labels`), wrong, and unparsed."""
     done = _rows_made(artefact, requests, outcome)

@@ -134,7 +134,8 @@ class Saver:
     def wait(self) -> None:
         """Waits until the checkpoint is there, on every rank. Collective. Raises the OSError of a rank that could not
         write, on that rank, and PeerFailed on the others: none waits for an entry that will not come."""
-        while self.world.any(self.is_writing) and not self.world.any(self.error is not None):
+        is_writing = self._thread.is_alive if self._thread else bool
+        while self.world.any(is_writing()) and not self.world.any(self.error is not None):
             time.sleep(0.02)
         self.raise_error()
 
@@ -142,10 +143,6 @@ class Saver:
         """Collective: on every rank, if a rank could not write."""
         if self.world.any(self.error is not None):
             raise self.error or PeerFailed("another rank could not write its part of a checkpoint")
-
-    @property
-    def is_writing(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
 
     def _write(self, beside: Path, step: int, num_updates: int, offsets: dict) -> None:
         try:
@@ -201,8 +198,7 @@ def find_checkpoint(folder: Path, identity: str) -> Path | None:
 
 
 def check_checkpoint(path: Path) -> dict:
-    """The manifest of a checkpoint folder. Raises InputError unless its files are those that the manifest names, no
-    more and no fewer, each with its hash."""
+    """The manifest of a checkpoint folder. Raises InputError unless its files are just those named there, with their hashes."""
     manifest = _read_manifest(path)
     hashes = {entry["name"]: entry["sha256"] for entry in manifest["files"]}
     found = {p.name for p in path.iterdir()} - {MANIFEST}
@@ -233,8 +229,7 @@ def _open_files(path: Path, manifest: dict, stack: ExitStack) -> list[tuple[dict
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(kind.name, whole tensor) of a checkpoint, one at a time, put together from all ranks' rows. The caller has
-    checked it (`check_checkpoint`)."""
+    """(kind.name, whole tensor) of a checked checkpoint, one at a time, put together from all ranks' rows."""
     with ExitStack() as stack:
         files = _open_files(path, _read_manifest(path), stack)
         for key in sorted(files[0][1].keys()):

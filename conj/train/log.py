@@ -1,5 +1,4 @@
-"""What a training run says while it runs: a row of `metrics.jsonl` a step, the same numbers to TensorBoard and other sinks,
-and the bar.
+"""What a run says while it trains: a row of `metrics.jsonl` a step, the same numbers to TensorBoard and others, the bar.
 
 Names are TRL's, the same in every place; what is measured on held-out pairs is `eval/…`. Beside the training's own numbers
 (`loss`, `rewards/…` and `logps/…` are means over the step's pairs, `logps/…` in nats) a row has:

@@ -58,8 +58,7 @@ class World:
         return {"device": device, "ranks": self.size, "threads": torch.get_num_threads()}
 
     def on_main(self, function: Callable[[], object]):
-        """What `function` gives on the main rank, on every rank. An InputError there is raised on all of them: none
-        waits for a rank that is gone."""
+        """What `function` gives on the main rank, on every rank; an InputError there too, so that none waits for it."""
         box = [None, None]
         if self.is_main:
             try:
@@ -215,8 +214,7 @@ def shard_model(
     config: Qwen2Config, world: World, dtype: str, *, activation_checkpointing: str = "none", cpu_offload: bool = False,
     reduce_dtype: torch.dtype = torch.float32,
 ) -> Qwen2:  # fmt: skip
-    """Qwen2 with fp32 master weights spread over all ranks, computing in `dtype`, gradients summed in `reduce_dtype`.
-    Memory is there, values are not.
+    """Qwen2 with fp32 master weights (no values yet) spread over all ranks; computes in `dtype`, sums in `reduce_dtype`.
 
     One rank that holds everything has nothing to gather or to reduce, and FSDP2 would copy each weight twice and each
     gradient three times: there blocks cast their weights themselves and autograd adds the gradients up. With `cpu_offload`

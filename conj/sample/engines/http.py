@@ -55,8 +55,7 @@ class EndpointOptions:
 def complete_by_http(requests: list, judge: Judge, options: EndpointOptions, decoding: Decoding) -> Completions:
     """Each request with its completion, as it finishes.
 
-    Raises InputError for a request that the server refuses, and when the retries of one are used up; not before all
-    that is there was given out."""
+    Raises InputError when one is refused, or its retries are used up; not before all that is there was given out."""
     refused = [name for name, off in (("top_k", 0), ("repetition_penalty", 1.0)) if getattr(decoding, name) != off]
     require(not refused, f"{judge.name}: the API has no {', '.join(refused)}")
     waiting, finished, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
@@ -183,7 +182,7 @@ def _first_probability(text: str, tokens: list, decoding: Decoding) -> float | N
     return first_probability(text, decoding.verdict_place, len(tokens), length, top)
 
 
-def _input_error(request, error: Exception, done: int, asked: int, judge: Judge, options: EndpointOptions) -> Exception:
+def _input_error(request: Request, error, done: int, asked: int, judge: Judge, options: EndpointOptions) -> Exception:
     """What to tell the user; a mistake of ours is passed on as it is."""
     import openai
 

@@ -177,7 +177,7 @@ def make_judgments(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[st
     for (artefact, inputs), model in zip(options.makes().items(), models.values(), strict=True):
         judge_prompts(artefact, inputs, judge, model, prompts, options, counts)
     found, labels = {}, {row["id"]: row["label"] for row in prompts}
-    for path in sorted(_judgments_in(options.run_dir), key=_base_first):
+    for path in _judgments_in(options.run_dir):
         made = manifest.read_manifest(path)
         if made is None or not made["complete"] or "overlong_ids" not in made["counts"]:
             print(f"{path}: unfinished: left out of the report")
@@ -194,15 +194,11 @@ def make_judgments(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[st
     return found, counts
 
 
-def _judgments_in(run: Path) -> set[Path]:
-    """Files of judgments in the run folder, and those that it takes from another run's."""
-    made = {path for path in manifest.list_artefacts(run) if fnmatch(path.name, "judgments_*.jsonl")}
-    return made | {path for path in run.glob("judgments_*.jsonl") if path.is_file()}
-
-
-def _base_first(path: Path) -> tuple:
-    first = [f"judgments_{name}.jsonl" for name in ("base", "trained")]
-    return (first.index(path.name) if path.name in first else len(first), path.name)
+def _judgments_in(run: Path) -> list[Path]:
+    """Files of judgments in the run folder, and those that it takes from another run's: base, trained, then the others."""
+    found = {path for path in manifest.list_artefacts(run) if fnmatch(path.name, "judgments_*.jsonl")}
+    found |= {path for path in run.glob("judgments_*.jsonl") if path.is_file()}
+    return sorted(found, key=lambda path: (manifest.stage_order(path), path.name))
 
 
 def judge_of(options: EvaluateOptions) -> Judge:

@@ -72,8 +72,7 @@ def score_all(judged: dict[str, Judged], num_resamples: int, seed: int) -> dict:
 
 
 def to_arrays(judged: Judged) -> Choices:
-    """A prompt that a judge of ours has no judgment of did not fit its context: unparsed. Published judgments may have one
-    order only: the other is not judged."""
+    """A prompt without a judgment did not fit the context: unparsed. Of published ones an order may be absent: not judged."""
     rows = {(row["id"], row["order"], row["sample"]): row for row in judged.rows}
     orders = {row["order"] for row in judged.rows}
     num_samples = 1 + max((row["sample"] for row in judged.rows), default=0)
@@ -135,11 +134,8 @@ def score_benchmark(name: str, prompts: list, arrays: Choices, num_resamples: in
     is_part &= known is None or not known.num_rows  # else official numbers of rows say which sections are whole
     accuracy = shown(entry["accuracy"], entry["accuracy_ci95"], is_part)
     entry |= {"title": known.title if known else name, "partial": is_part, "score": accuracy, "sections": {}}
-    entry["subsets"] = {
-        subset: scores.summarize(part.ratios(), num_resamples, seed, part.clusters)
-        for subset, of in members.items()
-        for part in [arrays.of(of)]
-    }
+    parts = {subset: arrays.of(of) for subset, of in members.items()}
+    entry["subsets"] = {s: scores.summarize(p.ratios(), num_resamples, seed, p.clusters) for s, p in parts.items()}
     if known is None:
         return entry
     points = arrays.ratios(known.undecided_points)["accuracy"]

@@ -35,8 +35,7 @@ Judgments = tuple[list[dict], list[dict]]  # rows of prompts, rows of their judg
 def read_judgments_file(
     path: Path, data: Sequence[str] = (), seed: int = 2021, subsets: Sequence[str] = (), limit: int | None = None
 ) -> Judgments:
-    """Prompts rows, as `load_prompts` makes them for benchmarks, and judgments rows. Prompts that were too long for the
-    judge have no judgments.
+    """Prompts rows, as `load_prompts` makes them for benchmarks, and judgments rows; none for a prompt that was too long.
 
     `data`, `seed`, `subsets`, `limit`: the benchmarks that were judged, as in `load_prompts`. LLMBar's `result.json`
     holds its own prompts and needs no data; `limit` then counts its rows. Raises InputError, with file and row, for a
@@ -79,13 +78,12 @@ def _read_own(path, rows, data, seed, subsets, limit) -> tuple[list[dict], list[
             f"{path}: expected {len(whole)} judgments of each prompt (orders {listed(sorted(orders))}, samples from 0 on), "
             f"found others of {len(torn)}: {listed(torn)}"
         )
-    unanswered = [id for id in labels if id not in asked]
     manifest = read_manifest(path)
     if manifest is not None and not manifest["complete"]:
         raise InputError(f"{path}: was cut short; run its stage again to finish it")
     # Its manifest says which are rightly missing: they did not fit the context.
     overlong = manifest["counts"].get("overlong_ids", []) if manifest is not None else []
-    _require_none(path, "prompts of the data without a judgment", unanswered, set(overlong))
+    _require_none(path, "prompts of the data without a judgment", labels, asked.keys() | set(overlong))
     return prompts, judgments
 
 
@@ -134,10 +132,9 @@ def _read_pandalm(path: Path, rows: list, column: str, data: Sequence[str]) -> t
     names = [name for name, benchmark in map(resolve_data, data) if benchmark == "pandalm"]
     if len(names) != 1 or len(data) != 1:
         raise InputError(f"{path}: expected --data with PandaLM's test set alone, found {', '.join(data)}")
-    columns = {"idx": int, column: object}
     results = {}
     for where, row in rows:
-        idx, judged = _parse(where, row, columns, lambda row: (row["idx"], row))
+        idx, judged = _parse(where, row, {"idx": int, column: object}, lambda row: (row["idx"], row))
         if idx in results:
             raise InputError(f"{where}: idx {idx} appears twice")
         if str(judged[column]) not in RESULTS:

@@ -43,6 +43,7 @@ COST_NAMES = {
 _RM_BENCH = BENCHMARKS["rm-bench"].sections
 STYLE_WEIGHTS = {**_RM_BENCH["Easy"], **_RM_BENCH["Normal"], **_RM_BENCH["Hard"]}  # subset -> weight
 QUESTIONS_A_BLOCK = 1000
+KEPT = ("order", "sample", "choice", "verdict", "rung", "finish_reason", "p_first")  # of a judgment, beside its reason
 TEMPLATES = Path(__file__).parent / "templates"
 PAGES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=lambda name: name.endswith(".html"),
@@ -238,7 +239,9 @@ def pack_question(prompt: dict, rows: dict[str, dict[str, list[dict]]], subsets:
     question, benchmark = question_of(prompt), prompt.get("benchmark") or prompt["source"]
     judged = []
     for name, of_judge in rows.items():
-        found = [pack_judgment(row) for row in of_judge.get(prompt["id"], ())]
+        found = [
+            {k: row.get(k) for k in KEPT} | {"reason": shown_reason(row)} for row in of_judge.get(prompt["id"], ())
+        ]
         asked = found or (prompt["subset"] or "all") in subsets[name].get(benchmark, ())
         judged.append(found if asked else None)
     turns = [("user", question)] if isinstance(question, str) else [(m["role"], m["content"]) for m in question]
@@ -249,14 +252,8 @@ def pack_question(prompt: dict, rows: dict[str, dict[str, list[dict]]], subsets:
     }  # fmt: skip
 
 
-def pack_judgment(row: dict) -> dict:
-    kept = ("order", "sample", "choice", "verdict", "rung", "finish_reason", "p_first")
-    return {name: row.get(name) for name in kept} | {"reason": shown_reason(row)}
-
-
 def shown_reason(row: dict) -> str:
-    """What the page shows of a judgment: the reason, where the text is the asked-for JSON and nothing else, or the text
-    as it is."""
+    """What the page shows of a judgment: the reason, where the text is the asked-for JSON and nothing else, or the text."""
     if row["rung"] == "json":
         try:
             content = json.loads(row["text"])
