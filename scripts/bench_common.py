@@ -1,12 +1,14 @@
 """What the benchmarks share: the row that says where a figure was measured, sizes of models, and a machine that is quiet."""
 
 import argparse
+import json
 import platform
 import sys
 from pathlib import Path
 
 import torch
 
+from conj.data.files import write_atomic
 from conj.data.manifest import describe_code
 from conj.model.qwen2 import Qwen2Config
 
@@ -43,18 +45,23 @@ def where_measured(device: str) -> dict[str, str]:
     return {"device": name, **versions, "commit": commit}
 
 
+def write_rows(path: Path | None, rows: list[dict]) -> None:
+    """Where a file was asked for: the rows so far, whole also if the benchmark is cut short."""
+    if path is not None:
+        write_atomic(path, (json.dumps(rows, indent=1) + "\n").encode())
+
+
 def require_quiet(ceilings: list[float], own: float = 0.0) -> float:
     """The machine's own matmul ceiling in FLOP/s: `own`, measured when it was idle, or the best of `ceilings`.
 
     `ceilings` are `matmul_ceiling`'s before, between and after the runs that a figure comes from. Exits with one line
     where one is more than a tenth below the machine's own: others used the machine, and the figure would be theirs."""
     own = max(own, *ceilings)
-    slow = [i for i, ceiling in enumerate(ceilings) if ceiling < 0.9 * own]
-    if slow:
+    if num_slow := sum(ceiling < 0.9 * own for ceiling in ceilings):
         seen = ", ".join(f"{ceiling / 1e9:.0f}" for ceiling in ceilings)
         sys.exit(
             f"error: the machine was busy, no figure is given: expected matmuls of at least {0.9 * own / 1e9:.0f} GFLOP/s "
-            f"beside every run, found {seen} ({len(slow)} of {len(ceilings)} too low)"
+            f"beside every run, found {seen} ({num_slow} of {len(ceilings)} too low)"
         )
     return own
 

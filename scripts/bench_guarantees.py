@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from bench_common import ROOT, argument_parser, require_quiet, where_measured
+from bench_common import ROOT, argument_parser, require_quiet, where_measured, write_rows
 from bench_sides import GEOMETRIES, make_model, write_pairs
 
 from conj.data.files import read_jsonl
@@ -75,9 +75,8 @@ def time_steps(folder: Path, ranks: int, threads: int, steps: int, *more) -> flo
 def time_saving(folder: Path, blocks: int) -> None:
     """Writes to `saving.json` what a checkpoint adds to its block, and how long the step waits for it: medians."""
     with distributed(DEVICE) as world:
-        options = dpo.DPOOptions(
-            run_dir=folder / "run", model=folder / "model", dtype="float32", pairs_per_step=2, max_tokens_per_pack=1024
-        )
+        common = {"run_dir": folder / "run", "model": folder / "model", "dtype": "float32"}
+        options = dpo.DPOOptions(**common, pairs_per_step=2, max_tokens_per_pack=1024)
         dpo.select_arithmetic(options, world.device)
         pairs, _, usable = load_pairs(options.find("pairs.jsonl"), options.model, options.max_length)
         steps = plan_steps(pairs, usable, pairs_per_step=options.pairs_per_step, share=options.share, seed="0")
@@ -165,10 +164,8 @@ def main() -> None:
         prepare(folder, args)
         rows = [compare(folder, ranks, args) | where_measured(DEVICE) for ranks in args.ranks]
     require_quiet([c for row in rows for c in row["matmul_ceilings_flops_per_second"]], args.ceiling * 1e9)
-    for row in rows:
-        print(in_short(row))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(*map(in_short, rows), sep="\n")
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ inputs and their gradients; on a CPU each call has a process of its own, and the
 import argparse
 import importlib.metadata
 import itertools
-import json
 import multiprocessing
 import os
 import statistics
@@ -36,20 +35,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from bench_common import QWEN2, where_measured
-from kernel_problems import (
-    OPERATIONS,
-    PEERS,
-    SIZES,
-    Candidate,
-    Problem,
-    linear_logprob,
-    linear_logprob_candidates,
-    skipped,
-)
+from bench_common import QWEN2, where_measured, write_rows
+from kernel_problems import OPERATIONS, PEERS, SIZES, Candidate, Problem, linear_logprob, linear_logprob_candidates
+from kernel_problems import skipped as skipped_peers
 from torch import Tensor
 
-from conj.data.files import write_atomic
 from conj.model import backends
 from conj.model.qwen2 import DTYPES
 from conj.train.speed import matmul_ceiling, resident_bytes, synchronize
@@ -245,9 +235,7 @@ def peak_beyond_gradients(name: str, T: int, D: int, V: int, device: str, dtype:
     return peak - sum(x.numel() * x.element_size() for x in problem.inputs.values() if x.requires_grad)
 
 
-def memory_rows(
-    T: int, D: int, device: str, dtype: str, names: list[str] | None = None, vocabularies: tuple = VOCABULARIES
-) -> list[dict]:
+def memory_rows(T: int, D: int, device: str, dtype: str, names=None, vocabularies: tuple = VOCABULARIES) -> list[dict]:
     """A row for each V and each candidate of linear_logprob (or those named). On a CPU each is a fresh process."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for those processes: what is freed goes back to the kernel
     rows, found = [], [c.name for c in linear_logprob_candidates(device, False)]
@@ -322,7 +310,7 @@ def benchmark(args: argparse.Namespace) -> Iterator[list[dict]]:
     backends.select(torch.device(args.device))
     where = where_measured(args.device)
     where |= {name: importlib.metadata.version(name) for module, name in PEERS.items() if find_spec(module)}
-    print(*(f"{k}: {v}." for k, v in where.items()), *(f"\nskipped: {line}" for line in skipped(args.device)))
+    print(*(f"{k}: {v}." for k, v in where.items()), *(f"\nskipped: {line}" for line in skipped_peers(args.device)))
     if args.memory:
         yield [row | where for row in memory_rows(*args.memory, args.device, args.dtype, args.candidates)]
         return
@@ -339,8 +327,7 @@ def main() -> None:
             sys.exit("error: none of --candidates runs here")
         (print_memory if found[0]["mode"] == "memory" else print_rows)(found)
         rows += found
-        if args.json is not None:  # after each problem, for a run that is cut short
-            write_atomic(args.json, json.dumps(rows, indent=1).encode())
+        write_rows(args.json, rows)
     failed = {row["op"] for row in rows if row["candidate"] == "conj" and row.get("error")}
     if failed:
         sys.exit(f"error: conj fails in {', '.join(sorted(failed))}")

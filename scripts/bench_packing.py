@@ -41,12 +41,8 @@ def real_lengths(tokenizer_folder: Path, prompts: list[str], judgments: list[Pat
         raise InputError(f"{named}: no such file; give --data FOLDER, or the files themselves")
     rows, _ = load_prompts(prompts)
     messages = [judge_messages(question_of(row), row["answer_1"], row["answer_2"]) for row in rows]
-    texts = [
-        judgment_text(side["completion"][0], 1)
-        for path in judgments
-        for row in json.loads(path.read_text("utf-8"))
-        for side in row["results"][0].values()
-    ]
+    judged = [row["results"][0].values() for path in judgments for row in json.loads(path.read_text("utf-8"))]
+    texts = [judgment_text(side["completion"][0], 1) for sides in judged for side in sides]
     return [len(tokenizer.prompt_ids(m)) for m in messages], [len(tokenizer.completion_ids(text)) for text in texts]
 
 
@@ -58,10 +54,8 @@ def draw_pairs(rng: random.Random, lengths: tuple[list[int], list[int]], num_pro
         for of, count in ((lengths[0], num_prompts), (lengths[1], num_prompts * k), (lengths[1], num_prompts * k))
     )
     prompt_of = [prompt for prompt in range(num_prompts) for _ in range(k)]
-    return TokenizedPairs(
-        ids=[str(prompt) for prompt in prompt_of], is_eval=[False] * len(prompt_of), prompts=prompts,
-        prompt_of=prompt_of, judgments=list(zip(chosen, rejected)),
-    )  # fmt: skip
+    shared = {"ids": list(map(str, prompt_of)), "is_eval": [False] * len(prompt_of), "prompt_of": prompt_of}
+    return TokenizedPairs(**shared, prompts=prompts, judgments=list(zip(chosen, rejected)))
 
 
 def pack_tokens(pairs: TokenizedPairs, packs: list) -> list[int]:

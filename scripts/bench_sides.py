@@ -1,5 +1,4 @@
-"""The two sides of `bench_train.py`, conj and TRL, and the models and pairs that both take; each run is for a process of its
-own, and imports what it needs there."""
+"""The sides of `bench_train.py`, conj and TRL, with the models and pairs that both take; each imports in its own process."""
 
 import argparse
 import random
@@ -46,14 +45,13 @@ def write_pairs(run: Path, args: argparse.Namespace) -> None:
         prompt = grown(lambda w: judge_messages(" ".join(w[::3]), " ".join(w[1::3]), " ".join(w[2::3])),
                        tokenizer.prompt_ids, *args.prompt_tokens)  # fmt: skip
         for _ in range(args.pairs_per_prompt):
-            chosen, rejected = (
-                grown(lambda w, v=v: judgment_text(" ".join(w), v), tokenizer.completion_ids, *args.judgment_tokens)
-                for v in (1, 2)
-            )
-            rows.append(
-                {"id": f"prompt-{i}", "prompt": prompt, "chosen": [{"role": "assistant", "content": chosen}]}
-                | {"rejected": [{"role": "assistant", "content": rejected}], "label": 1, "pair_type": "repeated"}
-            )
+            row = {"id": f"prompt-{i}", "prompt": prompt, "label": 1, "pair_type": "repeated"}
+            for v, side in (1, "chosen"), (2, "rejected"):
+                text = grown(
+                    lambda w, v=v: judgment_text(" ".join(w), v), tokenizer.completion_ids, *args.judgment_tokens
+                )
+                row[side] = [{"role": "assistant", "content": text}]
+            rows.append(row)
     write_jsonl(run / "pairs.jsonl", rows)
 
 
@@ -112,9 +110,8 @@ def trl_tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "'<|im_end|>' + '\n'}}", "'<|im_end|>'}}{% if message['role'] != 'assistant' %}{{'\n'}}{% endif %}"
-    )
+    shorter = "'<|im_end|>'}}{% if message['role'] != 'assistant' %}{{'\n'}}{% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<|im_end|>' + '\n'}}", shorter)
     return tokenizer
 
 

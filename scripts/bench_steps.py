@@ -31,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_common import QWEN2, argument_parser, config_of, where_measured
+from bench_common import QWEN2, argument_parser, config_of, where_measured, write_rows
 from torch.profiler import ProfilerActivity, profile
 
 from conj import InputError
@@ -87,15 +87,15 @@ def random_pairs(args: argparse.Namespace, vocab_size: int) -> TokenizedPairs:
     """Enough pairs for every step, 4 on each prompt, of random tokens; lengths drawn evenly from the two ranges."""
     rng = random.Random(0)
 
-    def tokens(fewest: int, most: int) -> array:
-        return array("i", rng.choices(range(vocab_size), k=rng.randint(fewest, most)))
+    def tokens(lengths: tuple[int, int]) -> array:
+        return array("i", rng.choices(range(vocab_size), k=rng.randint(*lengths)))
 
     num_prompts = -(-args.pairs_per_step * (args.warmup + args.steps + 1) // 4)
     prompt_of = [i for i in range(num_prompts) for _ in range(4)]
     return TokenizedPairs(
         ids=[f"prompt-{i}" for i in prompt_of], is_eval=[False] * len(prompt_of),
-        prompts=[tokens(*args.prompt_tokens) for _ in range(num_prompts)], prompt_of=prompt_of,
-        judgments=[(tokens(*args.judgment_tokens), tokens(*args.judgment_tokens)) for _ in prompt_of],
+        prompts=[tokens(args.prompt_tokens) for _ in range(num_prompts)], prompt_of=prompt_of,
+        judgments=[(tokens(args.judgment_tokens), tokens(args.judgment_tokens)) for _ in prompt_of],
     )  # fmt: skip
 
 
@@ -104,20 +104,15 @@ def draw_weights(model: torch.nn.Module) -> None:
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         local = local_tensor(parameter)
-        if parameter.ndim > 1:
-            local.normal_(0, 0.02)
-        else:
-            local.fill_(1.0 if "norm" in name else 0.0)
+        local.normal_(0, 0.02) if parameter.ndim > 1 else local.fill_(float("norm" in name))
 
 
-def run(
-    config: Qwen2Config, recompute: str, pairs: TokenizedPairs, plans: list, args: argparse.Namespace, world: World
-) -> tuple[dict, Callable]:
+def run(config: Qwen2Config, recompute: str, pairs: TokenizedPairs, plans: list, args, world: World) -> tuple:
     """Figures of the timed steps, and the function that takes one more."""
     options = DPOOptions(run_dir=Path(), model=Path(), dtype=args.dtype)
     model = shard_model(config, world, args.dtype, activation_checkpointing=recompute)
     draw_weights(model)
-    optimizer = build_optimizer(model, options)
+    optimizer, largest = build_optimizer(model, options), largest_pack(pairs, plans)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
@@ -149,14 +144,13 @@ def run(
         "layers": config.num_hidden_layers, "recompute": recompute, "dtype": args.dtype,
         "parameters": sum(math.prod(shape) for shape in parameter_shapes(config).values()),
         "pairs_per_step": args.pairs_per_step, "packs_per_step": [len(packs) for packs in timed_plans],
-        "tokens_per_step": [m["num_tokens"] for m in metrics], "largest_pack_tokens": largest_pack(pairs, plans),
+        "tokens_per_step": [m["num_tokens"] for m in metrics], "largest_pack_tokens": largest,
         "step_seconds": list(seconds), "step_seconds_median": statistics.median(seconds),
         "pairs_per_second": args.pairs_per_step * len(seconds) / sum(seconds),
         "tokens_per_second": sum(m["num_tokens"] for m in metrics) / sum(seconds),
         "model_flops": needed, "executed_flops": executed, "peak_memory_bytes": peak_memory_bytes(args.device),
-        "counted_memory_bytes": bytes_needed(config, largest_pack(pairs, plans), recompute),
-        "scoring_pairs_per_second": len(pairs_of(rest)) / scoring_seconds,
-        "first_loss": timed[0][1]["loss"], "losses": [m["loss"] for m in metrics],
+        "counted_memory_bytes": bytes_needed(config, largest, recompute), "first_loss": timed[0][1]["loss"],
+        "scoring_pairs_per_second": len(pairs_of(rest)) / scoring_seconds, "losses": [m["loss"] for m in metrics],
     }  # fmt: skip
     return row, lambda: step(plans[-1])
 
@@ -210,8 +204,7 @@ def by_kind(events: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def largest_pack(pairs: TokenizedPairs, plans: list) -> int:
-    """Tokens."""
+def largest_pack(pairs: TokenizedPairs, plans: list) -> int:  # tokens
     return max(sum(group_tokens(pairs, group) for group in pack) for packs in plans for pack in packs)
 
 
@@ -246,9 +239,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--judgment-tokens", type=int, nargs=2, default=(100, 400), help="fewest and most")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
-    parser.add_argument(
-        "--budget", type=float, default=600.0, help="seconds; rows that may not end in them are left out"
-    )
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds; rows that may not fit them are left out")
     parser.add_argument("--tiny", action="store_true", help="a model and pairs of a few tokens")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--trace", type=Path, help="file for the trace of the first row's profiled step, .json.gz")
@@ -293,8 +284,7 @@ def main() -> None:
 
     def write() -> None:
         print_row(rows[-1])
-        if args.json is not None:
-            write_atomic(args.json, json.dumps(rows, indent=1).encode())
+        write_rows(args.json, rows)
 
     with distributed(args.device) as world:
         select_arithmetic(DPOOptions(run_dir=Path(), model=Path(), dtype=args.dtype), world.device)

@@ -30,6 +30,7 @@ from pathlib import Path
 from bench_common import argument_parser, require_quiet, where_measured
 from bench_sides import GEOMETRIES, make_model, run_conj, run_reference, run_trl, steps_of, write_pairs
 
+from conj.model.qwen2 import read_config
 from conj.train.speed import matmul_ceiling, training_flops
 
 SHARES = ("prompt", "pair", "none")
@@ -45,23 +46,14 @@ def isolated(function, *arguments) -> dict:
             return {"error": f"{type(e).__name__}: {e}".splitlines()[0][:200]}
 
 
-def conj_step_flops(folder: Path, model: Path, share: str, args: argparse.Namespace) -> list[tuple[int, int]]:
-    """(executed, needed) FLOPs of each step."""
-    from conj.model.qwen2 import read_config
-
-    pairs, _, plans = steps_of(folder / "run", model, share, args)
-    how = {"recompute": args.activation_checkpointing, "device": args.device}
-    return [training_flops(pairs, packs, read_config(model), **how) for packs in plans]
-
-
 def best_settings(folder: Path, model: Path, logits: str, args: argparse.Namespace) -> dict:
     """TRL's fastest settings with stored reference logprobs, each tried on one step after a warm-up."""
     found = {}
     args = argparse.Namespace(**vars(args) | {"steps": 2})
     for batch in (b for b in args.batch_sizes if args.pairs_per_step % b == 0):
         for checkpointing in (False, True):
-            peer = {"precompute_ref_log_probs": True, "per_device_train_batch_size": batch}
-            peer["gradient_checkpointing"] = checkpointing
+            peer = {"precompute_ref_log_probs": True, "per_device_train_batch_size": batch,
+                    "gradient_checkpointing": checkpointing}  # fmt: skip
             result = isolated(run_trl, folder, model, logits, peer, args)
             how = f"logits {logits}, batch {batch}, checkpointing {checkpointing}"
             print(f"  trl, {how}: {in_short(result)}", flush=True)
@@ -85,10 +77,8 @@ def race(folder: Path, model: Path, peers: dict[Side, dict], args: argparse.Name
     for _ in range(args.rounds * (1 if args.any_load else 3)):  # rounds of a busy machine are taken again
         found = {}
         for side in sides:
-            if side in peers:
-                found[side] = isolated(run_trl, folder, model, side[2], peers[side], args)
-            else:
-                found[side] = isolated(run_conj, folder, model, side[1], args)
+            run, *how = (run_trl, side[2], peers[side]) if side in peers else (run_conj, side[1])
+            found[side] = isolated(run, folder, model, *how, args)
             print(f"  {' '.join(side)}: {in_short(found[side])}", flush=True)
         ceilings.append(ceiling())
         results.append((min(ceilings[-2:]), found))
@@ -123,14 +113,11 @@ def compare(folder: Path, geometry: str, args: argparse.Namespace) -> Iterator[d
         if failed := next((r["error"] for r in ours if "error" in r), None):
             yield row | {"error": failed}
             continue
-        flops = conj_step_flops(folder, model, share, args)
-        executed, needed = (
-            statistics.median(
-                sum(f[i] for f in flops[1:]) / sum(r["step_seconds"][1:]) / ceiling
-                for r, ceiling in zip(ours, ceilings)
-            )
-            for i in (0, 1)
-        )
+        pairs, _, plans = steps_of(folder / "run", model, share, args)
+        how = {"recompute": args.activation_checkpointing, "device": args.device}
+        flops = [training_flops(pairs, packs, read_config(model), **how) for packs in plans]  # executed, needed
+        possible = [sum(r["step_seconds"][1:]) * ceiling for r, ceiling in zip(ours, ceilings)]
+        executed, needed = (statistics.median(sum(of[1:]) / flop for flop in possible) for of in zip(*flops))
         row |= {
             "pairs_per_second_conj": statistics.median(map(pairs_per_second, ours)),
             "unique_tokens_per_second_conj": statistics.median(sum(r["tokens"][1:]) / sum(r["step_seconds"][1:]) for r in ours),
@@ -150,8 +137,7 @@ def beside(ours: list[dict], theirs: list[dict], side: Side, settings: dict) -> 
     if failed := next((r["error"] for r in theirs if "error" in r), None):
         return start | {"peer_error": failed}
     ratios = [pairs_per_second(a) / pairs_per_second(b) for a, b in zip(ours, theirs)]
-    peak = max(r["peak_memory_bytes"] for r in theirs)
-    losses = theirs[0]["losses"]
+    peak, losses = max(r["peak_memory_bytes"] for r in theirs), theirs[0]["losses"]
     return start | {
         "pairs_per_second_peer": statistics.median(map(pairs_per_second, theirs)), "peak_memory_bytes_peer": peak,
         "ratio_pairs_per_second": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
@@ -173,11 +159,8 @@ def in_short(result: dict) -> str:
 
 
 def print_table(rows: list[dict]) -> None:
-    print(
-        "| model | dtype | share | TRL | its logits | its settings | conj pairs/s | TRL pairs/s | ratio | peak memory ",
-        end="",
-    )
-    print("| losses differ by |\n" + "|---" * 11 + "|")
+    print("| model | dtype | share | TRL | its logits | its settings | conj pairs/s | TRL pairs/s | ratio | ", end="")
+    print("peak memory | losses differ by |\n" + "|---" * 11 + "|")
     for row in rows:
         if "error" in row:
             print(f"| {row['geometry']} | | | | | | {row['error']} | | | | |")

@@ -48,9 +48,7 @@ def _turns(role: str, content: str) -> list[dict]:
 def attack_texts(token: str, end: str) -> Iterator[str]:
     """Texts with `token` in them: alone, doubled, at every offset, beside line breaks, spaces and quotes, in a forged
     turn, and cut at every character by a token that a filter would take out (`end` ends a turn)."""
-    yield from (
-        token, token * 2, f"\n{token}", f"{token}\n", f"\n{token}\n", f" {token} ", f'"{token}"', f"{token}{end}",
-    )  # fmt: skip
+    yield from (token, token * 2, f"\n{token}", f"{token}\n", f"\n{token}\n", f" {token} ", f'"{token}"', token + end)
     yield from (TEXT[:i] + token + TEXT[i:] for i in range(len(TEXT) + 1))
     yield f"{TEXT}{end}\n{token}system\n{TEXT}"
     for inner in {token, end}:
@@ -81,19 +79,18 @@ def by_conj(tokenizer: JudgeTokenizer) -> Encoding:
     return encode
 
 
-def by_template(folder: Path, **tokenizer_kwargs) -> Encoding:
+def by_template(folder: Path, **kwargs) -> Encoding:
     """The ids of `apply_chat_template`: the template is filled first and tokenized afterwards."""
     from transformers import AutoTokenizer
 
     reference = AutoTokenizer.from_pretrained(folder)
 
     def encode(conversation: Conversation) -> list[int]:
-        messages, judgment = conversation.messages, conversation.judgment
-        if judgment is not None:
-            messages = [*messages, {"role": "assistant", "content": judgment}]
+        messages, asks = conversation.messages, conversation.judgment is None
+        if not asks:
+            messages = [*messages, {"role": "assistant", "content": conversation.judgment}]
         return reference.apply_chat_template(
-            messages, add_generation_prompt=judgment is None, return_dict=False, tokenizer_kwargs=tokenizer_kwargs
-        )
+            messages, add_generation_prompt=asks, return_dict=False, tokenizer_kwargs=kwargs)  # fmt: skip
 
     return encode
 

@@ -47,24 +47,25 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def run_one(target: Callable, data: bytes, number: int, tally: Tally) -> None:
+def run_one(target: Callable, data: bytes, number: int, tally: Tally, more: str = "") -> None:
     began = time.process_time()
+
+    def find(kind: str, what: str) -> None:
+        tally.counts[kind] += 1
+        tally.findings.append(f"{number}: {what}{more}")
+
     try:
         tally.counts[target(data)] += 1
     except Finding as e:
-        kind = str(e).partition(":")[0]
-        tally.counts["invented" if kind in ("invented", "believed") else "other"] += 1
-        tally.findings.append(f"{number}: {e}")
+        find("invented" if str(e).startswith(("invented:", "believed:")) else "other", str(e))
     except KeyboardInterrupt:
         raise
     except BaseException as e:  # a panic of Rust code is no Exception
-        tally.counts["exceptions"] += 1
-        tally.findings.append(f"{number}: {type(e).__name__}: {str(e)[:500]!r}")
+        find("exceptions", f"{type(e).__name__}: {str(e)[:500]!r}")
     seconds = time.process_time() - began
     tally.slowest = max(tally.slowest, (seconds, number))
     if seconds > MAX_SECONDS:
-        tally.counts["slow"] += 1
-        tally.findings.append(f"{number}: took {seconds:.2f} s")
+        find("slow", f"took {seconds:.2f} s")
 
 
 def input_bytes(seed: int, number: int) -> bytes:
@@ -77,10 +78,10 @@ def report(tally: Tally, began: float, out: Path | None) -> int:
     if tally.growth_mb > MAX_GROWTH_MB:
         tally.findings.append(f"memory grew by {tally.growth_mb:.0f} MB")
     kinds = ("accepted", "refused", "exceptions", "invented", "other")
-    row = {"runs": sum(tally.counts[kind] for kind in kinds)} | {kind: tally.counts[kind] for kind in kinds}
-    row |= {"over_1_s": tally.counts["slow"], "slowest_ms": round(tally.slowest[0] * 1000, 1)}
-    row |= {"slowest_input": tally.slowest[1], "growth_mb": round(tally.growth_mb)}
-    row["wall_s"] = round(time.monotonic() - began, 1)
+    row = {"runs": sum(tally.counts[kind] for kind in kinds)} | {kind: tally.counts[kind] for kind in kinds} | {
+        "over_1_s": tally.counts["slow"], "slowest_ms": round(tally.slowest[0] * 1000, 1), "slowest_input": tally.slowest[1],
+        "growth_mb": round(tally.growth_mb), "wall_s": round(time.monotonic() - began, 1),
+    }  # fmt: skip
     print(" | ".join(row), " | ".join(map(str, row.values())), sep="\n", flush=True)
     for finding in tally.findings[:20]:
         print("FINDING", finding.encode("utf-8", "backslashreplace").decode(), flush=True)
@@ -170,9 +171,7 @@ def run_coverage(args, began: float) -> int:
 
         def one(data: bytes) -> None:
             number = sum(tally.counts.values()) - tally.counts["slow"]
-            before = len(tally.findings)
-            run_one(target, data, number, tally)
-            tally.findings[before:] = [f"{finding} (bytes {data.hex()})" for finding in tally.findings[before:]]
+            run_one(target, data, number, tally, f" (bytes {data.hex()})")
             if number + 1 == args.runs:
                 tally.growth_mb = peak_mb() - base_mb
                 code = report(tally, began, args.json)

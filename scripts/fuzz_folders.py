@@ -63,16 +63,12 @@ class Folders:
             "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
         )
-        common = {
-            "config.json": json.dumps(config).encode(),
-            "tokenizer.json": tokenizer.to_str().encode(),
-            "tokenizer_config.json": json.dumps({"chat_template": template, "eos_token": "<|im_end|>"}).encode(),
-            "generation_config.json": b'{"eos_token_id": [256]}',
-        }
+        named = {"chat_template": template, "eos_token": "<|im_end|>"}
+        contents = [json.dumps(config), tokenizer.to_str(), json.dumps(named), '{"eos_token_id": [256]}']
         for layout in ("single", "sharded"):
             (root / layout).mkdir(parents=True)
-            for name, content in common.items():
-                folders.put(root / layout / name, content)
+            for name, content in zip(JSON_FILES, contents):
+                folders.put(root / layout / name, content.encode())
         torch.manual_seed(0)
         tensors = {n: p.detach() for n, p in Qwen2(read_config(root / "single")).named_parameters()}
         folders.put(root / "single" / "model.safetensors", save(tensors))
@@ -146,12 +142,9 @@ def edit_weights(choose: Choose, content: bytes) -> tuple[bytes, bool]:
         return content[: choose(len(content))], True
     if edit == 2:
         return content + bytes(1 + choose(9)), True
-    if edit == 3:
-        header, twice = edit_json(choose, header)
-        return len(header).to_bytes(8, "little") + header + body, twice
-    if edit == 4:
-        header = edit_bytes(choose, header)
-        return len(header).to_bytes(8, "little") + header + body, False
+    if edit in (3, 4):
+        header, refuse = edit_json(choose, header) if edit == 3 else (edit_bytes(choose, header), False)
+        return len(header).to_bytes(8, "little") + header + body, refuse
     tree = json.loads(header)
     name = pick(choose, [n for n in tree if n != "__metadata__"])
     begin, end = tree[name]["data_offsets"]
@@ -165,11 +158,10 @@ def edit_weights(choose: Choose, content: bytes) -> tuple[bytes, bool]:
         shape = tree[name]["shape"]
         shapes = [[*shape, 2], [], [2**62, 4], [0, *shape], [-1], [*shape[:-1], shape[-1] + 1], [2**64], [1.5]]
         tree[name]["shape"] = pick(choose, shapes)
-    else:
-        count = pick(choose, [1, 1, 1, 100, 100, 1000]) if choose(200) else pick(choose, [60_000, 500_000])
-        header = json.dumps(tree)[:-1].encode() + b", " + empty_tensors(count) + b"}"
-        return len(header).to_bytes(8, "little") + header + body, True
     header = json.dumps(tree).encode()
+    if edit == 7:
+        count = pick(choose, [1, 1, 1, 100, 100, 1000]) if choose(200) else pick(choose, [60_000, 500_000])
+        header = header[:-1] + b", " + empty_tensors(count) + b"}"
     return len(header).to_bytes(8, "little") + header + body, True
 
 
@@ -184,7 +176,7 @@ def damaged(folders: Folders, choose: Choose) -> Iterator[tuple[Path, bool, bool
     kind = choose(12)
     if kind == 0:
         path.unlink()
-        refuse = name not in ("generation_config.json",)
+        refuse = name != "generation_config.json"
         other = choose(6)
         if other == 0:
             path.mkdir()
@@ -210,17 +202,11 @@ def damaged(folders: Folders, choose: Choose) -> Iterator[tuple[Path, bool, bool
         tree["weight_map"][pick(choose, list(tree["weight_map"]))] = hostile
         path.write_bytes(json.dumps(tree).encode())
         refuse = True
-        if hostile == "link.safetensors":
+        if hostile in ("link.safetensors", "pipe.safetensors"):
             made.append(folder / hostile)
-            made[0].symlink_to(folders.root / "x.safetensors")
-        elif hostile == "pipe.safetensors":
-            made.append(folder / hostile)
-            os.mkfifo(made[0])
-    elif name.endswith(".safetensors") and kind < 10:
-        content, refuse = edit_weights(choose, content)
-        path.write_bytes(content)
-    elif name.endswith(".json") and kind < 10:
-        content, refuse = edit_json(choose, content)
+            made[0].symlink_to(folders.root / "x.safetensors") if hostile[0] == "l" else os.mkfifo(made[0])
+    elif kind < 10:
+        content, refuse = (edit_json if name.endswith(".json") else edit_weights)(choose, content)
         path.write_bytes(content)
     else:
         path.write_bytes(edit_bytes(choose, content))

@@ -19,8 +19,7 @@ ODD = [
 ]  # fmt: skip
 MARKS = ['"', "“", "{", "}", "[", "]", "{name}", '{"a": 1}', "```", "```json\n", "'}", "()", '\\"']
 KEYS = [KEY, REASON, f'"{KEY}"', f"“{KEY}”：1", f'"{KEY}": 2', f'", "{KEY}": 1}}', f'{{"{KEY}": 2}}']
-# A reason that quotes the format without escaping it. A plain word stands before the key, or the text would be one that
-# anybody reads as a finished judgment.
+# A reason that quotes the format without escaping it; after a plain word, or anybody would read a finished judgment.
 MENTIONS = [
     f'应输出"{KEY}": 1}}', f'例如{{"{KEY}": 2}}，但', f'例如{{"{REASON}": "解释", "{KEY}": 1}}', f'写"{KEY}"',
     f"没有{KEY}: 2}}",

@@ -1,8 +1,7 @@
 """The operations that `bench_kernels.py` times, each with its inputs, an fp64 oracle, its peers and its least traffic.
 
 A matmul of linear_logprob is 2 T D V floating-point operations. One forward and two backward is the least; who does not
-keep the logits makes them again. Bytes are what any algorithm moves, each tensor once, e bytes an element, forward +
-backward:
+keep the logits makes them again. Bytes are what any algorithm moves, each tensor once, e an element, forward + backward:
 
     linear_logprob    (T D + V D) e + 2 (T D + V D) e     add_rms_norm  4 T D e + 4 T D e
     selected_logprob  T V e + 2 T V e                     swiglu        3 T F e + 5 T F e

@@ -8,8 +8,6 @@ its launch is recorded instead of run: signature, constants, alignment and num_w
 nowhere else. Prints a Markdown table; exits 1 if a kernel spills registers to memory.
 """
 
-import argparse
-import json
 import re
 import subprocess
 import sys
@@ -20,7 +18,7 @@ from pathlib import Path
 
 import torch
 import triton
-from bench_common import QWEN2, ROOT
+from bench_common import QWEN2, ROOT, argument_parser, write_rows
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
@@ -111,19 +109,16 @@ def measure(kernel: JITFunction, arguments: dict, options: dict, capability: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     args = parser.parse_args()
-
     with recorded_launches() as launches:
         call_all_launchers()
     rows = [measure(*launch, capability) for launch in launches for capability in CAPABILITIES]
     for cells in (FIELDS, ["---"] * len(FIELDS), *(row.values() for row in rows)):
         print("|", " | ".join(map(str, cells)), "|")
-    if args.json is not None:
-        args.json.write_text(json.dumps(rows, indent=1))
-    spilling = sorted({row["kernel"] for row in rows if row["spill_stores"] or row["spill_loads"]})
-    if spilling:
+    write_rows(args.json, rows)
+    if spilling := sorted({row["kernel"] for row in rows if row["spill_stores"] or row["spill_loads"]}):
         sys.exit(f"error: registers spill in {', '.join(spilling)}")
 
 

@@ -7,6 +7,7 @@ One folder is killed several times in succession, then run to its end and compar
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -20,8 +21,9 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-from conj.data.files import read_jsonl
+from conj.data.files import read_jsonl, write_jsonl
 from conj.data.manifest import describe_code, hash_input
+from conj.data.prompts import judge_messages, judgment_text
 from conj.train.log import TIMES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +31,27 @@ ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY
 ARTEFACTS = ("prompts.jsonl", "repeated.jsonl", "hinted.jsonl", "pairs.jsonl", "reference.safetensors", "model")
 ARTEFACTS += ("judgments_base.jsonl", "judgments_trained.jsonl", "report.json")
 KILLS_PER_FOLDER = 8
+
+
+# ---- Data ----
+
+
+def pair_of(preference: dict, label: int, write: Callable[[str, int], str] = judgment_text) -> dict:
+    """A row of pairs.jsonl, but for id and split; its judgments are `write(the better answer, verdict)`."""
+    answers = [preference["chosen"], preference["rejected"]][:: 1 if label == 1 else -1]
+    texts = [write(preference["chosen"], verdict) for verdict in (label, 3 - label)]
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in texts)
+    row = {"prompt": judge_messages(preference["prompt"], *answers), "chosen": chosen, "rejected": rejected}
+    return row | {"label": label, "pair_type": "repeated"}
+
+
+def write_pairs(path: Path, num_prompts: int, rng: random.Random, each: int = 1, write=judgment_text) -> None:
+    """`each` pairs of the demo's first preferences; one prompt in ten is held out."""
+    rows = []
+    for i, preference in enumerate(read_jsonl(ROOT / "demo" / "train.jsonl")[:num_prompts]):
+        label, more = rng.choice((1, 2)), {"id": f"{i:04}", "split": "train" if i % 10 else "eval"}
+        rows += [more | pair_of(preference, label, write) for _ in range(each)]
+    write_jsonl(path, rows)
 
 
 # ---- Processes ----
@@ -156,12 +179,9 @@ def listing(run: Path) -> dict[str, tuple[int, int]]:
 
 
 def kill_often(
-    name: str,
-    out: Path,
-    line: Callable[[Path], list],
-    phase: Callable[[dict, Path], str],
+    name: str, out: Path, line: Callable[[Path], list], phase: Callable[[dict, Path], str],
     next_aim: Callable[[Path, Counter], Aim | None],
-) -> list[dict]:
+) -> list[dict]:  # fmt: skip
     """Kills the command `line(run folder)` until `next_aim(run folder, kills by phase)` is None, in copies of
     `out/start` that must end as `out/undisturbed-NAME`. `phase` says what a kill hit, from a listing made before the
     command and the folder after. Returns a row for each run folder."""

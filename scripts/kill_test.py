@@ -18,11 +18,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from kill_common import ROOT, Aim, kill_often, listing, mark, num_lines, report, run_command, step_folders
+from kill_common import ROOT, Aim, kill_often, listing, mark, num_lines, report, run_command, step_folders, write_pairs
 
-from conj.data.files import read_jsonl, write_jsonl
-from conj.data.preprocess import load_prompts, question_of
-from conj.data.prompts import judge_messages, judgment_text
+from conj.data.files import read_jsonl
+from conj.data.prompts import judgment_text
 
 KEEP_CHECKPOINTS = 2
 INSIDE_SAVE = ("shards", "manifest and rename", "deletion")
@@ -31,30 +30,13 @@ INSIDE_SAVE = ("shards", "manifest and rename", "deletion")
 # ---- Training ----
 
 
-def make_pairs(run: Path, num_prompts: int, rng: random.Random) -> None:
-    """pairs.jsonl of the demo's prompts, 4 pairs each, with reasons of random words."""
-    rows = []
-    for i, prompt in enumerate(load_prompts([str(ROOT / "demo" / "train.jsonl")], limit=num_prompts)[0]):
-        label, split = prompt["label"], "eval" if i % 10 == 9 else "train"
-        shared = {"prompt": judge_messages(question_of(prompt), prompt["answer_1"], prompt["answer_2"])}
-        shared |= {"id": prompt["id"], "label": label, "pair_type": "repeated", "split": split}
-        for _ in range(4):
-            judgments = {}
-            for side, verdict in ("chosen", label), ("rejected", 3 - label):
-                reason = "".join(rng.choices("天空是蓝色的回答一二三", k=rng.randint(4, 30)))
-                judgments[side] = [{"role": "assistant", "content": judgment_text(reason, verdict)}]
-            rows.append(shared | judgments)
-    write_jsonl(run / "pairs.jsonl", rows)
-
-
 def training_phase(before: dict[str, tuple], run: Path) -> str:
     """What training was doing when it was killed."""
     after = listing(run)
     new = {name for name, mark in after.items() if before.get(name) != mark}
-    parts = [name for name in new if re.match(r"checkpoints/.*\.part", name)]
     if any(re.match(r"model(\.part)?(/|$)", name) for name in new):
         return "export"
-    if parts:
+    if parts := [name for name in new if re.match(r"checkpoints/.*\.part", name)]:
         return "manifest and rename" if any("/manifest.json" in name for name in parts) else "shards"
     steps = sorted(p.name for p in step_folders(run))
     if len(steps) > KEEP_CHECKPOINTS and f"checkpoints/{steps[-1]}" in new:
@@ -80,7 +62,11 @@ def save_aim(run: Path, number: int, file: str, delay: float) -> Aim:
 
 def kill_training(args: argparse.Namespace, out: Path) -> list[dict]:
     rng, base, undisturbed = random.Random(args.seed), ROOT / "demo" / "base", out / "undisturbed-run"
-    make_pairs(out / "start", 60, rng)
+
+    def random_words(_: str, verdict: int) -> str:
+        return judgment_text("".join(rng.choices("天空是蓝色的回答一二三", k=rng.randint(4, 30))), verdict)
+
+    write_pairs(out / "start" / "pairs.jsonl", 60, rng, each=4, write=random_words)
     shared = ["--model", base, "--device", args.device, "--dtype", "float32", "--max-tokens-per-pack", "2000"]
     run_command([sys.executable, "-m", "conj.train.reference", "--run-dir", out / "start", *shared], out / "log")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
@@ -126,17 +112,15 @@ def kill_sampling(args: argparse.Namespace, out: Path) -> list[dict]:
     prepare = [sys.executable, "-m", "conj.data.preprocess", "--run-dir", out / "start", "--data", train, *few]
     run_command(prepare, out / "log")
     stages = {"repeated": ("repeated.jsonl", 8, []), "hinted": ("hinted.jsonl", 2, [])}
-    stages["evaluation.evaluate"] = ("judgments_base.jsonl", 2, ["--data", test, *few])
+    stages["evaluate"] = ("judgments_base.jsonl", 2, ["--data", test, *few])
     rows = []
     for number, (stage, (artefact, per_prompt, options)) in enumerate(stages.items()):
-        num_kills = len(range(number, args.kills, 3))
-        rows += kill_stage(stage, artefact, per_prompt * args.limit, num_kills, options, f"{args.seed} {stage}", out)
+        kills, seed = len(range(number, args.kills, 3)), f"{args.seed} {stage}"
+        rows += kill_stage(stage, artefact, per_prompt * args.limit, kills, options, seed, out)
     return rows
 
 
-def kill_stage(
-    stage: str, artefact: str, total: int, num_kills: int, options: list, seed: str, out: Path
-) -> list[dict]:
+def kill_stage(stage: str, artefact: str, total: int, kills: int, options: list, seed: str, out: Path) -> list[dict]:
     """Kills a stage that writes `total` rows to `artefact`; see kill_often."""
     began, rng, undisturbed = time.monotonic(), random.Random(seed), out / f"undisturbed-{stage}"
     few = ["--max-new-tokens", "64", "--max-num-seqs", "8"]  # at the same time: rows come one by one
@@ -157,8 +141,8 @@ def kill_stage(
         is_touched = listing(run).get(artefact) != before.get(artefact)
         return f"{stage}: {'end' if num_lines(run / artefact) == total else 'rows' if is_touched else 'start-up'}"
 
-    def next_aim(run: Path, kills: Counter) -> Aim | None:
-        left, have = num_kills - kills.total(), num_lines(run / artefact)
+    def next_aim(run: Path, killed: Counter) -> Aim | None:
+        left, have = kills - killed.total(), num_lines(run / artefact)
         if left <= 0:
             return None
         if left == 1:  # all rows are there; they are put in order, the manifest is closed

@@ -29,7 +29,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import Qwen2ForCausalLM as Model
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -86,9 +87,7 @@ def make_facts(rng: random.Random) -> dict[tuple[str, str], tuple[str, str]]:
     return facts
 
 
-def make_pair(
-    rng: random.Random, facts: dict, town: str, attribute: str, question: str, length: str | None = None
-) -> dict:
+def make_pair(rng: random.Random, facts: dict, town: str, attribute: str, question: str, length: str = "") -> dict:
     """One question with its right and its wrong answer, their values and their numbers of filler sentences."""
     right, wrong = facts[town, attribute]
     length = length or rng.choices(list(LENGTH_SHARES), LENGTH_SHARES.values())[0]
@@ -167,14 +166,14 @@ def make_tokenizer(folder: Path) -> JudgeTokenizer:
 
 
 # ---- The base: plain next-token training on what it is to write. ----
-def make_model(vocab_size: int, eos: int, pad: int) -> Qwen2ForCausalLM:
+def make_model(vocab_size: int, eos: int, pad: int) -> Model:
     config = Qwen2Config(
         vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024, max_window_layers=4, rms_norm_eps=1e-6, initializer_range=0.1,
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=eos, pad_token_id=pad, dtype="float32",
     )  # fmt: skip
-    return Qwen2ForCausalLM(config)
+    return Model(config)
 
 
 def make_example(rng: random.Random, facts: dict, tokenizer: JudgeTokenizer, task: str) -> tuple[list[int], list[int]]:
@@ -200,7 +199,7 @@ def make_example(rng: random.Random, facts: dict, tokenizer: JudgeTokenizer, tas
     return tokenizer.prompt_ids(judge_messages(pair["prompt"], *answers, hint=hint)), tokenizer.completion_ids(text)
 
 
-def completion_loss(model: Qwen2ForCausalLM, examples: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+def completion_loss(model: Model, examples: list[tuple[list[int], list[int]]]) -> torch.Tensor:
     """Summed negative logprob of the completion tokens, over their number. Padding is on the right: causal, so unseen."""
     length = max(len(prompt) + len(completion) for prompt, completion in examples)
     ids = torch.zeros(len(examples), length, dtype=torch.long)
@@ -217,9 +216,7 @@ def completion_loss(model: Qwen2ForCausalLM, examples: list[tuple[list[int], lis
 BATCHES = [["judge", "judge", "judge", "hinted"] * 8, ["check"] * 16, ["answer"] * 8]
 
 
-def train_base(
-    model: Qwen2ForCausalLM, facts: dict, tokenizer: JudgeTokenizer, seed: int, num_steps: int, lr: float
-) -> None:
+def train_base(model: Model, facts: dict, tokenizer: JudgeTokenizer, seed: int, num_steps: int, lr: float) -> None:
     """AdamW with warm-up and cosine decay."""
     rng = random.Random(f"corpus {seed}")
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -244,7 +241,7 @@ def train_base(
 
 # ---- The figures that the demo's README gives. ----
 @torch.no_grad()
-def write(model: Qwen2ForCausalLM, tokenizer: JudgeTokenizer, prompts: list[list[int]], **sampling) -> list[str]:
+def write(model: Model, tokenizer: JudgeTokenizer, prompts: list[list[int]], **sampling) -> list[str]:
     """The model's text for each prompt, in the prompts' order; greedy unless `sampling` says otherwise."""
     pad, end = tokenizer.special["<|endoftext|>"], tokenizer.special[tokenizer.eos]
     texts = []
@@ -258,9 +255,7 @@ def write(model: Qwen2ForCausalLM, tokenizer: JudgeTokenizer, prompts: list[list
     return texts
 
 
-def judge(
-    model: Qwen2ForCausalLM, tokenizer: JudgeTokenizer, rows: list[dict], label: int, **sampling
-) -> list[bool | None]:
+def judge(model: Model, tokenizer: JudgeTokenizer, rows: list[dict], label: int, **sampling) -> list[bool | None]:
     """Per row, with the better answer in place `label`: is the verdict right? None: not parsed."""
     first, second = ("chosen", "rejected") if label == 1 else ("rejected", "chosen")
     prompts = [tokenizer.prompt_ids(judge_messages(row["prompt"], row[first], row[second])) for row in rows]
@@ -268,7 +263,7 @@ def judge(
     return [None if v is None else v == label for v in found]
 
 
-def measure(model: Qwen2ForCausalLM, tokenizer: JudgeTokenizer, rows: list[dict]) -> dict[str, float]:
+def measure(model: Model, tokenizer: JudgeTokenizer, rows: list[dict]) -> dict[str, float]:
     """Greedy figures over both orders, as `conj.sample.evaluation.evaluate` counts them."""
     both = [judge(model, tokenizer, rows, label) for label in (1, 2)]
     # The better answer is the data's first; a judgment that is right chose it, whatever the order.
@@ -278,7 +273,7 @@ def measure(model: Qwen2ForCausalLM, tokenizer: JudgeTokenizer, rows: list[dict]
     return {name: ratios[name][0].sum() / ratios[name][1].sum() for name in ("accuracy", "consistency", "unparsed")}
 
 
-def make_rows(rng: random.Random, facts: dict, towns: list[str], length: str | None = None) -> list[dict]:
+def make_rows(rng: random.Random, facts: dict, towns: list[str], length: str = "") -> list[dict]:
     """One pair for every question about the towns."""
     return [make_pair(rng, facts, t, a, q, length) for t in towns for a in VALUES for q in QUESTIONS]
 
@@ -288,9 +283,7 @@ def write_rows(path: Path, pairs: list[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
-def report(
-    model: Qwen2ForCausalLM, tokenizer: JudgeTokenizer, train: list[dict], test: list[dict], equal: list[dict]
-) -> None:
+def report(model: Model, tokenizer: JudgeTokenizer, train: list[dict], test: list[dict], equal: list[dict]) -> None:
     """Prints what the demo needs of its base: a bias, a sure format, verdicts of both kinds, and the facts."""
     subsets = {"test": test, "test, answers made equally long": equal}
     subsets |= {f"test, {length}": [pair for pair in test if pair["length"] == length] for length in LENGTH_SHARES}

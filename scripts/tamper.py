@@ -7,13 +7,13 @@ drawn by the seed. Prints a table, and exits with 1 if a change was not found or
 that holds the byte.
 """
 
-import argparse
-import json
 import random
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+
+from bench_common import argument_parser, write_rows
 
 from conj.data.manifest import list_artefacts, manifest_path, read_manifest
 from conj.train.audit.chain import check_chain
@@ -34,10 +34,10 @@ def places(run: Path, base: Path) -> list[tuple[Path, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="finished run folder; it is not changed")
-    parser.add_argument("--base", type=Path, default=Path("demo/base"), help="its base model (default demo/base)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the places (default 0)")
+    parser.add_argument("--base", type=Path, default=Path("demo/base"), help="its base model")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the places")
     parser.add_argument("--json", type=Path, help="file for the rows")
     args = parser.parse_args()
     rng, rows = random.Random(args.seed), []
@@ -56,8 +56,7 @@ def main() -> None:
             rows.append({"changed": str(path.relative_to(folder)), "byte": place, "found": name, "named": name == link})
             print(f"| {rows[-1]['changed']} | {place} | {name} | {said[:110]} |", flush=True)
     print(f"\n{sum(row['named'] for row in rows)} of {len(rows)} found and named")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(args.json, rows)
     sys.exit(not all(row["named"] for row in rows))
 
 

@@ -20,39 +20,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench_common import ROOT, argument_parser, where_measured
-from kill_common import num_lines
+from kill_common import num_lines, write_pairs
 
-from conj.data.files import read_jsonl, write_atomic, write_jsonl
-from conj.data.prompts import judge_messages, judgment_text
+from conj.data.files import read_jsonl, write_atomic
 from conj.train import dpo, reference
 from conj.train.audit import __main__ as audit
 
 BASE = ROOT / "demo" / "base"
 
 
-def pair_of(preference: dict, label: int, write: Callable[[str, int], str] = judgment_text) -> dict:
-    """A row of pairs.jsonl, but for id and split; `write(reason, verdict)` gives a judgment, whose reason is the better
-    answer."""
-    answers = [preference["chosen"], preference["rejected"]][:: 1 if label == 1 else -1]
-    texts = [write(preference["chosen"], verdict) for verdict in (label, 3 - label)]
-    chosen, rejected = ([{"role": "assistant", "content": text}] for text in texts)
-    row = {"prompt": judge_messages(preference["prompt"], *answers), "chosen": chosen, "rejected": rejected}
-    return row | {"label": label, "pair_type": "repeated"}
-
-
-def write_pairs(path: Path, num_prompts: int) -> None:
-    """A pair for each of the demo's first preferences."""
-    rng, preferences = random.Random(0), read_jsonl(ROOT / "demo" / "train.jsonl")[:num_prompts]
-    rows = [
-        {"id": f"{i:04}", **pair_of(row, rng.choice((1, 2))), "split": "eval" if i % 10 == 0 else "train"}
-        for i, row in enumerate(preferences)
-    ]
-    write_jsonl(path, rows)
-
-
 def run_stage(function: Callable, options, kill_when: Callable[[], bool] = lambda: False) -> float:
-    """Runs a stage in a fork, to its end or until it is to be killed (SIGKILL); returns its seconds. Leaves if it fails,
-    or ends before it could be killed."""
+    """Seconds of a stage in a fork, to its end or its kill (SIGKILL). Leaves if it fails, or ends before the kill."""
     started, will_die = time.perf_counter(), False
     process = multiprocessing.get_context("fork").Process(target=function, args=(options,))
     process.start()
@@ -78,22 +56,16 @@ def main() -> None:
         undisturbed, killed = Path(scratch) / "undisturbed", Path(scratch) / "killed"
         common = {"model": BASE, "device": args.device, "dtype": args.dtype, "max_tokens_per_pack": 4096}
         undisturbed.mkdir()
-        write_pairs(undisturbed / "pairs.jsonl", args.prompts)
+        write_pairs(undisturbed / "pairs.jsonl", args.prompts, random.Random(0))
         seconds = {"reference": run_stage(reference.main, reference.ReferenceOptions(run_dir=undisturbed, **common))}
         shutil.copytree(undisturbed, killed)
-
-        def options(run: Path) -> dpo.DPOOptions:
-            return dpo.DPOOptions(
-                run_dir=run, **common, audit_mode=True, max_steps=args.max_steps, num_train_epochs=2, learning_rate=5e-5,
-                eval_every=10, save_every=2,
-            )  # fmt: skip
-
-        seconds["training"] = run_stage(dpo.main, options(undisturbed))
-        half = args.max_steps // 2
-        log = killed / "metrics.jsonl"
-        seconds["until killed"] = run_stage(dpo.main, options(killed), lambda: num_lines(log) >= half)
+        how = {**common, "audit_mode": True, "max_steps": args.max_steps, "num_train_epochs": 2, "learning_rate": 5e-5}
+        once, again = (dpo.DPOOptions(run_dir=run, **how, eval_every=10, save_every=2) for run in (undisturbed, killed))
+        seconds["training"] = run_stage(dpo.main, once)
+        half, log = args.max_steps // 2, killed / "metrics.jsonl"
+        seconds["until killed"] = run_stage(dpo.main, again, lambda: num_lines(log) >= half)
         print(f"killed after step {num_lines(log)} of {args.max_steps}", flush=True)
-        seconds["started anew"] = run_stage(dpo.main, options(killed))
+        seconds["started anew"] = run_stage(dpo.main, again)
         rows = read_jsonl(log)
         result = {"seconds": seconds, "metrics": [rows[0], rows[-1]]}
         checks = audit.AuditOptions(run_dir=killed, device=args.device, replay=2, reference=True, against=undisturbed)

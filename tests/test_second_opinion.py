@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from kill_common import pair_of
 from safetensors.torch import load_file, save_file
 from test_audit import audited, broken
 from test_dpo import dpo_options, make_reference
-from train_killed import pair_of
 
 from conj import InputError
 from conj.data.files import read_jsonl, write_jsonl

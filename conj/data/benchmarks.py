@@ -4,15 +4,14 @@ How they add up is in `conj.sample.evaluation.aggregation`. Nothing here reads a
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from conj import InputError
-from conj.data.layouts import recognise
+from conj.data.layouts import STYLE_CELLS, recognise
 from conj.data.readers import read_rows, split_name
 
-STYLES = ("concise", "detailed", "markdown")  # of RM-Bench's answers, from plain to rich
 BY_ROWS = None  # as a weight: the number of rows that are there, so that each row counts the same
 
 
@@ -30,22 +29,14 @@ class Benchmark:
     net_of_orders: bool = False  # a pair counts as right by `right_on_balance`, not by the mean of its two orders
 
 
-def _cells(domain: str, difficulties: Sequence[str] = ("easy", "normal", "hard"), weight: float = 1) -> dict:
-    """RM-Bench's cells of chosen style × rejected style in a domain, by difficulty."""
-    cells = {}
-    for i, better in enumerate(STYLES):
-        for j, worse in enumerate(STYLES):
-            difficulty = "easy" if i > j else "hard" if i < j else "normal"
-            if difficulty in difficulties:
-                cells[f"{domain}/{difficulty}/{better}-{worse}"] = weight
-    return cells
+def _cells(*domains: str) -> dict[str, float]:
+    """RM-Bench's cells of difficulty and of chosen style × rejected style in some domains, all of one weight."""
+    return {f"{domain}/{cell}": 1 for domain in domains for cell in STYLE_CELLS}
 
 
 RM_BENCH_ROWS = {"chat": 129, "math": 529, "code": 228, "safety-refuse": 284, "safety-response": 157}
 REWARD_BENCH = {
-    "Chat": {
-        "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40,
-    },
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40},
     "Chat Hard": {
         "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
         "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
@@ -68,9 +59,7 @@ BENCHMARKS = {
         num_rows={subset: rows for section in REWARD_BENCH.values() for subset, rows in section.items()}
         | {"math-prm": 447},
     ),
-    "ultrafeedback": Benchmark(
-        title="UltraFeedback", hub="HuggingFaceH4/ultrafeedback_binarized:test_prefs", sections=WHOLE,
-    ),
+    "ultrafeedback": Benchmark(title="UltraFeedback", hub="HuggingFaceH4/ultrafeedback_binarized:test_prefs", sections=WHOLE),
     "pku-saferlhf": Benchmark(
         title="PKU-SafeRLHF", hub="PKU-Alignment/PKU-SafeRLHF:test",
         sections={"Better": {"better": 1}, "Safer": {"safer": 1}},
@@ -89,12 +78,10 @@ BENCHMARKS = {
     "rm-bench": Benchmark(
         title="RM-Bench", hub="THU-KEG/RM-Bench:train", scored=("Chat", "Math", "Code", "Safety"),
         sections={name: _cells(name.lower()) for name in ("Chat", "Math", "Code")}
-        | {"Safety": _cells("safety-refuse") | _cells("safety-response")}
+        | {"Safety": _cells("safety-refuse", "safety-response")}
         | {
             level.capitalize(): {
-                cell: weight
-                for domain in RM_BENCH_ROWS
-                for cell, weight in _cells(domain, (level,), 0.5 if domain.startswith("safety") else 1).items()
+                cell: 0.5 if cell.startswith("safety") else 1 for cell in _cells(*RM_BENCH_ROWS) if f"/{level}/" in cell
             }
             for level in ("easy", "normal", "hard")
         },

@@ -8,7 +8,7 @@ import json
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,11 @@ _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 120
 
 
+def listed(items: Sequence, show: Callable = str) -> str:
+    """For a message: the first ten, and how many more there are."""
+    return ", ".join(map(show, items[:10])) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
+
+
 def read_jsonl(path: str | Path, columns: Mapping[str, type] | None = None) -> list[dict]:
     """Rows of a JSONL file. Raises InputError (file and line) for a missing or empty file, a line that is not a
     JSON object, or one of `columns` that is missing or of another type (object: any)."""
@@ -34,7 +39,12 @@ def read_jsonl(path: str | Path, columns: Mapping[str, type] | None = None) -> l
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                rows.append(_parse_line(line, f"{path}:{number}", columns or {}))
+                try:
+                    rows.append(json.loads(line))
+                except (ValueError, RecursionError) as e:
+                    found = f"{line.strip()[:60]!r} ({e})"
+                    raise InputError(f"{path}:{number}: expected a JSON object, found {found}") from None
+                check_columns(rows[-1], columns or {}, f"{path}:{number}")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as e:
@@ -42,15 +52,6 @@ def read_jsonl(path: str | Path, columns: Mapping[str, type] | None = None) -> l
     if not rows:
         raise InputError(f"{path}: expected at least one row, found none")
     return rows
-
-
-def _parse_line(line: str, where: str, columns: Mapping[str, type]) -> dict:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{where}: expected a JSON object, found {line.strip()[:60]!r} ({e})") from None
-    check_columns(row, columns, where)
-    return row
 
 
 def check_columns(row: object, columns: Mapping[str, type], where: str) -> None:

@@ -6,10 +6,16 @@ A row that breaks its layout is an InputError.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from conj import InputError
 
 Answer = str | bool | int | float  # real data sets hold JSON booleans where a judge read "true"
+STYLES = ("concise", "detailed", "markdown")  # of RM-Bench's answers, from plain to rich
+STYLE_CELLS = [  # "easy/detailed-concise" and the like: the better answer's style, then the worse one's
+    f"{'easy' if i > j else 'hard' if i < j else 'normal'}/{better}-{worse}"
+    for (i, better), (j, worse) in product(enumerate(STYLES), repeat=2)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,28 +46,22 @@ def _chosen_rejected(row: dict) -> Iterator[Preference]:
     if asked is not None:  # `chosen` may open with the whole question, or go on from it
         asked = _turns(asked, "user")
         question = question if question[: len(asked)] == asked else asked + question
+    scores = row["metadata"] if isinstance(row.get("metadata"), dict) else row
+    is_tie = scores.get("score_chosen") is not None and scores["score_chosen"] == scores.get("score_rejected")
     yield Preference(
         question=_question(question), better=better, worse=worse, subset=_subset(row),
-        unusable="two_questions" if chosen[:-1] != rejected[:-1] else "tie" if _equal_scores(row) else None,
+        unusable="two_questions" if chosen[:-1] != rejected[:-1] else "tie" if is_tie else None,
     )  # fmt: skip
-
-
-def _equal_scores(row: dict) -> bool:
-    scores = row["metadata"] if isinstance(row.get("metadata"), dict) else row
-    return scores.get("score_chosen") is not None and scores["score_chosen"] == scores.get("score_rejected")
 
 
 def _rm_bench(row: dict) -> Iterator[Preference]:
     """Three chosen × three rejected answers: concise, detailed, detailed in markdown. Hard: the worse one looks richer."""
-    styles = ("concise", "detailed", "markdown")
-    if not (isinstance(row["rejected"], list) and len(row["chosen"]) == len(row["rejected"]) == len(styles)):
+    if not (isinstance(row["rejected"], list) and len(row["chosen"]) == len(row["rejected"]) == len(STYLES)):
         raise InputError("expected three texts each in chosen and rejected")
     question = _question(_turns(row.get("prompt"), "user"))
-    for i, better in enumerate(row["chosen"]):
-        for j, worse in enumerate(row["rejected"]):
-            difficulty = "easy" if i > j else "hard" if i < j else "normal"
-            subset = f"{_subset(row)}/{difficulty}/{styles[i]}-{styles[j]}"
-            yield Preference(question=question, better=_answer(better), worse=_answer(worse), subset=subset)
+    answers = product(map(_answer, row["chosen"]), map(_answer, row["rejected"]))
+    for (better, worse), cell in zip(answers, STYLE_CELLS):
+        yield Preference(question=question, better=better, worse=worse, subset=f"{_subset(row)}/{cell}")
 
 
 def _pku_saferlhf(row: dict) -> Iterator[Preference]:
@@ -106,21 +106,13 @@ class Layout:
 
 LAYOUTS = (
     Layout("prompt or conversations, chosen, rejected", ("chosen", "rejected"), _chosen_rejected),
-    Layout(
-        "PKU-SafeRLHF",
-        ("prompt", "response_0", "response_1", "better_response_id", "safer_response_id"),
-        _pku_saferlhf,
-    ),
+    Layout("PKU-SafeRLHF", ("prompt", "response_0", "response_1", "better_response_id", "safer_response_id"), _pku_saferlhf),
     Layout("LLMBar", ("input", "output_1", "output_2", "label"), _llmbar),
     Layout("JudgeBench", ("question", "response_A", "response_B", "label"), _judgebench),
-    Layout(
-        "PandaLM",
-        ("instruction", "input", "response1", "response2", "annotator1", "annotator2", "annotator3"),
-        _pandalm,
-    ),
+    Layout("PandaLM", ("instruction", "input", "response1", "response2", "annotator1", "annotator2", "annotator3"), _pandalm),
     Layout("conj", ("question", "answer_1", "answer_2", "label"), _conj),
     Layout("conj, multi-turn", ("messages", "answer_1", "answer_2", "label"), _conj),
-)
+)  # fmt: skip
 
 
 def recognise(row: dict) -> Layout:
@@ -148,8 +140,7 @@ def swapped(choice: int | None) -> int | None:
 
 
 def _turns(value, role: str) -> list[dict]:
-    """Chat messages of a text (one turn of `role`), of one message or of a list of them, in either naming of the hub:
-    role and content, or from and value."""
+    """Chat messages of a text (one turn of `role`), a message or a list: of role and content, or of from and value."""
     if value == []:
         raise InputError("expected messages, found an empty list")
     if isinstance(value, list):

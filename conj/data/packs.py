@@ -57,8 +57,7 @@ class TokenizedPairs:
 
 
 def tokenize_pairs(rows: Sequence[dict], tokenizer: JudgeTokenizer, vocab_size: int) -> TokenizedPairs:
-    """Tokenizes rows of `pairs.jsonl`. Raises InputError (row number) on messages of another shape and on ids that the
-    model has no embedding for."""
+    """Rows of `pairs.jsonl` as ids. Raises InputError (row number) on messages of another shape and ids over the model's."""
     prompts, numbers, prompt_of, judgments = [], {}, [], []
     for i, row in enumerate(rows, 1):
         try:
@@ -69,9 +68,8 @@ def tokenize_pairs(rows: Sequence[dict], tokenizer: JudgeTokenizer, vocab_size: 
                 prompts.append(array("i", tokenizer.prompt_ids(row["prompt"])))
                 numbers[key] = len(prompts) - 1
         except (TypeError, KeyError, ValueError) as e:
-            raise InputError(
-                f"pairs.jsonl:{i}: expected prompt messages and one chosen and one rejected message, found {e!r}"
-            ) from None
+            expected = "prompt messages and one chosen and one rejected message"
+            raise InputError(f"pairs.jsonl:{i}: expected {expected}, found {e!r}") from None
         prompt_of.append(numbers[key])
         judgments.append(pair)
         highest = max(max(prompts[numbers[key]]), *map(max, pair))
@@ -83,9 +81,7 @@ def tokenize_pairs(rows: Sequence[dict], tokenizer: JudgeTokenizer, vocab_size: 
     )  # fmt: skip
 
 
-def plan_steps(
-    pairs: TokenizedPairs, members: list[int], *, pairs_per_step: int, share: str, seed: str
-) -> list[list[int]]:
+def plan_steps(pairs: TokenizedPairs, members: list, *, pairs_per_step: int, share: str, seed: str) -> list[list[int]]:
     """One epoch: steps of exactly `pairs_per_step` pair numbers each (the last takes what is left).
 
     `share="prompt"` puts all pairs of a prompt into one step: shuffled prompts go first-fit into open steps, and only
@@ -93,8 +89,7 @@ def plan_steps(
     The other modes shuffle pairs. `seed` names run and epoch."""
     rng = random.Random(seed)
     if share != "prompt":
-        order = rng.sample(members, len(members))
-        return _cut(order, pairs_per_step)
+        return _cut(rng.sample(members, len(members)), pairs_per_step)
     by_prompt: dict[int, list[int]] = {}
     for pair in members:
         by_prompt.setdefault(pairs.prompt_of[pair], []).append(pair)
@@ -147,6 +142,7 @@ def group_tokens(pairs: TokenizedPairs, group: Group) -> int:
 
 
 Piece = tuple[int, int, list[int]]  # a group being planned: its tokens, those of its prompt's copies, pair numbers
+Packs = list[list[Piece]]
 
 
 def plan_packs(
@@ -165,7 +161,7 @@ def plan_packs(
     pieces, can_cut = _pieces(pairs, members, max_tokens, share), multiple > 1
     total = _tokens(pieces)
 
-    def fill(capacity: int) -> list[list[Piece]] | None:
+    def fill(capacity: int) -> Packs | None:
         return _fill(pieces, pairs.judgment_tokens, capacity, num_packs, can_cut)
 
     if can_cut:
@@ -175,8 +171,7 @@ def plan_packs(
             packs = fill(max_tokens)
     else:
         num_packs = len(pieces)
-        packs = fill(max_tokens)
-        num_packs = len(packs)
+        num_packs = len(packs := fill(max_tokens))
     # The smallest capacity that is enough for so many packs makes them even. Bisection finds it to within 0.5 %.
     low, high = total // num_packs, max(map(_tokens, packs))
     while high - low > max(1, high // 200):
@@ -220,9 +215,7 @@ def _pieces(pairs: TokenizedPairs, members: Sequence[int], max_tokens: int, shar
     return sorted((piece for pieces in by_prompt.values() for piece in pieces), key=lambda piece: -piece[0])
 
 
-def _fill(
-    pieces: list[Piece], judgment_tokens: list[int], capacity: int, num_packs: int, can_cut: bool
-) -> list[list[Piece]] | None:
+def _fill(pieces: list[Piece], judgment_tokens: list, capacity: int, num_packs: int, can_cut: bool) -> Packs | None:
     """At most `num_packs` packs of at most `capacity` tokens, or None: each piece goes where it leaves the least room.
 
     One that fits nowhere is cut, if it may be: the emptiest pack takes what pairs it can, and the others go on."""

@@ -39,8 +39,7 @@ class PairsOptions(RunOptions):
     max_hinted: int = option(1, help="most pairs of hinted judgments a prompt")
     pair_types: tuple[PairType, ...] = option(get_args(PairType), help="types of pairs to make")
     chosen_length: Literal["longer", "shorter"] | None = option(
-        None,
-        help="keep only prompts whose better answer is that, in characters; all if not given",
+        None, help="keep only prompts whose better answer is that, in characters; all if not given"
     )
     rationale: bool = option(True, help="keep the reasons; without them judgments are bare verdicts, none is unparsed")
     eval_fraction: float = option(0.02, help="share of the questions held out for evaluation, from 0 to 1")
@@ -63,13 +62,10 @@ class Pair(NamedTuple):
 
 
 def build_pairs(options: PairsOptions) -> None:
-    """Writes `pairs.jsonl`. Raises InputError when a file is missing, unfinished or does not fit `prompts.jsonl`, or
-    when no pair can be made."""
+    """Writes `pairs.jsonl`. Raises InputError for a file that is missing, torn or of other prompts, and for no pair at all."""
     began, [(artefact, inputs)] = time.monotonic(), options.makes().items()
-    if len(inputs) > 2:
-        require(
-            inputs[-1].exists(), f"{inputs[-1]}: no such file; leave hinted pairs out of --pair-types to do without"
-        )
+    for hinted in inputs[2:]:
+        require(hinted.exists(), f"{hinted}: no such file; leave hinted pairs out of --pair-types to do without")
     if not manifest.begin(artefact, inputs=inputs, options=options):
         return
     prompts = read_prompts(inputs[0])
@@ -95,9 +91,7 @@ def read_judgments(paths: list[Path], ids: set[str]) -> dict[str, list[dict]]:
     return judgments
 
 
-def make_rows(
-    prompts: list[dict], judgments: dict[str, list[dict]], options: PairsOptions
-) -> tuple[list[dict], dict[str, int]]:
+def make_rows(prompts: list, judgments: dict[str, list], options: PairsOptions) -> tuple[list[dict], dict[str, int]]:
     """Rows of `pairs.jsonl`, and counts: pairs by type and split, prompts without a pair and why."""
     counts = Counter(dict.fromkeys((*get_args(PairType), "train", "eval", "prompts_without_pair"), 0))
     rows = []
@@ -107,11 +101,13 @@ def make_rows(
             counts[f"left_out_better_is_{length}"] += 1
             continue
         split = "eval" if _fraction(options.seed, question_text(question)) < options.eval_fraction else "train"
-        pairs = make_pairs(id, label, judgments.get(id, []), options)
+        made = judgments.get(id, [])
+        pairs = make_pairs(id, label, made, options)
         counts.update([pair.pair_type for pair in pairs] + [split] * len(pairs))
         if not pairs:
-            counts.update(["prompts_without_pair", f"because_{_why_none(label, judgments.get(id, []))}"])
-        if _hint_failed(label, judgments.get(id, [])):
+            counts.update(["prompts_without_pair", f"because_{_why_none(label, made)}"])
+        hinted = {row["verdict"] for row in made if row["kind"] == "hint"}
+        if hinted and label not in hinted:
             counts["hints_without_the_label"] += 1
         messages = judge_messages(question, prompt["answer_1"], prompt["answer_2"])
         for pair in pairs:
@@ -149,7 +145,7 @@ def make_pairs(id: str, label: int, judgments: list[dict], options: PairsOptions
     unique = {}
     for pair in made:
         if pair.chosen != pair.rejected:
-            unique.setdefault((pair.chosen, pair.rejected), pair)
+            unique.setdefault(pair[:2], pair)
     return list(unique.values())
 
 
@@ -157,11 +153,6 @@ def _length_of_better(prompt: dict) -> str:
     """How long the better answer is beside the other: `longer`, `shorter`, or `equal`."""
     better, worse = (len(prompt[f"answer_{i}"]) for i in (prompt["label"], 3 - prompt["label"]))
     return "longer" if better > worse else "shorter" if better < worse else "equal"
-
-
-def _hint_failed(label: int, judgments: list[dict]) -> bool:
-    verdicts = {row["verdict"] for row in judgments if row["kind"] == "hint"}
-    return bool(verdicts) and label not in verdicts
 
 
 def _why_none(label: int, judgments: list[dict]) -> str:

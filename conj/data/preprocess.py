@@ -19,7 +19,7 @@ from pathlib import Path
 from conj import InputError
 from conj.data import manifest
 from conj.data.benchmarks import BENCHMARKS, official_subset, resolve_data
-from conj.data.files import read_jsonl, write_jsonl
+from conj.data.files import listed, read_jsonl, write_jsonl
 from conj.data.layouts import Preference, swapped
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require_each, run_command
@@ -78,13 +78,11 @@ def load_prompts(
             if reason := _why_left_out(record, row, subsets, {} if benchmark else rows):
                 counts[f"left_out_{reason}"] += 1
                 continue
-            if row["id"] in rows:
-                row["id"] = next_copy(row["id"], rows)
-            rows[row["id"]] = row
+            add_row(row, rows)
             counts["empty_answers"] += [row["answer_1"], row["answer_2"]].count("")
             counts["non_string_answers"] += sum(not isinstance(a, str) for a in (record.better, record.worse))
     if missing := sorted(set(subsets) - found):
-        raise InputError(f"--subsets: no records of {_some(missing)}; found {_some(sorted(found))}")
+        raise InputError(f"--subsets: no records of {listed(missing, repr)}; found {listed(sorted(found), repr)}")
     if not rows:
         raise InputError(f"{', '.join(data)}: every record was left out: {dict(counts)}")
     return list(rows.values()), dict(counts)
@@ -102,12 +100,12 @@ def _why_left_out(record: Preference, row: dict, subsets: Sequence[str], rows: d
     return "duplicate" if row["id"] in rows else None
 
 
-def next_copy(id: str, rows: dict[str, dict]) -> str:
-    """The id of a row that repeats one: `ID-2`, then `ID-3`."""
-    k = 2
-    while f"{id}-{k}" in rows:
-        k += 1
-    return f"{id}-{k}"
+def add_row(row: dict, rows: dict[str, dict]) -> None:
+    """Adds a row by its id; one that repeats another gets `ID-2`, then `ID-3`."""
+    id, k = row["id"], 1
+    while row["id"] in rows:
+        row["id"] = f"{id}-{(k := k + 1)}"
+    rows[row["id"]] = row
 
 
 def make_row(record: Preference, source: str, seed: int | None, benchmark: str | None = None) -> dict:
@@ -154,21 +152,14 @@ def read_prompts(path: Path) -> list[dict]:
 
 def is_conversation(turns) -> bool:
     """Whether this is a list, not empty, of messages with a role and a content of text."""
-    texts = ("role", "content")
-    return (
-        bool(turns)
-        and isinstance(turns, list)
-        and all(isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in texts) for turn in turns)
-    )
+    return bool(turns) and isinstance(turns, list) and all(
+        isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content")) for turn in turns
+    )  # fmt: skip
 
 
 def question_of(row: dict) -> str | list[dict]:
     """The question of a row of `prompts.jsonl`: a text, or chat messages."""
     return row["messages"] if "messages" in row else row["question"]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 if __name__ == "__main__":

@@ -109,9 +109,8 @@ def _convert_sentencepiece(folder: Path) -> tuple[dict, dict[str, str | None]]:
 
     Raises InputError for a model of another kind: one without byte fallback would lose characters without a word."""
     path = folder / "tokenizer.model"
-    bounds = {path.name: MAX_PIECES_BYTES} | dict.fromkeys(
-        ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"), MAX_CONFIG_BYTES
-    )
+    configs = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    bounds = {path.name: MAX_PIECES_BYTES} | dict.fromkeys(configs, MAX_CONFIG_BYTES)
     with _refusing(f"{path}: cannot be converted"), tempfile.TemporaryDirectory() as beside:
         from transformers import LlamaTokenizer  # seconds to import
         from transformers.convert_slow_tokenizer import SentencePieceExtractor
@@ -123,10 +122,8 @@ def _convert_sentencepiece(folder: Path) -> tuple[dict, dict[str, str | None]]:
         pieces = model.pieces
         if len(pieces) > MAX_PIECES or any(len(piece.piece) > MAX_PIECE_LENGTH for piece in pieces):
             raise ValueError(f"expected at most {MAX_PIECES:,} pieces of {MAX_PIECE_LENGTH} characters")
-        if (
-            model.trainer_spec.model_type != model.trainer_spec.BPE
-            or sum(piece.type == piece.BYTE for piece in pieces) != 256
-        ):
+        is_bpe = model.trainer_spec.model_type == model.trainer_spec.BPE
+        if not is_bpe or sum(piece.type == piece.BYTE for piece in pieces) != 256:
             raise ValueError("expected a BPE model with byte fallback, as Llama-2 and Mistral have")
         tokenizer = LlamaTokenizer.from_pretrained(beside, local_files_only=True)
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -192,9 +189,8 @@ class JudgeTokenizer:
         identity = [spec, template, eos] + ([] if bos is None else [bos])
         identity = json.dumps(identity, sort_keys=True, ensure_ascii=False)
         fingerprint = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()
-        tokenizer = cls(
-            plain=plain, inner=inner, special=special, chat_template=template, eos=eos, bos=bos, fingerprint=fingerprint
-        )
+        halves = {"plain": plain, "inner": inner, "special": special}
+        tokenizer = cls(**halves, chat_template=template, eos=eos, bos=bos, fingerprint=fingerprint)
         with _refusing(f"{folder}: the chat template cannot be rendered"):
             shown = tokenizer._render([{"role": "system", "content": ""}, {"role": "user", "content": _placeholder(1)}])
         stretches = [PLACEHOLDER.findall(stretch) for stretch in tokenizer._control.split(shown)]
@@ -218,11 +214,9 @@ class JudgeTokenizer:
     def _render(self, messages: list[dict]) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template  # seconds to import
 
-        tokens = {"eos_token": self.eos} if self.bos is None else {"eos_token": self.eos, "bos_token": self.bos}
-        rendered, _ = render_jinja_template(
-            conversations=[messages], chat_template=self.chat_template, add_generation_prompt=True, **tokens
-        )
-        return rendered[0]
+        settings = {"chat_template": self.chat_template, "add_generation_prompt": True, "eos_token": self.eos}
+        settings |= {} if self.bos is None else {"bos_token": self.bos}
+        return render_jinja_template(conversations=[messages], **settings)[0][0]
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """Ids of the chat template filled with `messages`, up to the point where the assistant starts to write.

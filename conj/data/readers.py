@@ -25,8 +25,7 @@ SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
 def read_preferences(data: str, limit: int | None = None) -> Iterator[Preference]:
     """Records of the first `limit` rows of a data set (all if None), in its order.
 
-    Raises InputError for a data set that is missing, empty or of no known layout, and, with file and line or row, for
-    a malformed row."""
+    Raises InputError for a data set that is missing, empty or of no known layout, and, with its place, for a bad row."""
     layout = None
     for number, (where, row) in enumerate(read_rows(data)):
         if number == limit:
@@ -127,7 +126,10 @@ def _read_builder(name: str, split: str | None) -> Iterator[tuple[str, dict]]:
         splits = list(map(str, builder.info.splits or builder.config.data_files))
     except Exception as e:  # whatever the hub, the network or a data card's parser raises
         raise InputError(f"{name}: expected a folder with data files or a name on the hub: {first_line(e)}") from None
-    split = _choose_split(name, split, splits)
+    if split is None:
+        split = splits[0] if len(splits) == 1 else "train"
+    if split not in splits:
+        raise InputError(f"{name}: no split {split!r}; expected {name}:SPLIT with one of {', '.join(splits)}")
     if Path(name).is_dir():
         for file in builder.config.data_files[split]:
             yield from _read_file(Path(file))
@@ -139,11 +141,3 @@ def _read_builder(name: str, split: str | None) -> Iterator[tuple[str, dict]]:
         raise InputError(f"{name}:{split}: cannot be read: {first_line(e)}") from None
     for number, row in enumerate(table, 1):
         yield f"{name}:{split}: row {number}", row
-
-
-def _choose_split(name: str, split: str | None, splits: list[str]) -> str:
-    if split is None:
-        split = splits[0] if len(splits) == 1 else "train"
-    if split not in splits:
-        raise InputError(f"{name}: no split {split!r}; expected {name}:SPLIT with one of {', '.join(splits)}")
-    return split

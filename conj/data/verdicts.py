@@ -19,12 +19,9 @@ from conj.data.prompts import REASON_KEY, VERDICT_KEY
 VALUES = {1: 1, 2: 2, "1": 1, "2": 2, "回答1": 1, "回答2": 2}
 OBJECT_START = re.compile(r'\{\s*["“\']')  # a brace in prose, as in {name}, starts no object
 REASON_START = re.compile(r'\{\s*"' + REASON_KEY + r'"\s*[:：]\s*"?')
-# What must follow the last quoted verdict key of an object that is mended; full-width punctuation is what Chinese
-# models slip into.
+# What must follow the last quoted verdict key of an object that is mended; Chinese models slip into full-width punctuation.
 LAST_VALUE = re.compile(r'\s*[:：]\s*("?)((?:回答)?[12])\1\s*\}')
 RELEASED_VALUE = re.compile(VERDICT_KEY + r'["\']?\s*[:：]\s*["\']?([12])')
-
-
 QUOTED_KEY = f'"{VERDICT_KEY}"'
 MAX_MENDED = 20_000  # characters; json-repair takes a tenth of a second for as many, and more than in proportion
 
@@ -64,11 +61,8 @@ def _judge(text: str) -> Judgment:
     if len(values) != 1 or None in values:
         return UNPARSED
     content, start, end = judgments[0]
-    if (start, end) == (0, len(text)):
-        rung = "json"
-    else:
-        fenced = text[:start].rstrip().endswith(("```", "```json")) and text[end:].lstrip().startswith("```")
-        rung = "fenced" if fenced else "embedded"
+    fenced = text[:start].rstrip().endswith(("```", "```json")) and text[end:].lstrip().startswith("```")
+    rung = "json" if (start, end) == (0, len(text)) else "fenced" if fenced else "embedded"
     reason = content.get(REASON_KEY)
     return Judgment(Verdict(values.pop(), rung), reason if isinstance(reason, str) else "")
 

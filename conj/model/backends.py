@@ -75,13 +75,9 @@ def choose_device(machine: Machine, device: str = "auto") -> str:
 
 
 def choose(
-    machine: Machine,
-    *,
-    device: str = "auto",
-    dtype: str = "bfloat16",
-    attention: str | None = None,
+    machine: Machine, *, device: str = "auto", dtype: str = "bfloat16", attention: str | None = None,
     kernels: str | None = None,
-) -> Backends:
+) -> Backends:  # fmt: skip
     """What runs on `machine`. None takes the fastest that device, dtype and installed packages allow.
 
     Raises InputError for what cannot run there: nothing that was asked for is replaced by another."""
@@ -113,13 +109,9 @@ def choose(
 
 
 def select(
-    device: torch.device,
-    *,
-    dtype: str = "bfloat16",
-    attention: str | None = None,
-    kernels: str | None = None,
+    device: torch.device, *, dtype: str = "bfloat16", attention: str | None = None, kernels: str | None = None,
     deterministic: bool = False,
-) -> Backends:
+) -> Backends:  # fmt: skip
     """Sets `current` to what `choose` gives here, and torch's own switches with it. Raises InputError as `choose` does."""
     chosen = choose(this_machine(device.type), device=device.type, dtype=dtype, attention=attention, kernels=kernels)
     vars(current).update(vars(chosen) | {"deterministic": deterministic})

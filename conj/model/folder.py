@@ -40,12 +40,10 @@ def check_model(
     tokenizer = JudgeTokenizer.load(folder, chat_template)
     last_id = max([*tokenizer.special.values(), tokenizer.plain.get_vocab_size() - 1])
     vocab_size, context = config["vocab_size"], config["max_position_embeddings"]
-    require(
-        last_id < vocab_size, f"{folder}: the tokenizer has ids up to {last_id}, the vocabulary {vocab_size} entries"
-    )
+    size = f"the vocabulary {vocab_size} entries"
+    require(last_id < vocab_size, f"{folder}: the tokenizer has ids up to {last_id}, {size}")
     _check_weights(folder)
-    if max_length is None:
-        max_length = min(context, most)
+    max_length = min(context, most) if max_length is None else max_length
     require(0 < max_length <= context, f"--max-length: expected 1 to {context} (the model's), found {max_length}")
     end_ids = _end_ids(folder, config, tokenizer)
     return JudgeModel(folder=folder, tokenizer=tokenizer, max_length=max_length, end_ids=end_ids)

@@ -2,8 +2,7 @@
 
 Refused with one line, before much is read: pickles, remote code, index files that name a file outside the folder, headers
 that lie or are larger than any model's, keys that are missing, stand twice or are not the model's, shapes that do not
-fit the config, dtypes that are no floating point. Reading goes row by row
-into the shard that a rank holds, so no rank ever needs the whole model in memory.
+fit the config, dtypes that are no floating point. Reading goes row by row into the shard that a rank holds.
 """
 
 import json
@@ -57,9 +56,8 @@ def check_weights(folder: Path, expected: dict[str, tuple[int, ...]], stack: Exi
             if key not in expected:
                 raise InputError(f"{path}: unexpected tensor {brief(key)}; the config asks for no such parameter")
             view = file.get_slice(key)
-            if tuple(view.get_shape()) != expected[key]:
-                found = brief(tuple(view.get_shape()))
-                raise InputError(f"{path}: {key}: expected shape {expected[key]}, found {found}")
+            if (shape := tuple(view.get_shape())) != expected[key]:
+                raise InputError(f"{path}: {key}: expected shape {expected[key]}, found {brief(shape)}")
             if view.get_dtype() not in FLOAT_TYPES:
                 raise InputError(f"{path}: {key}: expected one of {', '.join(FLOAT_TYPES)}, found {view.get_dtype()}")
             where[key] = file
@@ -82,10 +80,8 @@ def parameter_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
 
 def local_rows(parameter: Tensor) -> slice:
     """The rows of the full tensor that this rank holds: all of them, or its chunk of an FSDP2 shard on dim 0."""
-    if not isinstance(parameter, DTensor):
-        return slice(0, parameter.shape[0])
     rows = parameter.shape[0]
-    for dim, placement in enumerate(parameter.placements):
+    for dim, placement in enumerate(parameter.placements if isinstance(parameter, DTensor) else ()):
         if isinstance(placement, Shard):
             assert placement.dim == 0
             chunk = -(-rows // parameter.device_mesh.size(dim))
@@ -146,16 +142,16 @@ def export_model(
             write_atomic(beside / f"{len(shards)}.safetensors", save(shard, metadata={"format": "pt"}))
     if not is_writer:
         return
-    names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
-    for i, name in enumerate(names):
-        os.replace(beside / f"{i + 1}.safetensors", beside / name)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [SINGLE]
+    for i, name in enumerate(names, 1):
+        os.replace(beside / f"{i}.safetensors", beside / name)
     if len(shards) > 1:
         weight_map = {key: name for name, (keys, _) in zip(names, shards) for key in keys}
         index = {"metadata": {"total_size": sum(size for _, size in shards)}, "weight_map": weight_map}
         write_atomic(beside / INDEX, json.dumps(index, indent=2).encode())
     config = read_model_json(base / "config.json")
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    config[key] = str(dtype).removeprefix("torch.")
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
     write_atomic(beside / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     for name in COMPANIONS:
         if (base / name).exists():
@@ -164,14 +160,9 @@ def export_model(
     os.replace(beside, folder)
 
 
-def _shard_name(i: int, n: int) -> str:
-    return f"model-{i + 1:05d}-of-{n:05d}.safetensors"
-
-
 @torch.no_grad()
-def _gather_shards(
-    model: nn.Module, dtype: torch.dtype, max_bytes: int, is_writer: bool
-) -> Iterator[dict[str, Tensor]]:
+def _gather_shards(model: nn.Module, dtype: torch.dtype, max_bytes: int, is_writer: bool) -> Iterator[dict]:
+    """{name: tensor} of each file of weights; on other ranks than the writer one empty one."""
     shard, size = {}, 0
     for name, parameter in model.named_parameters():
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -55,8 +55,7 @@ def hinted_judgment(completion: Completion, hint: int, tokenizer: JudgeTokenizer
     """What the model wrote for a hint, as a judgment with that verdict; as written and without a verdict if it cannot
     be one: it is empty, has no full sentence up to where it is cut, or is JSON with another verdict or none.
 
-    Rungs: `hint`, the text is the reason; `hint_cut`, the text up to a full sentence is; those of the parser, the model
-    wrote the JSON itself; `none`."""
+    Rungs: `hint`, the text is the reason; `hint_cut`, its full sentences are; the parser's, it is JSON already; `none`."""
     written = completion.text.strip()
     own = parse_strict(written)
     if own.value == hint:

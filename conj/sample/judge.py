@@ -52,15 +52,10 @@ def _start(options: EngineOptions) -> tuple[JudgeModel, object]:
 
 
 def judge(
-    model: str | Path,
-    question: str | list[dict],
-    answer_1: str,
-    answer_2: str,
-    max_new_tokens: int = 2048,
+    model: str | Path, question: str | list[dict], answer_1: str, answer_2: str, max_new_tokens: int = 2048,
     **engine_options,
-) -> Judgment:
-    """Asks a judge which answer is better, greedily. `question` is a text or chat messages; `engine_options` are
-    fields of EngineOptions.
+) -> Judgment:  # fmt: skip
+    """Asks a judge which answer is better, greedily, of a text or chat messages. `engine_options`: as in EngineOptions.
 
     Raises InputError for an unusable model folder, or when the prompt leaves no room for a judgment."""
     options = EngineOptions(model=Path(model), max_new_tokens=max_new_tokens, **engine_options)
@@ -79,8 +74,9 @@ def main(options: JudgeOptions) -> None:
     """Prints the reason and the verdict; exits with 1, and the text as written, when there is no verdict in it."""
     engine_options = {field.name: getattr(options, field.name) for field in dataclasses.fields(EngineOptions)}
     with _running:
-        texts = {"question": options.question, "answer_1": options.answer_1, "answer_2": options.answer_2}
-        judgment = judge(**texts, **engine_options)
+        judgment = judge(
+            question=options.question, answer_1=options.answer_1, answer_2=options.answer_2, **engine_options
+        )
     if judgment.verdict is None:
         print(judgment.text)
         sys.exit("no verdict in this text")

@@ -9,7 +9,7 @@ import functools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from conj.data.options import option, require_each
 from conj.data.preprocess import read_prompts
 from conj.data.progress import progress
 from conj.model.folder import TRAINING_MAX_LENGTH, JudgeModel
-from conj.sample.engines.completion import Completion, Decoding, Request
+from conj.sample.engines.completion import Completion, Completions, Decoding, Request
 from conj.sample.engines.vllm import EngineOptions, complete_by_vllm
 
 REFUSED = ("content_filter", "context_length")  # reasons of an endpoint's to write no judgment, or not all of it
@@ -46,12 +46,11 @@ class SamplingOptions(RunOptions, EngineOptions):
         require_each(self, ("top_k",), lambda value: value >= 0, "0 or more")
 
 
-def sample_prompts(
-    options: SamplingOptions,
-    model: JudgeModel,
-    make_requests: Callable[[dict], list[Request]],
-    judge: Callable[[Request, Completion], dict],
-) -> None:
+Ask = Callable[[dict], list[Request]]  # a row of prompts.jsonl: what its judgments are asked for by
+Read = Callable[[Request, Completion], dict]  # a judgment, without what is known of the request
+
+
+def sample_prompts(options: SamplingOptions, model: JudgeModel, make_requests: Ask, judge: Read) -> None:
     """Writes the stage's file: for each row of prompts.jsonl the requests `make_requests` makes of it, completed and judged.
 
     Raises InputError for unusable prompts."""
@@ -61,30 +60,19 @@ def sample_prompts(
         top_k=options.top_k, repetition_penalty=options.repetition_penalty, seed=options.seed,
     )  # fmt: skip
     complete = functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding)
-    write_judgments(
-        artefact, read_prompts(inputs[0]), make_requests, judge, complete, inputs=inputs, model=model, options=options, decoding=decoding,
-    )  # fmt: skip
+    settings = {"inputs": inputs, "model": model, "options": options, "decoding": decoding}
+    write_judgments(artefact, read_prompts(inputs[0]), make_requests, judge, complete, **settings)
 
 
 def write_judgments(
-    artefact: Path,
-    prompts: list[dict],
-    make_requests: Callable[[dict], list[Request]],
-    judge: Callable[[Request, Completion], dict],
-    complete: Callable[[list[Request]], Generator[tuple[Request, Completion]]],
-    *,
-    inputs: list[str | Path],
-    model: JudgeModel | None,
-    options: EngineOptions,
-    decoding: Decoding,
-    data_counts: dict[str, int] | None = None,
-    outcome: str = "verdict",
-) -> None:
+    artefact: Path, prompts: list[dict], make_requests: Ask, judge: Read, complete: Callable[[list[Request]], Completions],
+    *, inputs: list[str | Path], model: JudgeModel | None, options: EngineOptions, decoding: Decoding,
+    data_counts: dict[str, int] | None = None, outcome: str = "verdict",
+) -> None:  # fmt: skip
     """Writes `artefact` with its manifest, or does nothing if it is complete. A prompt that does not fit the model's context
     is left out and counted; one behind an endpoint (`model` None) fits if that says so.
 
-    `complete` gives each request its completion; `data_counts` go before the judgments' own; `outcome` is the column that
-    says which answer a judgment is for."""
+    `data_counts` go before the judgments' own; `outcome`: the column that says which answer a judgment is for."""
     began = time.monotonic()
     if not manifest.begin(artefact, inputs=inputs, options=options):
         return
@@ -92,7 +80,7 @@ def write_judgments(
     if model is not None:
         requests, overlong_ids = split_overlong(requests, model, decoding.max_new_tokens)
 
-    def complete_left(requests: list[Request]) -> Generator[tuple[Request, Completion]]:
+    def complete_left(requests: list[Request]) -> Completions:
         left.extend(requests)
         return complete(requests)
 
@@ -136,22 +124,15 @@ def split_overlong(requests: list[Request], model: JudgeModel, max_new_tokens: i
 
 
 def append_samples(
-    artefact: Path,
-    requests: list[Request],
-    complete: Callable[[list[Request]], Generator[tuple[Request, Completion]]],
-    judge: Callable[[Request, Completion], dict],
-    outcome: str,
-    labels: dict[str, int],
-    verdict_probability: bool = False,
-) -> list[dict]:
+    artefact: Path, requests: list[Request], complete: Callable[[list[Request]], Completions], judge: Read, outcome: str,
+    labels: dict[str, int], verdict_probability: bool = False,
+) -> list[dict]:  # fmt: skip
     """Makes the rows of `artefact` that are not there yet, and returns all of them.
 
     A row is the request's key, what `judge` makes of the completion (`outcome` among it), and what the model wrote: its
-    token ids, or how many a server counted, and with `verdict_probability` also `p_first`. `complete` (complete_by_vllm or
-    conj.sample.engines.http.complete_by_http, the rest bound) gives each request with its completion, as it finishes. Rows are
-    appended in that order; the whole file is put into the order of the requests at the end, so that a run that was killed
-    and one that was not leave the same bytes. Raises InputError for a malformed file, a row of no request, and one that
-    stands there twice.
+    token ids, or how many a server counted, and with `verdict_probability` also `p_first`. Rows are appended as `complete`
+    gives them; the whole file is put into the order of the requests at the end, so that a run that was killed and one that
+    was not leave the same bytes. Raises InputError for a malformed file, and a row of no request or that is there twice.
 
     The bar shows which shares of the judgments so far are right (their id's answer in `labels`), wrong, and unparsed."""
     done = _rows_made(artefact, requests, outcome)

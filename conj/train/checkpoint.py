@@ -115,9 +115,7 @@ class Saver:
     _host: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Starts `folder/step-…`, after which older ones but for the `keep` newest are deleted. Collective.
-
-        `step` is the number of steps done."""
+        """Starts `folder/step-…` (of steps done), after which all but the `keep` newest are deleted. Collective."""
         self.wait()  # also since the writer reads the host's copy
         beside = self.folder / f"step-{step:08d}.part"
         if self.world.is_main:
@@ -136,7 +134,8 @@ class Saver:
     def wait(self) -> None:
         """Waits until the checkpoint is there, on every rank. Collective. Raises the OSError of a rank that could not
         write, on that rank, and PeerFailed on the others: none waits for an entry that will not come."""
-        while self.world.any(self.is_writing) and not self.world.any(self.error is not None):
+        is_writing = self._thread.is_alive if self._thread else bool
+        while self.world.any(is_writing()) and not self.world.any(self.error is not None):
             time.sleep(0.02)
         self.raise_error()
 
@@ -144,10 +143,6 @@ class Saver:
         """Collective: on every rank, if a rank could not write."""
         if self.world.any(self.error is not None):
             raise self.error or PeerFailed("another rank could not write its part of a checkpoint")
-
-    @property
-    def is_writing(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
 
     def _write(self, beside: Path, step: int, num_updates: int, offsets: dict) -> None:
         try:
@@ -172,8 +167,7 @@ def _complete(beside: Path, step: int, num_updates: int, identity: str, num_rank
     entries = [json.loads(path.read_text()) for path in paths]
     for path in paths:
         path.unlink()
-    manifest = {"identity": identity, "step": step, "num_updates": num_updates, "files": entries}
-    write_sealed(beside / MANIFEST, manifest)
+    write_sealed(beside / MANIFEST, {"identity": identity, "step": step, "num_updates": num_updates, "files": entries})
     final = beside.with_suffix("")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(beside, final)
@@ -197,16 +191,14 @@ def find_checkpoint(folder: Path, identity: str) -> Path | None:
             print(f"checkpoint passed over: {e}")
             continue
         if manifest["identity"] != identity:
-            raise InputError(
-                f"{path}: belongs to a run of other inputs or options; delete {folder} or use another --run-dir"
-            )
+            whose = "a run of other inputs or options"
+            raise InputError(f"{path}: belongs to {whose}; delete {folder} or use another --run-dir")
         return path
     return None
 
 
 def check_checkpoint(path: Path) -> dict:
-    """The manifest of a checkpoint folder. Raises InputError unless its files are those that the manifest names, no
-    more and no fewer, each with its hash."""
+    """The manifest of a checkpoint folder. Raises InputError unless its files are just those named there, with their hashes."""
     manifest = _read_manifest(path)
     hashes = {entry["name"]: entry["sha256"] for entry in manifest["files"]}
     found = {p.name for p in path.iterdir()} - {MANIFEST}
@@ -223,28 +215,26 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     manifest = _read_manifest(path)
     state = training_state(model, optimizer)
     with ExitStack() as stack:
-        files = [(e, stack.enter_context(safe_open(path / e["name"], framework="pt"))) for e in manifest["files"]]
+        files = _open_files(path, manifest, stack)
         for name, parameter in model.named_parameters():
-            rows = local_rows(parameter)
-            for kind in ("weight", *MOMENTS):
-                key = f"{kind}.{name}"
-                _copy_rows(state[key], rows, [(e["first_row"][name], f, key) for e, f in files])
+            for key in (f"{kind}.{name}" for kind in ("weight", *MOMENTS)):
+                _copy_rows(state[key], local_rows(parameter), [(first[name], f, key) for first, f in files])
             optimizer.state[parameter]["step"].fill_(manifest["num_updates"])
     return manifest["step"]
 
 
+def _open_files(path: Path, manifest: dict, stack: ExitStack) -> list[tuple[dict[str, int], safe_open]]:
+    """Each rank's first row of every tensor, and its file."""
+    return [(e["first_row"], stack.enter_context(safe_open(path / e["name"], "pt"))) for e in manifest["files"]]
+
+
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(kind.name, whole tensor) of a checkpoint, one at a time, put together from all ranks' rows. The caller has
-    checked it (`check_checkpoint`)."""
+    """(kind.name, whole tensor) of a checked checkpoint, one at a time, put together from all ranks' rows."""
     with ExitStack() as stack:
-        files = [
-            (entry["first_row"], stack.enter_context(safe_open(path / entry["name"], framework="pt")))
-            for entry in _read_manifest(path)["files"]
-        ]
+        files = _open_files(path, _read_manifest(path), stack)
         for key in sorted(files[0][1].keys()):
             name = key.partition(".")[2]
-            parts = [file.get_tensor(key) for _, file in sorted(files, key=lambda entry: entry[0][name])]
-            yield key, torch.cat(parts)
+            yield key, torch.cat([f.get_tensor(key) for _, f in sorted(files, key=lambda entry: entry[0][name])])
 
 
 def _copy_rows(target: Tensor, rows: slice, sources: list) -> None:

@@ -1,5 +1,4 @@
-"""What a training run says while it runs: a row of `metrics.jsonl` a step, the same numbers to TensorBoard and other sinks,
-and the bar.
+"""What a run says while it trains: a row of `metrics.jsonl` a step, the same numbers to TensorBoard and others, the bar.
 
 Names are TRL's, the same in every place; what is measured on held-out pairs is `eval/…`. Beside the training's own numbers
 (`loss`, `rewards/…` and `logps/…` are means over the step's pairs, `logps/…` in nats) a row has:
@@ -74,11 +73,9 @@ def step_speed(
     done["flops"] = 3 * sum(step_flops(pairs, packs, config))
     speed = {f"{name}_per_second": number / metrics["step_seconds"] for name, number in done.items()}
     return speed | {
-        "share_of_ceiling": speed["flops_per_second"] / (ceiling * world.size),
-        "peak_memory_bytes": peak_memory_bytes(world.device.type),
-        "idle_share": idle_share(pairs, packs, world.size),
-        "num_ranks": world.size,
-    }
+        "share_of_ceiling": speed["flops_per_second"] / (ceiling * world.size), "num_ranks": world.size,
+        "peak_memory_bytes": peak_memory_bytes(world.device.type), "idle_share": idle_share(pairs, packs, world.size),
+    }  # fmt: skip
 
 
 @contextmanager

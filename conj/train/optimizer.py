@@ -36,8 +36,7 @@ def learning_rate_at(step: int, num_steps: int, options) -> float:
 def gradient_norm(model: nn.Module, world: World, *, audit_mode: bool = False) -> Tensor:
     """() float64, on the ranks' device: the norm of all gradients over all ranks, in one pass over them.
 
-    In audit mode its bits do not depend on which rank holds which rows: float64 sums row by row, then over all rows in
-    one order."""
+    In audit mode its bits do not depend on who holds which rows: float64 sums of each row, then of all in one order."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     if audit_mode:
         return world.sum(_squares_of_rows(parameters)).sum().sqrt().to(world.device)

@@ -28,28 +28,20 @@ def make_plan(options, world: World, *, elsewhere: bool = False) -> Plan:
     the reference may have been made on another machine or with other versions."""
     path = options.find("reference.safetensors")
     pairs, tokenizer, usable = load_pairs(options.find("pairs.jsonl"), options.model, options.max_length)
-    key = world.on_main(
-        lambda: reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
-    )
+    where = {"dtype": options.dtype, "device": world.device}
+    key = world.on_main(lambda: reference_key(options.model, tokenizer, pairs, **where))
     reference, stale = load_reference(path, key, len(pairs), elsewhere=elsewhere)
     train, held_out = ([i for i in usable if pairs.is_eval[i] is flag] for flag in (False, True))
     require(world.size <= len(train), f"{options.run_dir}: {len(train)} training pairs cannot feed {world.size} ranks")
     missing = int(reference[usable].isnan().any(dim=1).sum())
     require(missing == 0, f"{path}: {missing} pairs have no reference logprob")
 
-    def pack(members: list[int]) -> list:
-        return plan_packs(
-            pairs, members, max_tokens=options.max_tokens_per_pack, multiple=options.pack_multiple, share=options.share
-        )
-
-    steps = [
-        pack(members)
-        for epoch in range(options.num_train_epochs)
-        for members in plan_steps(
-            pairs, train, pairs_per_step=options.pairs_per_step, share=options.share, seed=f"{options.seed}:{epoch}"
-        )
-    ][: options.max_steps]
+    of_step = {"pairs_per_step": options.pairs_per_step, "share": options.share}
+    of_pack = {"max_tokens": options.max_tokens_per_pack, "multiple": options.pack_multiple, "share": options.share}
+    seeds = [f"{options.seed}:{epoch}" for epoch in range(options.num_train_epochs)]
+    members = [step for seed in seeds for step in plan_steps(pairs, train, seed=seed, **of_step)]
     return Plan(
-        pairs=pairs, reference=reference, train=train, held_out=held_out, steps=steps, eval_packs=pack(held_out),
-        stale=stale,
+        pairs=pairs, reference=reference, train=train, held_out=held_out, stale=stale,
+        steps=[plan_packs(pairs, step, **of_pack) for step in members][: options.max_steps],
+        eval_packs=plan_packs(pairs, held_out, **of_pack),
     )  # fmt: skip

@@ -58,8 +58,7 @@ class World:
         return {"device": device, "ranks": self.size, "threads": torch.get_num_threads()}
 
     def on_main(self, function: Callable[[], object]):
-        """What `function` gives on the main rank, on every rank. An InputError there is raised on all of them: none
-        waits for a rank that is gone."""
+        """What `function` gives on the main rank, on every rank; an InputError there too, so that none waits for it."""
         box = [None, None]
         if self.is_main:
             try:
@@ -101,16 +100,14 @@ ADVICE = {  # and in one of this rank's own: what helps
 
 def explain_failure(error: Exception) -> tuple[bool, str] | None:
     """Whether another rank's end is behind an error, and the error in one line, with what helps if that is known; None
-    for an error that is neither a collective's nor a known one of CUDA's.
-
-    Of NCCL's text the first line says where it was raised, and the next three what happened."""
+    for an error that is neither a collective's nor a known one of CUDA's. Of NCCL's text the first line says where it was
+    raised, and the next three what happened."""
     text = " ".join(str(error).partition("Exception raised from")[0].split())  # what follows is a stack of C++
     lower = text.lower().rpartition("original reason for failure was:")[2]
     if isinstance(error, PeerFailed) or any(part in lower for part in PEER_IS_GONE):
         return True, text
-    for part, advice in ADVICE.items():
-        if part in lower:
-            return False, f"{text}; {advice}"
+    if advice := next((advice for part, advice in ADVICE.items() if part in lower), None):
+        return False, f"{text}; {advice}"
     return (False, text) if "gloo" in lower or "nccl" in lower else None
 
 
@@ -141,10 +138,7 @@ def distributed(device: str = "auto") -> Iterator[World]:
 
 def _join(on_gpu: bool, rank: int, size: int) -> World:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
+    torch.cuda.set_device(device) if on_gpu else keep_freed_memory()
     store = dist.HashStore()
     if "RANK" in os.environ:
         # torchrun keeps its store when it restarts workers, and with it the addresses of those that are gone: without a
@@ -217,16 +211,10 @@ def build_sharded_model(folder: Path, world: World, dtype: str, **settings) -> Q
 
 
 def shard_model(
-    config: Qwen2Config,
-    world: World,
-    dtype: str,
-    *,
-    activation_checkpointing: str = "none",
-    cpu_offload: bool = False,
+    config: Qwen2Config, world: World, dtype: str, *, activation_checkpointing: str = "none", cpu_offload: bool = False,
     reduce_dtype: torch.dtype = torch.float32,
-) -> Qwen2:
-    """Qwen2 with fp32 master weights spread over all ranks, computing in `dtype`, gradients summed in `reduce_dtype`.
-    Memory is there, values are not.
+) -> Qwen2:  # fmt: skip
+    """Qwen2 with fp32 master weights (no values yet) spread over all ranks; computes in `dtype`, sums in `reduce_dtype`.
 
     One rank that holds everything has nothing to gather or to reduce, and FSDP2 would copy each weight twice and each
     gradient three times: there blocks cast their weights themselves and autograd adds the gradients up. With `cpu_offload`
@@ -240,8 +228,9 @@ def shard_model(
         layer.activation_checkpointing = activation_checkpointing
     if world.size > 1 or cpu_offload or reduce_dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=reduce_dtype)
-        offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-        _fully_shard(model, world, mp_policy=policy, offload_policy=offload)
+        _fully_shard(
+            model, world, mp_policy=policy, offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+        )
     return model.to_empty(device="cpu" if cpu_offload else world.device)
 
 

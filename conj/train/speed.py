@@ -85,8 +85,7 @@ def quick_ceiling(device: str, dtype: str) -> float:
 
 
 def resident_bytes(field: str) -> int | None:
-    """VmRSS or VmHWM, its peak, of this process; None where the kernel does not say (gVisor has no VmHWM). Not ru_maxrss:
-    a child starts at its parent's."""
+    """VmRSS, or its peak VmHWM; None where there is none, as in gVisor. Not ru_maxrss: a child starts at its parent's."""
     lines = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
     return int(lines[0].split()[1]) * 1024 if lines else None
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 from conj.data.prompts import VERDICT_KEY
@@ -50,6 +50,9 @@ class Completion:
     completion_tokens: int | None = None
 
 
+Completions = Generator[tuple[Request, Completion]]  # each request with its completion, as it finishes
+
+
 def request_seed(seed: int, key: dict) -> int:
     """The seed of one request, 63 bits: a hash of the stage's seed and the request's key."""
     digest = hashlib.sha256(json.dumps([seed, *key.values()]).encode()).digest()
@@ -57,12 +60,9 @@ def request_seed(seed: int, key: dict) -> int:
 
 
 def first_probability(
-    text: str,
-    place: tuple[str, str, str],
-    num_tokens: int,
-    length: Callable[[int], int],
+    text: str, place: tuple[str, str, str], num_tokens: int, length: Callable[[int], int],
     top: Callable[[int], list[tuple[str, float]]],
-) -> float | None:
+) -> float | None:  # fmt: skip
     """The probability that a judge gives to the answer shown first: p(1) / (p(1) + p(2)) at the token that names the
     better one in the last match of `place`, given all that it wrote before. None if no token does just that.
 

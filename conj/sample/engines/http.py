@@ -15,7 +15,6 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Generator
 from dataclasses import dataclass
 
 from conj import InputError
@@ -24,6 +23,7 @@ from conj.data.options import option, require, require_each
 from conj.sample.engines.completion import (
     NUM_TOP_LOGPROBS,
     Completion,
+    Completions,
     Decoding,
     Request,
     first_probability,
@@ -42,7 +42,7 @@ class EndpointOptions:
         None, help="most requests a minute, retries counted, above 0; no limit if not given", affects_result=False
     )
     max_retries: int = option(
-        20, help="times a request is sent again, about 8 seconds apart in the end", affects_result=False
+        20, help="times a request is sent again, in the end every 8 seconds", affects_result=False
     )
     request_timeout: float = option(600.0, help="longest wait for an answer, seconds", affects_result=False)
 
@@ -52,13 +52,10 @@ class EndpointOptions:
         require_each(self, ("requests_per_minute", "request_timeout"), lambda value: value > 0, "above 0")
 
 
-def complete_by_http(
-    requests: list[Request], judge: Judge, options: EndpointOptions, decoding: Decoding
-) -> Generator[tuple[Request, Completion]]:
+def complete_by_http(requests: list, judge: Judge, options: EndpointOptions, decoding: Decoding) -> Completions:
     """Each request with its completion, as it finishes.
 
-    Raises InputError for a request that the server refuses, and when the retries of one are used up; not before all
-    that is there was given out."""
+    Raises InputError when one is refused, or its retries are used up; not before all that is there was given out."""
     refused = [name for name, off in (("top_k", 0), ("repetition_penalty", 1.0)) if getattr(decoding, name) != off]
     require(not refused, f"{judge.name}: the API has no {', '.join(refused)}")
     waiting, finished, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
@@ -185,9 +182,7 @@ def _first_probability(text: str, tokens: list, decoding: Decoding) -> float | N
     return first_probability(text, decoding.verdict_place, len(tokens), length, top)
 
 
-def _input_error(
-    request: Request, error: Exception, num_done: int, num_asked: int, judge: Judge, options: EndpointOptions
-) -> Exception:
+def _input_error(request: Request, error, done: int, asked: int, judge: Judge, options: EndpointOptions) -> Exception:
     """What to tell the user; a mistake of ours is passed on as it is."""
     import openai
 
@@ -199,6 +194,6 @@ def _input_error(
     if status is not None and status < 500 and status not in (408, 409, 429):
         return InputError(f"{where}: refused: {first_line(error)}")
     return InputError(
-        f"{where}: no answer after {options.max_retries} retries: {first_line(error)}; {num_done} of the {num_asked} "
+        f"{where}: no answer after {options.max_retries} retries: {first_line(error)}; {done} of the {asked} "
         "judgments asked for are done and kept: the same command goes on from there"
     )

@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from conj.model.folder import DEFAULT_MAX_LENGTH, JudgeModel
 from conj.sample.engines.completion import (
     NUM_TOP_LOGPROBS,
     Completion,
+    Completions,
     Decoding,
     Request,
     first_probability,
@@ -49,11 +50,9 @@ class EngineOptions:
         "auto", help="auto: what the installed vLLM is built for; another is refused", affects_result=False
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", help="auto: float32 on a CPU, else bfloat16"
+        "auto", help="auto: float32 on a CPU, or bfloat16"
     )
-    tensor_parallel_size: int = option(
-        1, help="number of GPUs that share each layer of the model", affects_result=False
-    )
+    tensor_parallel_size: int = option(1, help="number of GPUs that share each layer", affects_result=False)
     pipeline_parallel_size: int = option(1, help="number of stages that the layers are dealt to", affects_result=False)
     data_parallel_size: int = option(
         1, help="number of copies of the model; more than one only behind vLLM's own server", affects_result=False
@@ -91,24 +90,16 @@ def running_engine(model: JudgeModel, options: EngineOptions) -> Iterator:
         raise InputError(f"sampling needs vLLM, which cannot be imported ({e}); scripts/setup.sh installs it") from None
     built_for = current_platform.device_type  # empty: built for GPUs, and sees none
     require(bool(built_for), "--device: the vLLM that is installed is built for GPUs, and finds none")
-    if options.device not in ("auto", built_for):
-        raise InputError(
-            f"--device: expected auto or {built_for}, which the vLLM that is installed is built for, found {options.device}"
-        )
+    fits = f"expected auto or {built_for}, which the vLLM that is installed is built for"
+    require(options.device in ("auto", built_for), f"--device: {fits}, found {options.device}")
     arguments = {
-        "model": str(model.folder),
-        "skip_tokenizer_init": True,
+        "model": str(model.folder), "skip_tokenizer_init": True, "dtype": options.dtype,
         "generation_config": "vllm",  # the model's own sampling defaults stay out
-        "dtype": options.dtype,
-        "max_model_len": model.max_length,
-        "max_num_seqs": options.max_num_seqs,
-        "tensor_parallel_size": options.tensor_parallel_size,
+        "max_model_len": model.max_length, "max_num_seqs": options.max_num_seqs, "enable_prefix_caching": True,
+        "tensor_parallel_size": options.tensor_parallel_size, "disable_log_stats": True, "use_tqdm_on_load": False,
         "pipeline_parallel_size": options.pipeline_parallel_size,
         "gpu_memory_utilization": options.gpu_memory_utilization,
-        "enable_prefix_caching": True,
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-    }
+    }  # fmt: skip
     if options.dtype == "auto":
         arguments["dtype"] = "float32" if current_platform.is_cpu() else "bfloat16"
     if current_platform.is_cpu():
@@ -135,15 +126,13 @@ def running_engine(model: JudgeModel, options: EngineOptions) -> Iterator:
 
 def complete_by_vllm(
     requests: Iterable[Request], model: JudgeModel, options: EngineOptions, decoding: Decoding
-) -> Generator[tuple[Request, Completion]]:
+) -> Completions:
     """Each request with its completion, as it finishes, by an engine that lives as long as the generator."""
     with running_engine(model, options) as engine:
         yield from generate(engine, requests, model, decoding)
 
 
-def generate(
-    engine, requests: Iterable[Request], model: JudgeModel, decoding: Decoding
-) -> Iterator[tuple[Request, Completion]]:
+def generate(engine, requests: Iterable[Request], model: JudgeModel, decoding: Decoding) -> Completions:
     """Each request with its completion, as it finishes."""
     requests, running = enumerate(requests), {}
     while True:

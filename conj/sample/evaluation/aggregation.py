@@ -73,15 +73,12 @@ def right_on_balance(
     labels: np.ndarray,  # (Q,) int
 ) -> np.ndarray:  # (Q,) bool
     """JudgeBench's rule: a pair is right if, over its two orders, right answers outnumber wrong ones."""
-    right = (choices == labels[:, None]).sum(1)
-    wrong = (choices == 3 - labels[:, None]).sum(1)
-    return right > wrong
+    return (choices == labels[:, None]).sum(1) > (choices == 3 - labels[:, None]).sum(1)
 
 
 def annotator_agreement(votes: Sequence[Sequence[int]], choices: Sequence[int | None]) -> dict[str, float]:
     """PandaLM's shares of rows on which the judge agrees with each annotator, and each two annotators with each other."""
-    columns = list(zip(*votes))
-    named = {f"annotator_{i}": column for i, column in enumerate(columns, 1)}
+    named = {f"annotator_{i}": column for i, column in enumerate(zip(*votes), 1)}
     shares = {name: _share(column, choices) for name, column in named.items()}
     return shares | {f"{a}_{b}": _share(named[a], named[b]) for a, b in combinations(named, 2)}
 

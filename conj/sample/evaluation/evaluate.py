@@ -58,7 +58,7 @@ class EvaluateOptions(RunOptions, EngineOptions, EndpointOptions):
     limit: int | None = option(None, help="number of rows read from the head of each benchmark; all if not given")
     judge: str = option("con-j", help="whose prompt, parser and backend: a judge that conj ships, or a judge file")
     judge_text: Path | None = option(
-        None, help="file with the judge's text, where its judge file ships none", affects_result=False
+        None, help="file with the text of a judge whose file ships none", affects_result=False
     )
     name: str | None = option(
         None,
@@ -75,7 +75,7 @@ class EvaluateOptions(RunOptions, EngineOptions, EndpointOptions):
     num_samples: int = option(1, help="judgments of each order; the majority decides")
     temperature: float = option(0.0, help="sampling temperature; 0 is greedy, and takes one sample")
     verdict_probability: bool = option(
-        False, help="also keep the probability of the verdict's token, and how far it can be believed"
+        False, help="also keep the probability of the verdict's token, and how far it holds"
     )
     seed: int = option(2021, help="seed of the order of the two answers, of sampling and of the bootstrap")
     num_resamples: int = option(2000, help="number of bootstrap resamples of the questions", affects_result=False)
@@ -140,9 +140,8 @@ def say_what_is_missing(content: dict, options: EvaluateOptions) -> None:
     for name, figures in content["judges"].items():
         for benchmark, entry in figures["benchmarks"].items():
             if entry.get("in_no_section"):
-                print(
-                    f"{name}: {benchmark}: {entry['in_no_section']} of {entry['n']} questions are of no known section"
-                )
+                found = f"{entry['in_no_section']} of {entry['n']} questions are of no known section"
+                print(f"{name}: {benchmark}: {found}")
         if options.verdict_probability and figures["probability"] is None:
             print(f"{name}: fewer than five questions have a verdict's probability: none is reported")
 
@@ -178,7 +177,7 @@ def make_judgments(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[st
     for (artefact, inputs), model in zip(options.makes().items(), models.values(), strict=True):
         judge_prompts(artefact, inputs, judge, model, prompts, options, counts)
     found, labels = {}, {row["id"]: row["label"] for row in prompts}
-    for path in sorted(_judgments_in(options.run_dir), key=_base_first):
+    for path in _judgments_in(options.run_dir):
         made = manifest.read_manifest(path)
         if made is None or not made["complete"] or "overlong_ids" not in made["counts"]:
             print(f"{path}: unfinished: left out of the report")
@@ -195,15 +194,11 @@ def make_judgments(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[st
     return found, counts
 
 
-def _judgments_in(run: Path) -> set[Path]:
-    """Files of judgments in the run folder, and those that it takes from another run's."""
-    made = {path for path in manifest.list_artefacts(run) if fnmatch(path.name, "judgments_*.jsonl")}
-    return made | {path for path in run.glob("judgments_*.jsonl") if path.is_file()}
-
-
-def _base_first(path: Path) -> tuple:
-    first = [f"judgments_{name}.jsonl" for name in ("base", "trained")]
-    return (first.index(path.name) if path.name in first else len(first), path.name)
+def _judgments_in(run: Path) -> list[Path]:
+    """Files of judgments in the run folder, and those that it takes from another run's: base, trained, then the others."""
+    found = {path for path in manifest.list_artefacts(run) if fnmatch(path.name, "judgments_*.jsonl")}
+    found |= {path for path in run.glob("judgments_*.jsonl") if path.is_file()}
+    return sorted(found, key=lambda path: (manifest.stage_order(path), path.name))
 
 
 def judge_of(options: EvaluateOptions) -> Judge:
@@ -217,18 +212,16 @@ def judge_of(options: EvaluateOptions) -> Judge:
 def find_models(options: EvaluateOptions, judge: Judge) -> dict[str, JudgeModel | None]:
     """The models to judge with, checked, by name; None for one behind an endpoint."""
     name = options.name or judge.name
-    require(
-        bool(NAME.fullmatch(name)), f"judge {judge.name!r}: expected a name of {NAME.pattern}; give it one by --name"
-    )
+    fits = NAME.fullmatch(name) is not None
+    require(fits, f"judge {judge.name!r}: expected a name of {NAME.pattern}; give it one by --name")
     if judge.backend == "openai":
         options.refuse(f"judge {judge.name} is behind an endpoint", "model", "max_length", "device", "dtype",
                         "tensor_parallel_size", "pipeline_parallel_size")  # fmt: skip
         return {name: None}
     options.refuse(f'judge {judge.name} runs on vLLM; a judge file with backend = "openai" asks an endpoint',
                     "base_url", "requests_per_minute")  # fmt: skip
-    require(
-        options.model is not None, f"--model: expected a folder for judge {judge.name} ({judge.model or 'any model'})"
-    )
+    known = judge.model or "any model"
+    require(options.model is not None, f"--model: expected a folder for judge {judge.name} ({known})")
     max_length = options.max_length or judge.max_length
     check = functools.partial(check_model, max_length=max_length, chat_template=judge.chat_template)
     if options.name or options.judge != "con-j":
@@ -239,14 +232,9 @@ def find_models(options: EvaluateOptions, judge: Judge) -> dict[str, JudgeModel 
 
 
 def judge_prompts(
-    artefact: Path,
-    inputs: list,
-    judge: Judge,
-    model: JudgeModel | None,
-    prompts: list[dict],
-    options: EvaluateOptions,
+    artefact: Path, inputs: list, judge: Judge, model: JudgeModel | None, prompts: list[dict], options: EvaluateOptions,
     counts: dict,
-) -> None:
+) -> None:  # fmt: skip
     """Writes a judgment of every prompt that fits, in both orders of its answers.
 
     Beside what every judgment has: `order` (1: as in the data, 2: swapped), `sample`, `verdict` (as written) and `choice`
@@ -267,14 +255,12 @@ def judge_prompts(
             "label": labels[request.key["id"]], "rung": verdict.rung,
         } | ({} if dollars is None else {"dollars": dollars})  # fmt: skip
 
-    if model is None:
-        complete = functools.partial(complete_by_http, judge=judge, options=options, decoding=decoding)
-    else:
-        complete = functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding)
+    by_engine = functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding)
+    by_endpoint = functools.partial(complete_by_http, judge=judge, options=options, decoding=decoding)
     write_judgments(
         artefact, prompts, functools.partial(both_orders, judge=judge, model=model, num_samples=options.num_samples),
-        read, complete, inputs=inputs,
-        model=model, options=options, decoding=decoding, data_counts=counts, outcome="choice",
+        read, by_engine if model else by_endpoint, inputs=inputs, model=model, options=options, decoding=decoding,
+        data_counts=counts, outcome="choice",
     )  # fmt: skip
 
 

@@ -72,8 +72,7 @@ def score_all(judged: dict[str, Judged], num_resamples: int, seed: int) -> dict:
 
 
 def to_arrays(judged: Judged) -> Choices:
-    """A prompt that a judge of ours has no judgment of did not fit its context: unparsed. Published judgments may have one
-    order only: the other is not judged."""
+    """A prompt without a judgment did not fit the context: unparsed. Of published ones an order may be absent: not judged."""
     rows = {(row["id"], row["order"], row["sample"]): row for row in judged.rows}
     orders = {row["order"] for row in judged.rows}
     num_samples = 1 + max((row["sample"] for row in judged.rows), default=0)
@@ -94,13 +93,11 @@ def to_arrays(judged: Judged) -> Choices:
     with np.errstate(invalid="ignore"):
         mean = np.where(known, probability, 0).sum((1, 2)) / known.sum((1, 2))
     return Choices(
-        samples=samples,
-        labels=np.array([row["label"] or scores.TIE for row in prompts]),
+        samples=samples, labels=np.array([row["label"] or scores.TIE for row in prompts]), probability=mean,
         longer=np.where(lengths[:, 0] == lengths[:, 1], 0, lengths.argmax(1) + 1),
         subsets=np.array([row["subset"] or "all" for row in prompts], dtype=object),
         clusters=np.unique([question_text(question_of(row)) for row in prompts], return_inverse=True)[1],
-        probability=mean,
-    )
+    )  # fmt: skip
 
 
 def score_judge(judged: Judged, arrays: Choices, num_resamples: int, seed: int) -> dict:
@@ -128,9 +125,7 @@ def score_judge(judged: Judged, arrays: Choices, num_resamples: int, seed: int) 
     return figures
 
 
-def score_benchmark(
-    name: str, prompts: list[dict], arrays: Choices, num_resamples: int, seed: int, is_part: bool
-) -> dict:
+def score_benchmark(name: str, prompts: list, arrays: Choices, num_resamples: int, seed: int, is_part: bool) -> dict:
     """A benchmark's entry: its figures over all questions and over each subset's, its sections and its score as its authors
     add them up; of data that are no benchmark, the accuracy."""
     known = BENCHMARKS.get(name)
@@ -139,11 +134,8 @@ def score_benchmark(
     is_part &= known is None or not known.num_rows  # else official numbers of rows say which sections are whole
     accuracy = shown(entry["accuracy"], entry["accuracy_ci95"], is_part)
     entry |= {"title": known.title if known else name, "partial": is_part, "score": accuracy, "sections": {}}
-    entry["subsets"] = {
-        subset: scores.summarize(part.ratios(), num_resamples, seed, part.clusters)
-        for subset, of in members.items()
-        for part in [arrays.of(of)]
-    }
+    parts = {subset: arrays.of(of) for subset, of in members.items()}
+    entry["subsets"] = {s: scores.summarize(p.ratios(), num_resamples, seed, p.clusters) for s, p in parts.items()}
     if known is None:
         return entry
     points = arrays.ratios(known.undecided_points)["accuracy"]
@@ -158,18 +150,15 @@ def score_benchmark(
         between = None if draws[section.name] is None else scores.interval(draws[section.name])
         found = shown(aggregation.section_value(section, values), between, section.partial or is_part)
         entry["sections"][section.name] = found | {"n": section.n}
-    entry["in_no_section"] = len(prompts) - sum(
-        int(of.sum()) for subset, of in members.items() if any(subset in section.weights for section in sections)
-    )
+    known_subsets = set().union(*(section.weights for section in sections))
+    entry["in_no_section"] = int(sum(of.sum() for subset, of in members.items() if subset not in known_subsets))
     scored = [entry["sections"][section] for section in aggregation.scored_sections(name)]
     values = [section["value"] for section in scored]
-    partial = any(section["partial"] for section in scored)
+    entry["partial"] = any(section["partial"] for section in scored)
+    entry["score"] = shown(None, None, partial=True)
     if None not in values:
         between = scores.interval(sum(draws[section] for section in aggregation.scored_sections(name)) / len(scored))
-        entry["score"] = shown(float(np.mean(values)), between, partial)
-    else:
-        entry["score"] = shown(None, None, partial=True)
-    entry["partial"] = partial
+        entry["score"] = shown(float(np.mean(values)), between, entry["partial"])
     if all("votes" in row for row in prompts):
         entry["annotators"] = agreement_with_annotators([row["votes"] for row in prompts], arrays.choices())
     return entry

@@ -74,9 +74,9 @@ class Judge:
         if self.verdict_pattern is None:
             return CARD_VERDICT
         names = [next(text for text, value in self.verdicts.items() if value == answer) for answer in (1, 2)]
-        while names[0][:-1] and names[1][:-1] and names[0][-1] == names[1][-1]:
+        while min(map(len, names)) > 1 and names[0][-1] == names[1][-1]:
             names = [name[:-1] for name in names]
-        while names[0][1:] and names[1][1:] and names[0][0] == names[1][0]:
+        while min(map(len, names)) > 1 and names[0][0] == names[1][0]:
             names = [name[1:] for name in names]
         return self.verdict_pattern, *names
 
@@ -110,11 +110,8 @@ def load_judge(name_or_path: str, text_file: Path | None = None) -> Judge:
     {answer_2} where they go, and takes the place of the judge's own.
 
     Raises InputError, naming file and key, for what cannot be a judge."""
-    path = Path(name_or_path)
-    if name_or_path in shipped_judges():
-        path = FOLDER / f"{name_or_path}.toml"
-    content = _read_toml(path)
-    content.setdefault("name", path.stem)
+    path = FOLDER / f"{name_or_path}.toml" if name_or_path in shipped_judges() else Path(name_or_path)
+    content = {"name": path.stem} | _read_toml(path)
     text = content.pop("text", None)
     if text_file is not None:
         content.pop("prompt", None)
@@ -154,11 +151,11 @@ def _check_types(content: dict, path: Path) -> None:
     for key, value in content.items():
         if key not in kinds:
             raise InputError(f"{path}: {key}: no key of a judge; expected one of {', '.join((*kinds, 'text'))}")
-        kind = kinds[key]
-        if type(None) in typing.get_args(kind):  # `int | None`: absent unless given
-            kind = typing.get_args(kind)[0]
+        kind, choices = kinds[key], typing.get_args(kinds[key])
+        if type(None) in choices:  # `int | None`: absent unless given
+            kind, choices = choices[0], typing.get_args(choices[0])
         if typing.get_origin(kind) is Literal:
-            holds, expected = value in typing.get_args(kind), " or ".join(typing.get_args(kind))
+            holds, expected = value in choices, " or ".join(choices)
         elif kind is str:
             holds, expected = isinstance(value, str) and value != "", "a text"
         elif kind is int:

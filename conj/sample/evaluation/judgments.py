@@ -5,16 +5,16 @@ them. Published judgments belong to the order of their own files, so their promp
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from conj import InputError
 from conj.data.benchmarks import resolve_data
-from conj.data.files import check_columns
+from conj.data.files import check_columns, listed
 from conj.data.layouts import swapped
 from conj.data.manifest import read_manifest
-from conj.data.preprocess import load_prompts, make_row, next_copy
+from conj.data.preprocess import add_row, load_prompts, make_row
 from conj.data.readers import read_preferences, read_rows
 
 OWN = {"id": str, "order": int, "text": str, "verdict": object, "label": int, "rung": str}
@@ -29,11 +29,13 @@ WINNERS = {"1": 1, "2": 2, None: None, "None": None}
 RESULTS = {"0": 0, "1": 1, "2": 2, "Tie": 0, "garbage": None}  # as PandaLM's outputs write them
 
 
+Judgments = tuple[list[dict], list[dict]]  # rows of prompts, rows of their judgments
+
+
 def read_judgments_file(
     path: Path, data: Sequence[str] = (), seed: int = 2021, subsets: Sequence[str] = (), limit: int | None = None
-) -> tuple[list[dict], list[dict]]:
-    """Prompts rows, as `load_prompts` makes them for benchmarks, and judgments rows. Prompts that were too long for the
-    judge have no judgments.
+) -> Judgments:
+    """Prompts rows, as `load_prompts` makes them for benchmarks, and judgments rows; none for a prompt that was too long.
 
     `data`, `seed`, `subsets`, `limit`: the benchmarks that were judged, as in `load_prompts`. LLMBar's `result.json`
     holds its own prompts and needs no data; `limit` then counts its rows. Raises InputError, with file and row, for a
@@ -61,28 +63,27 @@ def _read_own(path, rows, data, seed, subsets, limit) -> tuple[list[dict], list[
     _require_none(path, "judgments of prompts that are not in the data", [j["id"] for j in judgments], known)
     judgments = [row for row in judgments if row["id"] in labels]
     if wrong := [row["id"] for row in judgments if row["label"] != labels[row["id"]]]:
-        raise InputError(f"{path}: {_some(wrong)} have another label than the data; was another --seed used?")
+        raise InputError(f"{path}: {listed(wrong)} have another label than the data; was another --seed used?")
     twice = Counter((row["id"], row["order"], row["sample"]) for row in judgments)
     if repeated := [" ".join(map(str, key)) for key, count in twice.items() if count > 1]:
-        raise InputError(f"{path}: {len(repeated)} judgments (id, order, sample) appear twice: {_some(repeated)}")
-    asked = {}
+        raise InputError(f"{path}: {len(repeated)} judgments (id, order, sample) appear twice: {listed(repeated)}")
+    asked = defaultdict(set)
     for row in judgments:
-        asked.setdefault(row["id"], set()).add((row["order"], row["sample"]))
+        asked[row["id"]].add((row["order"], row["sample"]))
     orders = {order for keys in asked.values() for order, _ in keys}
     num_samples = max(map(len, asked.values()), default=0) // max(len(orders), 1)
     whole = {(order, sample) for order in orders for sample in range(num_samples)}
     if torn := [id for id, keys in asked.items() if keys != whole]:
         raise InputError(
-            f"{path}: expected {len(whole)} judgments of each prompt (orders {_some(sorted(orders))}, samples from 0 on), "
-            f"found others of {len(torn)}: {_some(torn)}"
+            f"{path}: expected {len(whole)} judgments of each prompt (orders {listed(sorted(orders))}, samples from 0 on), "
+            f"found others of {len(torn)}: {listed(torn)}"
         )
-    unanswered = [id for id in labels if id not in asked]
     manifest = read_manifest(path)
     if manifest is not None and not manifest["complete"]:
         raise InputError(f"{path}: was cut short; run its stage again to finish it")
     # Its manifest says which are rightly missing: they did not fit the context.
     overlong = manifest["counts"].get("overlong_ids", []) if manifest is not None else []
-    _require_none(path, "prompts of the data without a judgment", unanswered, set(overlong))
+    _require_none(path, "prompts of the data without a judgment", labels, asked.keys() | set(overlong))
     return prompts, judgments
 
 
@@ -93,10 +94,8 @@ def _own_judgment(row: dict) -> dict:
             raise InputError(f"expected {name} to be {expected}, found {str(row[name])[:40]!r}")
     verdict = _member(row["verdict"], "verdict", (None, 0, 1, 2))
     choice = swapped(verdict) if row["order"] == 2 else verdict
-    if row.get("choice", choice) != choice:
-        raise InputError(
-            f"expected choice {choice}, of verdict {verdict} in order {row['order']}; found {row['choice']!r}"
-        )
+    if (found := row.get("choice", choice)) != choice:
+        raise InputError(f"expected choice {choice}, of verdict {verdict} in order {row['order']}; found {found!r}")
     return {"sample": 0, "finish_reason": None} | row | {"choice": choice}
 
 
@@ -105,8 +104,7 @@ def _read_llmbar(path: Path, rows: list) -> tuple[list[dict], list[dict]]:
     prompts, judgments = {}, []
     for record, (where, row) in zip(read_preferences(str(path)), rows, strict=True):
         prompt = make_row(record, path.name, None, "llmbar")
-        prompt["id"] = next_copy(prompt["id"], prompts) if prompt["id"] in prompts else prompt["id"]
-        prompts[prompt["id"]] = prompt
+        add_row(prompt, prompts)
         judgments += _parse(where, row, {"results": list}, lambda row, prompt=prompt: _llmbar_judgments(row, prompt))
     return list(prompts.values()), judgments
 
@@ -134,10 +132,9 @@ def _read_pandalm(path: Path, rows: list, column: str, data: Sequence[str]) -> t
     names = [name for name, benchmark in map(resolve_data, data) if benchmark == "pandalm"]
     if len(names) != 1 or len(data) != 1:
         raise InputError(f"{path}: expected --data with PandaLM's test set alone, found {', '.join(data)}")
-    columns = {"idx": int, column: object}
     results = {}
     for where, row in rows:
-        idx, judged = _parse(where, row, columns, lambda row: (row["idx"], row))
+        idx, judged = _parse(where, row, {"idx": int, column: object}, lambda row: (row["idx"], row))
         if idx in results:
             raise InputError(f"{where}: idx {idx} appears twice")
         if str(judged[column]) not in RESULTS:
@@ -151,8 +148,7 @@ def _read_pandalm(path: Path, rows: list, column: str, data: Sequence[str]) -> t
         if record.unusable == "tie" and len(set(record.votes)) == len(record.votes):
             continue  # no majority to agree with
         prompt = make_row(record, Path(names[0]).name, None, "pandalm")
-        prompt["id"] = next_copy(prompt["id"], prompts) if prompt["id"] in prompts else prompt["id"]
-        prompts[prompt["id"]] = prompt
+        add_row(prompt, prompts)
         text = results[idx].get(column.removesuffix("result") + "reason")
         text = text if isinstance(text, str) else ""
         judgments.append(_published(prompt, 1, 0, text, RESULTS[str(results[idx][column])]))
@@ -193,8 +189,4 @@ def _member(value, name: str, allowed: tuple):
 
 def _require_none(path: Path, what: str, ids: Sequence, allowed) -> None:
     if extra := list(dict.fromkeys(id for id in ids if id not in allowed)):
-        raise InputError(f"{path}: {len(extra)} {what}: {_some(extra)}")
-
-
-def _some(ids: Sequence) -> str:
-    return ", ".join(map(str, ids[:10])) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
+        raise InputError(f"{path}: {len(extra)} {what}: {listed(extra)}")

@@ -19,21 +19,11 @@ DARK = {INK: "#e6e8eb", SOFT: "#aab2bd", AXIS: "#6b7280", GRID: "#2f353d", GREY:
 DARK |= dict(zip(JUDGE_COLOURS[1:], ("#fbbf24", "#a5b4fc", "#fb7185", "#38bdf8", "#d8b4fe", "#a3e635")))
 FONTS = 'system-ui, "Segoe UI", Roboto, "Noto Sans", "Noto Sans CJK SC", "PingFang SC", sans-serif'
 STYLE = {
-    "font.size": 10,
-    "text.parse_math": False,  # a name with two dollars is no formula
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": AXIS,
-    "axes.labelcolor": SOFT,
-    "text.color": INK,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "axes.axisbelow": True,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "conj",
-}
+    "font.size": 10, "text.parse_math": False,  # a name with two dollars is no formula
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": AXIS, "axes.labelcolor": SOFT,
+    "text.color": INK, "xtick.color": SOFT, "ytick.color": SOFT, "axes.grid": True, "grid.color": GRID,
+    "axes.axisbelow": True, "svg.fonttype": "none", "svg.hashsalt": "conj",
+}  # fmt: skip
 WIDTH = 5.0  # inches: 480 CSS pixels, half of the page
 SHARES = {"ticks": [0, 0.25, 0.5, 0.75, 1], "labels": ["0", "25", "50", "75", "100 %"]}
 
@@ -69,9 +59,7 @@ def draw_pictures(judges: dict[str, dict], titles: dict[str, str], metrics: list
         if certain := {name: figures["probability"] for name, figures in judges.items() if figures["probability"]}:
             pictures["calibration"] = draw_calibration(certain, colours)
         for title, curves in TRAINING_CURVES.items():
-            drawn = {
-                name: [(row["step"], row[name]) for row in metrics if row.get(name) is not None] for name in curves
-            }
+            drawn = {name: [(r["step"], r[name]) for r in metrics if r.get(name) is not None] for name in curves}
             if any(drawn.values()):
                 pictures[title] = draw_training(drawn, curves)
     return pictures
@@ -125,8 +113,7 @@ def draw_calibration(probabilities: dict[str, dict], colours: dict[str, str]) ->
     axes.plot([0, 1], [0, 1], color=AXIS, linewidth=1)
     for judge, found in probabilities.items():
         for name, style, label in ("bins_raw", "o--", "as given"), ("bins", "o-", "calibrated"):
-            points = [(mean, share) for mean, share, count in found[name] if count]
-            if points:
+            if points := [(mean, share) for mean, share, count in found[name] if count]:
                 title = f"{plain_name(judge)}, {label}"
                 axes.plot(*zip(*points), style, color=colours[judge], label=title, markersize=4, linewidth=1.4)
     axes.set(xlim=(0.5, 1), ylim=(0, 1))
@@ -149,9 +136,9 @@ def draw_training(curves: dict[str, list[tuple[int, float]]], colours: dict[str,
     figure, axes = _chart("step")
     for name, points in curves.items():
         if points:
-            held_out = name.startswith("eval/")
-            label = "held out" if held_out else name.rpartition("/")[2].replace("_", " ")
-            marker = "o" if held_out else None
+            label, marker = name.rpartition("/")[2].replace("_", " "), None
+            if name.startswith("eval/"):
+                label, marker = "held out", "o"
             axes.plot(*zip(*points), color=colours[name], linewidth=1.4, marker=marker, markersize=4, label=label)
     if len(axes.lines) > 1:
         axes.legend(frameon=False)
@@ -159,8 +146,7 @@ def draw_training(curves: dict[str, list[tuple[int, float]]], colours: dict[str,
 
 
 def _chart(x_title: str):
-    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
-    axes = figure.subplots()
+    axes = (figure := Figure(figsize=(WIDTH, 2.9), layout="constrained")).subplots()
     axes.set_xlabel(x_title)
     axes.tick_params(length=0)
     return figure, axes

@@ -18,8 +18,9 @@ from urllib.parse import urlencode
 import jinja2
 from markupsafe import Markup
 
-from conj.data.benchmarks import BENCHMARKS, STYLES
+from conj.data.benchmarks import BENCHMARKS
 from conj.data.files import read_jsonl, replace_surrogates, write_atomic
+from conj.data.layouts import STYLES
 from conj.data.manifest import list_artefacts, locate, read_manifest
 from conj.data.preprocess import question_of
 from conj.data.prompts import REASON_KEY, VERDICT_KEY
@@ -42,6 +43,7 @@ COST_NAMES = {
 _RM_BENCH = BENCHMARKS["rm-bench"].sections
 STYLE_WEIGHTS = {**_RM_BENCH["Easy"], **_RM_BENCH["Normal"], **_RM_BENCH["Hard"]}  # subset -> weight
 QUESTIONS_A_BLOCK = 1000
+KEPT = ("order", "sample", "choice", "verdict", "rung", "finish_reason", "p_first")  # of a judgment, beside its reason
 TEMPLATES = Path(__file__).parent / "templates"
 PAGES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=lambda name: name.endswith(".html"),
@@ -50,12 +52,9 @@ PAGES = jinja2.Environment(
 
 
 def write_report(
-    run: Path,
-    report: dict,
-    prompts: list[dict],
-    judgments: dict[str, list[dict]],
+    run: Path, report: dict, prompts: list[dict], judgments: dict[str, list[dict]],
     seconds: dict[str, float | None] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Writes report.json, report.md and report.html into `run`.
 
     `report`: the content of report.json; `prompts`: rows as `load_prompts` gives them; `judgments`: judge -> rows of its
@@ -72,16 +71,15 @@ def write_report(
         "rungs": list(dict.fromkeys(rung for figures in judges.values() for rung in figures["rungs"])),
         "stages": read_stages(run),
     }  # fmt: skip
-    rendered = PAGES.get_template("report.html").render(
-        **page, pictures=draw_pictures(judges, FIGURE_NAMES, metrics), script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        blocks=[Markup(block) for block in pack_judgments(judges, prompts, judgments)],
-    )  # fmt: skip
     contents = {
         "report.json": json.dumps(report, ensure_ascii=False, indent=2) + "\n",
         "report.md": PAGES.get_template("report.md").render(**page),
-        "report.html": rendered,
-    }
+        "report.html": PAGES.get_template("report.html").render(
+            **page, pictures=draw_pictures(judges, FIGURE_NAMES, metrics), script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            blocks=[Markup(block) for block in pack_judgments(judges, prompts, judgments)],
+        ),
+    }  # fmt: skip
     for name, text in contents.items():
         write_atomic(run / name, encode(text))
 
@@ -191,15 +189,13 @@ def gather_benchmarks(judges: dict[str, dict]) -> list[dict]:
 
 def style_matrix(subsets: dict[str, dict]) -> list[list[float | None]]:
     """RM-Bench's accuracies by style of the better answer (rows) and of the worse (columns), over its domains."""
-    matrix = []
-    for better in STYLES:
-        matrix.append([])
-        for worse in STYLES:
-            cells = [c for c in STYLE_WEIGHTS if c in subsets and c.endswith(f"/{better}-{worse}")]
-            total = sum(STYLE_WEIGHTS[c] for c in cells)
-            right = sum(STYLE_WEIGHTS[c] * subsets[c]["accuracy"] for c in cells)
-            matrix[-1].append(right / total if total else None)
-    return matrix
+
+    def accuracy(styles: str) -> float | None:
+        weights = {cell: w for cell, w in STYLE_WEIGHTS.items() if cell in subsets and cell.endswith(f"/{styles}")}
+        right = sum(weight * subsets[cell]["accuracy"] for cell, weight in weights.items())
+        return right / sum(weights.values()) if weights else None
+
+    return [[accuracy(f"{better}-{worse}") for worse in STYLES] for better in STYLES]
 
 
 def read_stages(run: Path) -> list[dict]:
@@ -243,7 +239,9 @@ def pack_question(prompt: dict, rows: dict[str, dict[str, list[dict]]], subsets:
     question, benchmark = question_of(prompt), prompt.get("benchmark") or prompt["source"]
     judged = []
     for name, of_judge in rows.items():
-        found = [pack_judgment(row) for row in of_judge.get(prompt["id"], ())]
+        found = [
+            {k: row.get(k) for k in KEPT} | {"reason": shown_reason(row)} for row in of_judge.get(prompt["id"], ())
+        ]
         asked = found or (prompt["subset"] or "all") in subsets[name].get(benchmark, ())
         judged.append(found if asked else None)
     turns = [("user", question)] if isinstance(question, str) else [(m["role"], m["content"]) for m in question]
@@ -254,14 +252,8 @@ def pack_question(prompt: dict, rows: dict[str, dict[str, list[dict]]], subsets:
     }  # fmt: skip
 
 
-def pack_judgment(row: dict) -> dict:
-    kept = ("order", "sample", "choice", "verdict", "rung", "finish_reason", "p_first")
-    return {name: row.get(name) for name in kept} | {"reason": shown_reason(row)}
-
-
 def shown_reason(row: dict) -> str:
-    """What the page shows of a judgment: the reason, where the text is the asked-for JSON and nothing else, or the text
-    as it is."""
+    """What the page shows of a judgment: the reason, where the text is the asked-for JSON and nothing else, or the text."""
     if row["rung"] == "json":
         try:
             content = json.loads(row["text"])

@@ -3,8 +3,7 @@
 A question is judged in both orders of its answers. Its two choices (1 or 2 in the order of the data, TIE, UNPARSED, or
 NOT_JUDGED where published judgments have one order only) stand in a row of `choices`. An unparsed judgment counts as
 half right, and so does one that calls a tie where there is a better answer; without a verdict it is consistent with nothing.
-Of several samples the majority is the choice, a draw counts half. Questions with one text (RM-Bench shows nine pairs of
-answers to each) are drawn together.
+Of several samples the majority counts, a draw half. Questions of one text (RM-Bench has nine each) are drawn together.
 
 Dimensions: Q questions, C clusters of them, B resamples, F figures.
 """
@@ -56,8 +55,7 @@ def bootstrap(
 
     `clusters` (Q,) int: questions that are drawn together; each by itself if not given. `stratified`: as many are drawn as
     there are of those that count in the same figures (the subsets of a benchmark, which fixes their sizes). Clusters that
-    count alike are drawn at once, by a multinomial over the kinds there are: the same distribution as drawing them one by
-    one, for a hundredth of the time."""
+    count alike are drawn at once, by a multinomial: the same distribution as one by one, for a hundredth of the time."""
     values = np.array([part for ratio in ratios.values() for part in ratio], dtype=float).T  # (Q, 2F)
     if clusters is not None:
         values = _sum_by(clusters, values)  # (C, 2F)
@@ -82,13 +80,11 @@ def _sum_by(clusters: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def summarize(ratios: Ratios, num_resamples: int, seed: int, clusters: np.ndarray | None = None) -> dict:
-    """Every figure and its interval (`accuracy`, `accuracy_ci95`, ...), and `n`, the number of questions; None where
-    there is nothing to count."""
+    """Each figure and its interval (`accuracy`, `accuracy_ci95`, …; None where nothing counts), and `n`, of questions."""
     resampled = bootstrap(ratios, num_resamples, seed, clusters)
     summary = {"n": len(ratios["accuracy"][0])}
     for name, ratio in ratios.items():
-        summary[name] = figure(ratio)
-        summary[f"{name}_ci95"] = interval(resampled[name])
+        summary |= {name: figure(ratio), f"{name}_ci95": interval(resampled[name])}
     return summary
 
 

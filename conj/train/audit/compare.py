@@ -119,8 +119,7 @@ def _model_difference(a: Path, b: Path) -> str:
         if not all(file.exists() for file in files):
             return f": {name} is in one of them only"
         if files[0].read_bytes() != files[1].read_bytes():
-            contents = [read_model_json(file) if name.endswith(".json") else {} for file in files]
-            one, two = contents
+            one, two = (read_model_json(file) if name.endswith(".json") else {} for file in files)
             keys = sorted(k for k in one.keys() | two.keys() if one.get(k) != two.get(k))
             return f": {name} differs" + (f" in {', '.join(keys[:10])}" if keys else "")
     tensors = [{key: path for path in weight_files(f) for key in _keys(path)} for f in (a, b)]

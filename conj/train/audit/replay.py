@@ -27,10 +27,8 @@ def replay(run: TrainedRun, num_steps: int, world: World) -> Iterator[Check]:
     """Takes steps again from the latest start that reaches a checkpoint (a start is step 0 or a checkpoint), and
     compares each row of the log and the state at checkpoints: bit for bit here, within TOLERANCE elsewhere."""
     require(num_steps <= run.num_steps, f"--replay: expected at most {run.num_steps} steps, found {num_steps}")
-    saved = {
-        check_checkpoint(path)["step"]: path
-        for path in list_checkpoints(run.options.find("model").with_name("checkpoints"))
-    }
+    folder = run.options.find("model").with_name("checkpoints")
+    saved = {check_checkpoint(path)["step"]: path for path in list_checkpoints(folder)}
     starts = [start for start in (0, *saved) if start + num_steps <= run.num_steps]
     reaching = [start for start in starts if any(start < step <= start + num_steps for step in saved)]
     start = max(reaching or starts)
@@ -41,33 +39,24 @@ def replay(run: TrainedRun, num_steps: int, world: World) -> Iterator[Check]:
     differing, compared = [], 0
     steps = run.plan.steps[start : start + num_steps]
     batches = batches_of(run.plan.pairs, run.plan.reference, steps, world)
-    for step in progress(
-        range(start + 1, start + num_steps + 1), desc="replay", unit="step", disable=not world.is_main
-    ):
+    numbers, tolerance = range(start + 1, start + num_steps + 1), TOLERANCE[run.options.dtype]
+    for step in progress(numbers, desc="replay", unit="step", disable=not world.is_main):
         row, packs = run.log[step - 1], run.plan.steps[step - 1]
         lr = learning_rate_at(step - 1, run.num_steps, run.options)
-        metrics = train_step(model, optimizer, run.plan.pairs, packs, batches, lr, run.options, world)
-        metrics["step"] = step
-        tolerance = 0.0 if run.is_here else TOLERANCE[run.options.dtype]
-        if name := first_difference(row, metrics, STEP_FIELDS, tolerance):
+        metrics = train_step(model, optimizer, run.plan.pairs, packs, batches, lr, run.options, world) | {"step": step}
+        if name := first_difference(row, metrics, STEP_FIELDS, 0.0 if run.is_here else tolerance):
             differing.append(f"step {step}: {name}: expected {row.get(name)}, found {metrics[name]}")
         if step in saved:
             compared += 1
             if name := _first_moved(saved[step], model, optimizer, before, world):
                 differing.append(f"step {step}: {name} differs from {saved[step].name}'s")
-    how = (
-        "bit for bit"
-        if run.is_here
-        else f"within {TOLERANCE[run.options.dtype]:g}, since this is another machine or version"
-    )
+    how = "bit for bit" if run.is_here else f"within {tolerance:g}, since this is another machine or version"
     name = f"replay of steps {start + 1} to {start + num_steps}"
     found = f"{differing[0]} ({len(differing)} differences)" if differing else f"log and {compared} checkpoints {how}"
     yield Check(name, "BROKEN" if differing else "holds", found)
 
 
-def _first_moved(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, before: dict, world: World
-) -> str | None:
+def _first_moved(path: Path, model: nn.Module, optimizer, before: dict, world: World) -> str | None:
     """The first tensor of the state that is not the checkpoint's: in any bit, or, if the state `before` the replay is
     given, by more than MOVED_TOLERANCE of the way that the checkpoint's went from there. Collective."""
     state = training_state(model, optimizer)

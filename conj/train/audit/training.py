@@ -47,25 +47,19 @@ def read_run(options: AuditOptions, world: World) -> TrainedRun:
     made = read_manifest(options.run_dir / "model")
     elsewhere = dict.fromkeys(Path(entry["path"]).parent for entry in made["inputs"][:2])  # pairs and reference
     try:
-        trained = DPOOptions(
-            run_dir=options.run_dir, from_runs=tuple(elsewhere), model=base_of(options), **made["options"]
-        )
+        places = {"run_dir": options.run_dir, "from_runs": tuple(elsewhere), "model": base_of(options)}
+        trained = DPOOptions(**places, **made["options"])
     except TypeError as e:
-        raise InputError(
-            f"{manifest_path(options.run_dir / 'model')}: options of another version of conj: {e}"
-        ) from None
+        path = manifest_path(options.run_dir / "model")
+        raise InputError(f"{path}: options of another version of conj: {e}") from None
     select_arithmetic(trained, world.device)
     plan = make_plan(trained, world, elsewhere=True)
     columns = {"step": int, "order": str, "num_ranks": int, "rewards/margins": float}
     log = read_jsonl(trained.find("model").with_name("metrics.jsonl"), columns)
     here, there = world.describe(), made["machine"]
-    if trained.audit_mode:
-        is_here = here["device"] == there["device"]
-    else:
-        is_here = here == there and {row["num_ranks"] for row in log} == {world.size}
-    return TrainedRun(
-        options=trained, num_steps=made["num_rows"], plan=plan, log=log, is_here=is_here and not plan.stale
-    )
+    same = here == there and {row["num_ranks"] for row in log} == {world.size}
+    is_here = not plan.stale and (here["device"] == there["device"] if trained.audit_mode else same)
+    return TrainedRun(options=trained, num_steps=made["num_rows"], plan=plan, log=log, is_here=is_here)
 
 
 def check_run(run: TrainedRun, options: AuditOptions, world: World) -> Iterator[Check]:
@@ -101,19 +95,15 @@ def draw_pairs(run: TrainedRun, options: AuditOptions) -> list[int]:
 
 def check_order(run: TrainedRun) -> str:
     """Each step of the log took the pairs that the seed gives it, at the learning rate of the schedule."""
-    steps = run.plan.steps
-    require(
-        len(steps) == run.num_steps == len(run.log), f"expected {len(steps)} steps, found {len(run.log)} in the log"
-    )
+    steps, num = run.plan.steps, len(run.plan.steps)
+    require(num == run.num_steps == len(run.log), f"expected {num} steps, found {len(run.log)} in the log")
     for number, (packs, row) in enumerate(zip(steps, run.log), 1):
-        expected = {"step": number, "order": step_order(packs)}
-        expected["learning_rate"] = learning_rate_at(number - 1, len(steps), run.options)
+        rate = learning_rate_at(number - 1, num, run.options)
+        expected = {"step": number, "order": step_order(packs), "learning_rate": rate}
         if name := first_difference(expected, row, tuple(expected)):
-            raise InputError(
-                f"metrics.jsonl:{number}: step {number}: {name}: expected {expected[name]} by seed and options, "
-                f"found {row.get(name)}"
-            )
-    return f"{len(steps)} steps follow from seed {run.options.seed}"
+            found = f"expected {expected[name]} by seed and options, found {row.get(name)}"
+            raise InputError(f"metrics.jsonl:{number}: step {number}: {name}: {found}")
+    return f"{num} steps follow from seed {run.options.seed}"
 
 
 def check_export(model: Path, checkpoint: Path) -> str:
