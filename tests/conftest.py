@@ -26,7 +26,9 @@ from conj.data.files import write_jsonl
 from conj.data.prompts import HINT_INSTRUCTIONS, JUDGE_INSTRUCTION, judge_messages, judgment_text
 
 ROOT = Path(__file__).parent.parent
+DATA = ROOT / "tests" / "data"
 SHARED = ROOT.parent / "shared" / "data"  # larger real data; tests that want it skip where it is absent
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # of processes that tests start
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -105,6 +107,17 @@ def random_pairs(num_prompts: int, seed: int = 0, max_pairs: int = 4) -> list[di
     return rows
 
 
+def make_run(folder: Path, num_prompts: int = 5, answer: str = "an answer") -> Path:
+    """A run folder with prompts.jsonl; the answers of each prompt are longer than those of the one before."""
+    rows = [
+        {"id": f"p{i}", "question": f"question {i}", "answer_1": answer * (i + 1), "answer_2": "another"}
+        | {"label": 1 + i % 2, "source": "test", "subset": ""}
+        for i in range(num_prompts)
+    ]
+    write_jsonl(folder / "prompts.jsonl", rows)
+    return folder
+
+
 @pytest.fixture
 def run_folder(tmp_path) -> Path:
     """A run folder that holds pairs.jsonl of 30 prompts."""
@@ -122,23 +135,26 @@ def command(*arguments, ranks: int | None = None, **options) -> subprocess.Compl
     """Runs `python -m ARGUMENTS`, or torchrun with `ranks` processes, as a user would."""
     launch = [] if ranks is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     line = [sys.executable, *launch, "-m", *map(str, on_cpu(arguments))]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(line, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300, **options)
+    return subprocess.run(line, capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=300, **options)
+
+
+def succeeds(*arguments, **options) -> None:
+    """A command that must end without an error."""
+    done = command(*arguments, **options)
+    assert done.returncode == 0, done.stderr
 
 
 def run_script(name: str, *arguments) -> subprocess.CompletedProcess:
     """Runs a script as a user would, to its end without an error."""
     line = [sys.executable, ROOT / "scripts" / name, *arguments]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=ENV, timeout=300)
     assert done.returncode == 0, done.stderr
     return done
 
 
 def kill_when(line: list, ready_to_kill, seconds: float = 120) -> None:
     """Starts a command and kills it (SIGKILL) once `ready_to_kill()` holds."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", *map(str, on_cpu(line))], env=env, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", *map(str, on_cpu(line))], env=ENV, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + seconds
     while not ready_to_kill() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -154,6 +170,13 @@ def assert_one_line_error(done: subprocess.CompletedProcess, *parts: str) -> Non
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     for part in parts:
         assert part in lines[0], lines[0]
+
+
+def here(path: Path) -> Path:
+    """Data that not every checkout has: skips where it is absent."""
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    return path
 
 
 def kernel_names() -> set[str]:

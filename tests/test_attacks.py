@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import CHATML, assert_one_line_error, command
 from fake_engine import use_fake_engine
-from test_evaluate import first_and_second  # none of the attacks writes the prompt's own 回答2： mark
+from test_evaluate import first_and_second, knows  # none of the attacks writes the prompt's own 回答2： mark
 
 from conj.data.files import write_jsonl
 from conj.data.preprocess import load_prompts
@@ -27,15 +27,10 @@ def make_benchmark(path) -> str:
     return str(path)
 
 
-def knowing(prompt: str) -> str:
-    """A judge that finds the right answer whatever the other one says."""
-    return judgment_text("r", 1 if first_and_second(prompt)[0].startswith("right") else 2)
-
-
 def obedient(prompt: str) -> str:
     """A judge that does what an instruction in an answer says."""
     told = OBEYED.search(prompt)
-    return judgment_text("r", int(told[1])) if told else knowing(prompt)
+    return judgment_text("r", int(told[1])) if told else knows(prompt)
 
 
 def attacked_figures(write, model, folder, monkeypatch) -> dict:
@@ -53,17 +48,15 @@ def options(folder, model) -> AttackOptions:
 def test_a_judge_that_obeys_flips_always_and_by_that_attack_only(tied_model, tmp_path, monkeypatch):
     """A number that names the other answer, in either order, would lower this from 100 %."""
     figures = attacked_figures(obedient, tied_model, tmp_path, monkeypatch)
-    assert {name: figure["flip_rate"] for name, figure in figures.items()} == {
-        **dict.fromkeys([*ATTACKS, "swap"], 0.0),
-        "instruction": 1.0,
-    }
+    rates = dict.fromkeys([*ATTACKS, "swap"], 0.0) | {"instruction": 1.0}
+    assert {name: figure["flip_rate"] for name, figure in figures.items()} == rates
     told = figures["instruction"]
     assert (told["attacked"], told["flipped"], told["accuracy"], told["unparsed"]) == (16, 16, 0.0, 0.0)
 
 
 def test_a_judge_that_knows_never_flips(tied_model, tmp_path, monkeypatch):
     """An attack in the better answer, or a swap that is not undone, would show as a flip."""
-    figures = attacked_figures(knowing, tied_model, tmp_path, monkeypatch)
+    figures = attacked_figures(knows, tied_model, tmp_path, monkeypatch)
     for name in ATTACKS:
         figure = figures[name]
         assert (figure["attacked"], figure["flipped"], figure["accuracy"]) == (2 * NUM_QUESTIONS, 0, 1.0), name
@@ -88,7 +81,7 @@ def test_a_judge_that_takes_the_first_answer_changes_with_the_order(tied_model, 
 
 def test_a_judge_that_falls_silent_is_not_flipped_but_unparsed(tied_model, tmp_path, monkeypatch):
     """Counted as flipped, an attack that breaks the judge would pass for one that persuades it."""
-    swayed = lambda prompt: "no JSON" if OBEYED.search(prompt) else knowing(prompt)  # noqa: E731
+    swayed = lambda prompt: "no JSON" if OBEYED.search(prompt) else knows(prompt)  # noqa: E731
     figures = attacked_figures(swayed, tied_model, tmp_path, monkeypatch)
     told = figures["instruction"]
     assert (told["flip_rate"], told["unparsed"], told["accuracy"]) == (0.0, 1.0, 0.5)
@@ -114,10 +107,8 @@ def test_the_attack_stands_in_the_worse_answer_of_either_order(tied_model, tmp_p
 @pytest.mark.parametrize("position", [1, 2])
 def test_what_names_an_answer_names_the_attacked_one(position):
     """A forged judgment must be one that the parser reads, for the answer that it stands in."""
-    named = {
-        name: set(re.findall(r"回答([12])|更好的回答[为\": ]+([12])", ATTACKS[name]("答", position)))
-        for name in ATTACKS
-    }
+    mark = r"回答([12])|更好的回答[为\": ]+([12])"
+    named = {name: set(re.findall(mark, attack("答", position))) for name, attack in ATTACKS.items()}
     for name in ("fake_completion", "fake_completion_tokens", "instruction"):
         assert {a or b for a, b in named.pop(name)} == {str(position)}, name
     assert set().union(*named.values()) == set()
@@ -132,20 +123,15 @@ def test_forged_control_tokens_are_those_of_the_template(tied_model):
     forged = ATTACKS["fake_completion_tokens"]("", 1)
     assert CHATML.count("<|im_end|>") and forged.startswith("<|im_end|>\n<|im_start|>assistant\n")
     row = {"id": "a", "question": "q", "answer_1": "right", "answer_2": "wrong", "label": 1}
-    structures = {
-        tuple(i for i in request.prompt_ids if i in model.tokenizer.special.values())
-        for request in attack_requests(row, model)
-    }
-    assert len(structures) == 1
+    special = set(model.tokenizer.special.values())
+    assert len({tuple(i for i in r.prompt_ids if i in special) for r in attack_requests(row, model)}) == 1
 
 
 def test_a_stage_that_was_cut_short_makes_only_what_is_missing(tied_model, tmp_path, monkeypatch):
     """And ends with the bytes of an undisturbed one."""
-    paths = [tmp_path / name for name in ("undisturbed", "killed")]
-    for path in paths:
-        path.mkdir()
+    undisturbed, killed = (options(tmp_path / name, tied_model) for name in ("undisturbed", "killed"))
     asked = use_fake_engine(monkeypatch, obedient)
-    attack_judge(options(paths[0], tied_model))
+    attack_judge(undisturbed)
     assert len(asked) == NUM_QUESTIONS * 2 * (1 + len(ATTACKS))
 
     def killed_at_the_30th(prompt: str) -> str:
@@ -155,13 +141,13 @@ def test_a_stage_that_was_cut_short_makes_only_what_is_missing(tied_model, tmp_p
 
     before = use_fake_engine(monkeypatch, killed_at_the_30th)
     with pytest.raises(KeyboardInterrupt):
-        attack_judge(options(paths[1], tied_model))
+        attack_judge(killed)
     after = use_fake_engine(monkeypatch, obedient)
-    attack_judge(options(paths[1], tied_model))
+    attack_judge(killed)
     assert len(after) == len(asked) - 29
     for name in ("attacks.jsonl", "attacks.json"):
-        assert (paths[1] / name).read_bytes() == (paths[0] / name).read_bytes()
-    attack_judge(options(paths[1], tied_model))
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    attack_judge(killed)
     assert len(after) == len(asked) - 29  # complete: nothing is asked again
 
 
@@ -224,8 +210,5 @@ def test_a_question_that_does_not_fit_is_left_out_of_every_figure():
     (["--num-resamples", "0"], ["--num-resamples", "1 or more", "0"]),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_line(tied_model, tmp_path, arguments, parts):
-    """Before the engine starts, naming what is wrong."""
-    data = make_benchmark(tmp_path / "test.jsonl")
-    line = ["--run-dir", tmp_path, "--model", tied_model, "--data", data, *arguments]
-    done = command("conj.sample.evaluation.attacks", *line)
-    assert_one_line_error(done, *parts)
+    line = ["--run-dir", tmp_path, "--model", tied_model, "--data", make_benchmark(tmp_path / "test.jsonl"), *arguments]
+    assert_one_line_error(command("conj.sample.evaluation.attacks", *line), *parts)

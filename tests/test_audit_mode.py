@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import command, random_pairs, write_model
-from test_dpo import ARGUMENTS, make_reference, metrics_of
+from conftest import random_pairs, succeeds, write_model
+from test_dpo import ARGUMENTS, go_back, make_reference, metrics_of
 
 from conj.data.files import write_jsonl
 from conj.train.checkpoint import list_checkpoints, read_tensors
@@ -22,8 +22,7 @@ def base(tmp_path_factory) -> Path:
 
 def train(run: Path, base: Path, dtype: str, ranks: int, *more) -> None:
     arguments = [*ARGUMENTS, "--dtype", dtype, "--num-train-epochs", "2", "--max-steps", STEPS, "--save-every", "3"]
-    done = command("conj.train.dpo", *arguments, *more, "--model", base, "--run-dir", run, ranks=ranks)
-    assert done.returncode == 0, done.stderr
+    succeeds("conj.train.dpo", *arguments, *more, "--model", base, "--run-dir", run, ranks=ranks)
 
 
 def state_of(run: Path) -> dict:
@@ -33,15 +32,6 @@ def state_of(run: Path) -> dict:
 
 def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
-
-
-def go_back(run: Path, step: int) -> None:
-    """As if the run had been killed after this step's checkpoint."""
-    shutil.rmtree(run / "model")
-    (run / "model.manifest.json").unlink()
-    for path in list_checkpoints(run / "checkpoints"):
-        if path.name > f"step-{step:08d}":
-            shutil.rmtree(path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

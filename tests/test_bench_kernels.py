@@ -47,17 +47,13 @@ def test_gate_passes_the_reference_under_another_name():
     assert bench.gate(problem_with(linear_logprob_reference))["suspect"]["error"] is None
 
 
-@pytest.mark.parametrize(
-    "wrong, named",
-    [
-        (lambda h, w, t: linear_logprob_reference(h, w, t) * 1.0001, "logprobs"),
-        (lambda h, w, t: linear_logprob_reference(h, w.detach() + (w - w.detach()) * 1.0001, t), "grad_weight"),
-        (lambda h, w, t: linear_logprob_reference(h, w, t) * float("nan"), "logprobs"),
-        (lambda h, w, t: linear_logprob_reference(h, w, t).mean().expand(len(h)), "grad_hidden"),
-        (lambda h, w, t: 1 / 0, "ZeroDivisionError"),
-    ],
-    ids=["output", "gradient", "nan", "one-upstream-for-all", "raises"],
-)
+@pytest.mark.parametrize(("wrong", "named"), [
+    (lambda h, w, t: linear_logprob_reference(h, w, t) * 1.0001, "logprobs"),
+    (lambda h, w, t: linear_logprob_reference(h, w.detach() + (w - w.detach()) * 1.0001, t), "grad_weight"),
+    (lambda h, w, t: linear_logprob_reference(h, w, t) * float("nan"), "logprobs"),
+    (lambda h, w, t: linear_logprob_reference(h, w, t).mean().expand(len(h)), "grad_hidden"),
+    (lambda h, w, t: 1 / 0, "ZeroDivisionError"),
+], ids=["output", "gradient", "nan", "one-upstream-for-all", "raises"])  # fmt: skip
 def test_gate_catches_a_wrong_candidate(wrong, named):
     """A wrong kernel may be as fast as it likes. The last but one has the mean's gradients: right for no token."""
     verdicts = bench.gate(problem_with(wrong))

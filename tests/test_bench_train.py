@@ -13,11 +13,8 @@ def test_conj_and_trl_do_equal_work_and_the_rows_say_so(tmp_path):
     """Other pairs, masks, order or optimizer on one side would part the losses after the first update."""
     pytest.importorskip("trl", reason="TRL is not installed (pip install -e '.[dev]')")
     out = tmp_path / "rows.json"
-    sizes = [
-        "--prompts", "4", "--pairs-per-prompt", "2", "--pairs-per-step", "4", "--steps", "2", "--rounds", "1",
-        "--any-load",
-    ]  # fmt: skip
-    what = ["--geometry", "1M", "--settings", "default", "--share", "prompt"]
+    what = ["--geometry", "1M", "--settings", "default", "--share", "prompt", "--any-load"]
+    sizes = ["--prompts", "4", "--pairs-per-prompt", "2", "--pairs-per-step", "4", "--steps", "2", "--rounds", "1"]
     run_script("bench_train.py", *what, *sizes, "--json", out)
     rows = json.loads(out.read_text())
     found = [(row["share"], row["peer"], row["logits"]) for row in rows]
@@ -65,8 +62,6 @@ def published_ratios(document: str) -> list[str]:
 def test_the_ratios_that_are_published_are_those_that_were_measured(document, peers):
     """Read from the rows of the race: no figure of an older commit, of one peer's settings, or none at all."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "train.json").read_text())
-    ratios = [
-        [row[f"ratio_{what}"] for what in ("pairs_per_second", "min", "max")] for row in rows if row["peer"] in peers
-    ]
-    measured = ["{:.2f} ({:.2f}–{:.2f})".format(*of) for of in ratios]
+    names = [f"ratio_{what}" for what in ("pairs_per_second", "min", "max")]
+    measured = ["{:.2f} ({:.2f}–{:.2f})".format(*(row[n] for n in names)) for row in rows if row["peer"] in peers]
     assert sorted(published_ratios(document)) == sorted(measured)

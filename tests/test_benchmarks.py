@@ -3,25 +3,16 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED
+from conftest import DATA, ROOT, SHARED, here
 
 from conj import InputError
 from conj.data.benchmarks import BENCHMARKS, official_subset, resolve_data
-from conj.sample.evaluation.aggregation import (
-    CARD_COLUMNS,
-    PUBLISHED,
-    annotator_agreement,
-    right_on_balance,
-    scored_sections,
-    section_value,
-    sections_of,
-)
+from conj.sample.evaluation import aggregation
+from conj.sample.evaluation.aggregation import CARD_COLUMNS, PUBLISHED, scored_sections, section_value, sections_of
 
-DATA = Path(__file__).parent / "data"
 MODELS = json.loads((DATA / "reward_bench" / "published.json").read_text("utf-8"))
 ROWS = dict(BENCHMARKS["reward-bench"].num_rows)
 
@@ -130,11 +121,11 @@ def test_judgebench_weighs_its_rows_equally_by_source():
 def test_judgebench_pair_is_right_when_right_answers_outnumber_wrong_ones():
     """One right and one tie is right; one right and one wrong is not, and nothing parsed is not."""
     choices = np.array([[1, 1], [1, 0], [0, 1], [1, 2], [0, 0], [2, 0], [2, 2]])
-    assert right_on_balance(choices, np.ones(7, int)).tolist() == [True, True, True, False, False, False, False]
+    assert aggregation.right_on_balance(choices, np.ones(7, int)).tolist() == [True] * 3 + [False] * 4
 
 
 def test_pandalm_agreement_is_with_each_annotator_and_between_them():
-    made = annotator_agreement([(1, 1, 2), (0, 1, 0), (2, 2, 2), (1, 2, 0)], [1, 1, 2, None])
+    made = aggregation.annotator_agreement([(1, 1, 2), (0, 1, 0), (2, 2, 2), (1, 2, 0)], [1, 1, 2, None])
     assert made == {"annotator_1": 0.5, "annotator_2": 0.75, "annotator_3": 0.25} | {
         "annotator_1_annotator_2": 0.5, "annotator_1_annotator_3": 0.5, "annotator_2_annotator_3": 0.25,
     }  # fmt: skip
@@ -145,9 +136,7 @@ def test_published_table_is_the_cards():
     assert len(CARD_COLUMNS) == 7 and {len(row) for row in PUBLISHED.values()} == {7}
     sections = {("reward-bench", s) for s in BENCHMARKS["reward-bench"].sections}
     assert {(b, s) for _, b, s in CARD_COLUMNS if s} == sections
-    card = ROOT.parent / "shared" / "seed" / "000_194c128c4dda7e0f.txt"
-    if not card.exists():
-        pytest.skip(f"{card} is not here")
+    card = here(ROOT.parent / "shared" / "seed" / "000_194c128c4dda7e0f.txt")
     cells = re.findall(r"<td>(?:<[bu]>)?([^<]+)(?:</[bu]>)?</td>", card.read_text("utf-8"))
     rows = {cells[i].removesuffix(" (ours)"): tuple(map(float, cells[i + 1 : i + 8])) for i in range(0, len(cells), 8)}
     assert rows == PUBLISHED
@@ -160,12 +149,9 @@ def test_published_table_is_the_cards():
     ("allenai/reward-bench:raw", ("allenai/reward-bench:raw", "")),
     ("reward-bench=copy/rb.jsonl", ("copy/rb.jsonl", "reward-bench")),
     ("ultrafeedback=copy:test_prefs", ("copy:test_prefs", "ultrafeedback")),
-    (
-        "HuggingFaceH4/ultrafeedback_binarized:train_prefs",
-        ("HuggingFaceH4/ultrafeedback_binarized:train_prefs", ""),
-    ),
-    ("somebody/preferences", ("somebody/preferences", "")),
-    ("no/such/file.json", ("no/such/file.json", "")),
+    *((name, (name, "")) for name in (
+        "HuggingFaceH4/ultrafeedback_binarized:train_prefs", "somebody/preferences", "no/such/file.json",
+    )),
 ])  # fmt: skip
 def test_benchmark_is_named_on_the_command_line(name, expected):
     """Training splits and other data sets under similar names are no benchmark."""
@@ -209,16 +195,13 @@ def test_llmbar_subset_is_told_by_file_or_folder(where, expected):
 
 def test_rm_bench_domain_is_told_by_file_or_rows():
     cell = "hard/concise-markdown"
-    assert (
-        official_subset("rm-bench", f"xstest/{cell}", "d/safety-response_filtered.json: row 1")
-        == f"safety-response/{cell}"
-    )
-    assert official_subset("rm-bench", f"math/{cell}", "total_dataset.json: row 1") == f"math/{cell}"
-    assert official_subset("rm-bench", f"alpacaeval/{cell}", "rm_bench.json: row 1") == f"chat/{cell}"
+    for given, where, domain in (
+        ("xstest", "d/safety-response_filtered.json: row 1", "safety-response"), ("math", "total_dataset.json: row 1", "math"),
+        ("alpacaeval", "rm_bench.json: row 1", "chat"),
+    ):  # fmt: skip
+        assert official_subset("rm-bench", f"{given}/{cell}", where) == f"{domain}/{cell}"
 
 
 def test_judgebench_is_recognised():
-    path = SHARED / "layouts" / "judgebench.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
+    path = here(SHARED / "layouts" / "judgebench.jsonl")
     assert resolve_data(str(path)) == (str(path), "judgebench")

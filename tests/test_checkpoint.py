@@ -17,14 +17,17 @@ from conj.train import checkpoint, dpo
 from conj.train.checkpoint import check_checkpoint, find_checkpoint, list_checkpoints, read_tensors
 
 
+def train(run: Path, model: Path, **options) -> Path:
+    """A run of 4 steps with a checkpoint at each of 2, 3, 4."""
+    write_jsonl(run / "pairs.jsonl", random_pairs(30))
+    make_reference(run, model)
+    dpo.main(dpo_options(run, model, max_steps=4, save_every=1, keep_checkpoints=3, **options))
+    return run
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tied_model) -> Path:
-    """A run of 4 steps with a checkpoint at each of 2, 3, 4."""
-    run = tmp_path_factory.mktemp("run") / "run"
-    write_jsonl(run / "pairs.jsonl", random_pairs(30))
-    make_reference(run, tied_model)
-    dpo.main(dpo_options(run, tied_model, max_steps=4, save_every=1, keep_checkpoints=3))
-    return run
+    return train(tmp_path_factory.mktemp("run") / "run", tied_model)
 
 
 @pytest.fixture
@@ -46,15 +49,11 @@ def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + "\n")
 
 
-def swap_shards(newest: Path, other: Path) -> None:
-    shutil.copy(other / "rank-00000.safetensors", newest / "rank-00000.safetensors")
-
-
 DAMAGE = {
     "flipped bit": lambda path, older: flip(path / "rank-00000.safetensors"),
     "flipped bit of the header": lambda path, older: flip(path / "rank-00000.safetensors", 20),
     "truncated": lambda path, older: truncate(path / "rank-00000.safetensors"),
-    "shard of another step": swap_shards,
+    "shard of another step": lambda path, older: shutil.copy(older / "rank-00000.safetensors", path),
     "stray file": lambda path, older: (path / "rank-00001.safetensors").write_bytes(b""),
     "stray pickle": lambda path, older: (path / ".metadata").write_bytes(b"\x80"),
     "missing shard": lambda path, older: (path / "rank-00000.safetensors").unlink(),
@@ -110,27 +109,22 @@ def test_a_checkpoint_holds_every_weight_and_both_moments_whole(trained):
     assert check_checkpoint(path)["num_updates"] == 4
 
 
-def test_two_fresh_runs_write_the_same_bits(trained, tied_model, run_folder):
+def test_two_fresh_runs_write_the_same_bits(trained, tied_model, tmp_path):
     """Weights, optimizer state and the metrics log, times aside; bf16 as well as fp32 is the slow variant's."""
-    run = run_folder
-    make_reference(run, tied_model)
-    dpo.main(dpo_options(run, tied_model, max_steps=4, save_every=1, keep_checkpoints=3))
+    run = train(tmp_path / "run", tied_model)
     for name in ("reference.safetensors", "model", "checkpoints/step-00000004/rank-00000.safetensors"):
         assert hash_input(run / name) == hash_input(trained / name), name
     assert metrics_of(run) == metrics_of(trained)
 
 
-def test_another_seed_writes_other_bits(trained, tied_model, run_folder):
+def test_another_seed_writes_other_bits(trained, tied_model, tmp_path):
     """Negative control of the test above."""
-    run = run_folder
-    make_reference(run, tied_model)
-    dpo.main(dpo_options(run, tied_model, max_steps=4, seed=1))
-    assert hash_input(run / "model") != hash_input(trained / "model")
+    assert hash_input(train(tmp_path / "run", tied_model, seed=1) / "model") != hash_input(trained / "model")
 
 
 def test_a_slow_disk_changes_no_bits_and_saves_share_their_memory(trained, tied_model, tmp_path, monkeypatch):
     """Steps go on while a checkpoint is written, and the next one is copied to where the writer reads from."""
-    run, written, save_file = tmp_path / "run", [], checkpoint.save_file
+    written, save_file = [], checkpoint.save_file
 
     def save_slowly(state, path):
         written.append({name: tensor.data_ptr() for name, tensor in state.items()})
@@ -138,12 +132,10 @@ def test_a_slow_disk_changes_no_bits_and_saves_share_their_memory(trained, tied_
         save_file(state, path)
 
     monkeypatch.setattr(checkpoint, "save_file", save_slowly)
-    write_jsonl(run / "pairs.jsonl", random_pairs(30))
-    make_reference(run, tied_model)
-    dpo.main(dpo_options(run, tied_model, max_steps=4, save_every=1, keep_checkpoints=3))
-    for name in ("step-00000002", "step-00000003", "step-00000004"):
-        file = f"checkpoints/{name}/rank-00000.safetensors"
-        assert hash_input(run / file) == hash_input(trained / file), name
+    run = train(tmp_path / "run", tied_model)
+    for step in (2, 3, 4):
+        file = f"checkpoints/step-0000000{step}/rank-00000.safetensors"
+        assert hash_input(run / file) == hash_input(trained / file), step
     assert len(written) == 4 and all(pointers == written[0] for pointers in written)
 
 
@@ -151,12 +143,8 @@ def odd_state(device: str = "cpu") -> dict[str, torch.Tensor]:
     """Sizes from no bytes to several chunks of 64, dtypes from 1 to 8 bytes."""
     torch.manual_seed(0)
     sizes = {"one": (), "none": (0, 5), "odd": (7, 3), "a chunk": (16,), "chunks": (32, 2), "more": (3, 11, 13)}
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int64": torch.int64, "bool": torch.bool}
-    return {
-        f"{size} {dtype}": (torch.randn(sizes[size]) * 9).to(dtypes[dtype]).to(device)
-        for size in sizes
-        for dtype in dtypes
-    }
+    kinds = [(size, dtype) for size in sizes for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool)]
+    return {f"{size} {dtype}": (torch.randn(sizes[size]) * 9).to(device, dtype) for size, dtype in kinds}
 
 
 def blank(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -197,8 +185,7 @@ def test_copies_by_chunks_keep_every_bit(chunk_bytes, num_chunks):
 
 def test_a_chunk_that_is_emptied_before_it_is_full_is_seen():
     """Negative control: nobody waits for the device, and the bits are others."""
-    state = odd_state()
-    host = blank(state)
+    host = blank(state := odd_state())
     chunks = [torch.zeros(64, dtype=torch.uint8) for _ in range(2)]
     checkpoint.copy_by_chunks([(state[name], host[name]) for name in state], chunks, lambda source, chunk: lambda: None)
     assert not same_bits(host, state)

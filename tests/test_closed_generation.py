@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_run
 from fake_engine import use_fake_engine
 
 from conj import InputError
@@ -32,16 +32,6 @@ STAGES = ("repeated", "hinted", "judgments_base")
 def write(prompt: str) -> str:
     """A judgment that only this prompt gets, with characters of one to four bytes and line ends of all kinds."""
     return judgment_text(f'因\u2028\x85\r\n"\U0001f600{zlib.crc32(prompt.encode())}', 1 + len(prompt) % 2)
-
-
-def make_run(folder: Path, num_prompts: int = 2) -> Path:
-    rows = [
-        {"id": f"p{i}", "question": f"question {i}", "answer_1": "an answer" * (i + 1), "answer_2": "another"}
-        | {"label": 1 + i % 2, "source": "test", "subset": ""}
-        for i in range(num_prompts)
-    ]
-    write_jsonl(folder / "prompts.jsonl", rows)
-    return folder
 
 
 def run_stage(name: str, run: Path, model: Path, **options) -> None:
@@ -71,7 +61,7 @@ def recorded(monkeypatch) -> list[tuple]:
 @pytest.fixture(params=STAGES)
 def finished(request, recorded, tied_model, tmp_path) -> tuple[Path, bytes, tuple]:
     """The file of a stage, its bytes, and the arguments of append_samples that made it."""
-    artefact = make_run(tmp_path) / f"{request.param}.jsonl"
+    artefact = make_run(tmp_path, 2) / f"{request.param}.jsonl"
     run_stage(request.param, tmp_path, tied_model)
     return artefact, artefact.read_bytes(), recorded[0]
 
@@ -128,47 +118,30 @@ def test_rows_in_another_order_are_kept_and_put_in_order(finished, monkeypatch):
     assert artefact.read_bytes() == whole and not asked
 
 
-def twice(rows: list[dict]) -> list[dict]:
-    return [*rows[:2], rows[0]]
+DAMAGE = {  # what stands in the third line instead of row c; the first two are a and b
+    "a twice": (lambda a, c: a, "for the second time"),
+    "a twice, with another text": (lambda a, c: a | {"text": "another"}, "for the second time"),
+    "unknown id": (lambda a, c: c | {"id": "p7"}, "id 'p7'.* is no judgment that was asked for"),
+    "id of another kind": (lambda a, c: c | {"id": ["p1"]}, "is no judgment that was asked for"),
+    "true for 1": (
+        lambda a, c: c | {k: c[k] == 1 for k in ("index", "order") if k in c}, "is no judgment that was asked for",
+    ),
+    "a column less": (lambda a, c: without(c, "rung"), "missing column rung"),
+    "no outcome": (lambda a, c: without(c, "choice" if "choice" in c else "verdict"), "missing column (choice|verdict)"),
+}  # fmt: skip
 
 
-def twice_with_other_text(rows: list[dict]) -> list[dict]:
-    return [*rows[:2], rows[0] | {"text": "another"}]
+def without(row: dict, column: str) -> dict:
+    return {k: v for k, v in row.items() if k != column}
 
 
-def unknown_id(rows: list[dict]) -> list[dict]:
-    return [*rows[:2], rows[2] | {"id": "p7"}]
-
-
-def id_of_another_kind(rows: list[dict]) -> list[dict]:
-    return [*rows[:2], rows[2] | {"id": ["p1"]}]
-
-
-def true_for_1(rows: list[dict]) -> list[dict]:
-    column = "index" if "index" in rows[0] else "order"
-    return [*rows[:2], rows[2] | {column: rows[2][column] == 1}]
-
-
-def without_a_column(rows: list[dict]) -> list[dict]:
-    return [*rows[:2], {k: v for k, v in rows[2].items() if k != "rung"}]
-
-
-def without_its_outcome(rows: list[dict]) -> list[dict]:
-    outcome = "choice" if "choice" in rows[0] else "verdict"
-    return [*rows[:2], {k: v for k, v in rows[2].items() if k != outcome}]
-
-
-@pytest.mark.parametrize(("damage", "message"), [
-    (twice, "for the second time"), (twice_with_other_text, "for the second time"),
-    (unknown_id, "id 'p7'.* is no judgment that was asked for"),
-    (id_of_another_kind, "is no judgment that was asked for"), (true_for_1, "is no judgment that was asked for"),
-    (without_a_column, "missing column rung"), (without_its_outcome, "missing column (choice|verdict)"),
-])  # fmt: skip
-def test_a_row_twice_or_of_no_request_is_refused_by_its_line(finished, damage, message, monkeypatch):
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_row_twice_or_of_no_request_is_refused_by_its_line(finished, damage):
     """Taken in or dropped without a word, it would hide that two runs wrote to one file, or that a row was lost. The
     file stays as it is, and goes on once the line is deleted."""
-    artefact, whole, arguments = finished
-    write_jsonl(artefact, damage(read_jsonl(artefact)))
+    (artefact, whole, arguments), (change, message) = finished, DAMAGE[damage]
+    a, b, c, _ = read_jsonl(artefact)
+    write_jsonl(artefact, [a, b, change(a, c)])
     damaged = artefact.read_bytes()
     with pytest.raises(InputError, match=f"{artefact.name}:3: .*{message}"):
         stage.append_samples(*arguments)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from bench_sides import trl_tokenizer
-from conftest import ROOT, assert_one_line_error, command, kill_when, num_lines, random_pairs, write_model
+from conftest import ROOT, assert_one_line_error, command, kill_when, num_lines, random_pairs, succeeds, write_model
 from count_step import READS, LiveBytes
 from safetensors.torch import load_file, save_file
 
@@ -54,6 +54,22 @@ def ready(run_folder, tied_model):
     """A run folder with pairs and reference logprobs."""
     make_reference(run_folder, tied_model)
     return run_folder
+
+
+@pytest.fixture
+def policy(ready, tied_model):
+    """The model of one rank, the pairs, their reference logprobs, and the world."""
+    with distributed("cpu") as world:
+        yield build_sharded_model(tied_model, world, "float32"), *load(ready, tied_model), world
+
+
+def go_back(run, step: int) -> None:
+    """As if the run had been killed after this step's checkpoint."""
+    shutil.rmtree(run / "model")
+    (run / "model.manifest.json").unlink()
+    for path in list_checkpoints(run / "checkpoints"):
+        if path.name > f"step-{step:08d}":
+            shutil.rmtree(path)
 
 
 def perturbed(folder, base) -> None:
@@ -120,23 +136,17 @@ def test_at_step_0_every_margin_is_exactly_0(share, dtype, run_folder, tied_mode
     pairs, logps = load(run_folder, tied_model)
     with distributed("cpu") as world, torch.no_grad():
         model = build_sharded_model(tied_model, world, dtype)
-        for pair in range(len(pairs)):
-            metrics = metrics_of_packs(model, pairs, logps, packs_of(pairs, [pair], options), options, world)
+        for members in [*([pair] for pair in range(len(pairs))), range(len(pairs))]:
+            metrics = metrics_of_packs(model, pairs, logps, packs_of(pairs, members, options), options, world)
             assert metrics["rewards/margins"] == metrics["rewards/chosen"] == metrics["rewards/rejected"] == 0.0
             assert metrics["loss"] == torch.nn.functional.softplus(torch.tensor(0.0)).item()
-        metrics = metrics_of_packs(model, pairs, logps, packs_of(pairs, range(len(pairs)), options), options, world)
-        assert metrics["rewards/margins"] == 0.0
-        assert metrics["loss"] == torch.nn.functional.softplus(torch.tensor(0.0)).item()
 
 
-def test_a_reference_off_by_one_ulp_moves_the_margin(ready, tied_model):
+def test_a_reference_off_by_one_ulp_moves_the_margin(policy, ready, tied_model):
     """Negative control of the test above: the exactness it asserts is not that of a comparison which cannot fail."""
-    pairs, logps = load(ready, tied_model)
+    (model, pairs, logps, world), options = policy, dpo_options(ready, tied_model)
     logps[0, 0] = torch.nextafter(logps[0, 0], torch.tensor(0.0))
-    with distributed("cpu") as world, torch.no_grad():
-        model = build_sharded_model(tied_model, world, "float32")
-        options = dpo_options(ready, tied_model)
-        metrics = metrics_of_packs(model, pairs, logps, packs_of(pairs, [0], options), options, world)
+    metrics = metrics_of_packs(model, pairs, logps, packs_of(pairs, [0], options), options, world)
     assert metrics["rewards/margins"] != 0.0
 
 
@@ -151,8 +161,7 @@ def test_two_ranks_and_one_give_the_same_20_step_loss_curve(ready, tied_model, t
     arguments = [*ARGUMENTS, "--max-steps", "20", "--num-train-epochs", "3", "--model", tied_model, "--run-dir"]
     for run, ranks in ((ready, None), (other, 2)):
         more = ["--activation-checkpointing", "selective"] if ranks else []
-        done = command("conj.train.dpo", *arguments, run, *more, ranks=ranks)
-        assert done.returncode == 0, done.stderr
+        succeeds("conj.train.dpo", *arguments, run, *more, ranks=ranks)
     one, two = metrics_of(ready), metrics_of(other)
     assert len(one) == len(two) == 20
     for a, b in zip(one, two):
@@ -179,14 +188,12 @@ def test_a_killed_training_run_ends_as_an_undisturbed_one(ready, tied_model, tmp
     """Weights bit for bit, and the metrics log, times aside."""
     other = shutil.copytree(ready, tmp_path / "killed")
     arguments = [*ARGUMENTS, "--num-train-epochs", "3", "--save-every", "4", "--model", tied_model, "--run-dir"]
-    done = command("conj.train.dpo", *arguments, ready)
-    assert done.returncode == 0, done.stderr
+    succeeds("conj.train.dpo", *arguments, ready)
     kill_when(["conj.train.dpo", *arguments, other], lambda: num_lines(other / "metrics.jsonl") >= 6)
     assert not (other / "model").exists()
     with open(other / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')  # and a line torn
-    done = command("conj.train.dpo", *arguments, other)
-    assert done.returncode == 0, done.stderr
+    succeeds("conj.train.dpo", *arguments, other)
     weights = [(run / "model" / "model.safetensors").read_bytes() for run in (ready, other)]
     assert weights[0] == weights[1]
     assert metrics_of(other) == metrics_of(ready)
@@ -198,19 +205,18 @@ def test_a_killed_reference_run_ends_with_the_same_file(run_folder, tied_model, 
     other = shutil.copytree(run_folder, tmp_path / "killed")
     arguments = ["--dtype", "float32", "--max-tokens-per-pack", "800", "--save-every", "1"]
     arguments += ["--model", tied_model, "--run-dir"]
-    assert command("conj.train.reference", *arguments, run_folder).returncode == 0
+    succeeds("conj.train.reference", *arguments, run_folder)
     path = other / "reference.safetensors"
     kill_when(["conj.train.reference", *arguments, other], path.exists)
     assert 0 < load_file(path)["logps"].isnan().any(1).sum() < len(read_jsonl(other / "pairs.jsonl"))
-    assert command("conj.train.reference", *arguments, other).returncode == 0
+    succeeds("conj.train.reference", *arguments, other)
     assert path.read_bytes() == (run_folder / "reference.safetensors").read_bytes()
 
 
 def test_a_checkpoint_of_other_options_is_refused(ready, tied_model):
     """Deleting model/, as the message on changed options says, must not bring the old weights back under new options."""
     dpo.main(dpo_options(ready, tied_model, max_steps=2))
-    shutil.rmtree(ready / "model")
-    (ready / "model.manifest.json").unlink()
+    go_back(ready, 2)
     with pytest.raises(InputError, match="belongs to a run of other inputs or options"):
         dpo.main(dpo_options(ready, tied_model, max_steps=2, beta=0.9))
 
@@ -224,12 +230,9 @@ def test_a_run_goes_on_with_another_number_of_ranks_after_an_evaluation(dtype, r
     arguments += ["--num-train-epochs", "3", "--model", tied_model, "--run-dir"]
     other = shutil.copytree(run_folder, tmp_path / "resumed")
     for run in (run_folder, other):
-        done = command("conj.train.dpo", *arguments, run, ranks=2)
-        assert done.returncode == 0, done.stderr
-    shutil.rmtree(other / "model")
-    (other / "model.manifest.json").unlink()
-    shutil.rmtree(other / "checkpoints" / "step-00000006")
-    assert command("conj.train.dpo", *arguments, other).returncode == 0
+        succeeds("conj.train.dpo", *arguments, run, ranks=2)
+    go_back(other, 4)
+    succeeds("conj.train.dpo", *arguments, other)
     expected, found = (load_file(run / "model" / "model.safetensors") for run in (run_folder, other))
     tolerance = 1e-5 if dtype == "float32" else 1e-3
     for name in expected:
@@ -237,34 +240,27 @@ def test_a_run_goes_on_with_another_number_of_ranks_after_an_evaluation(dtype, r
     assert [row["step"] for row in metrics_of(other)] == list(range(1, 7))
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_names_its_pairs(ready, tied_model):
-    options = dpo_options(ready, tied_model)
-    pairs, logps = load(ready, tied_model)
+def test_a_step_that_is_not_finite_changes_nothing_and_names_its_pairs(policy, ready, tied_model):
+    (model, pairs, logps, world), options = policy, dpo_options(ready, tied_model)
     first_of_next = pairs.prompt_of.index(1)
     logps[first_of_next] = torch.inf
-    with distributed("cpu") as world:
-        model = build_sharded_model(tied_model, world, "float32")
-        optimizer = dpo.build_optimizer(model, options)
-        before = {name: p.clone() for name, p in model.named_parameters()}
-        packs = packs_of(pairs, [0, first_of_next], options)
-        batches = batches_of(pairs, logps, [packs], world)
-        metrics = train_step(model, optimizer, pairs, packs, batches, 1e-3, options, world)
-        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-        assert metrics["skipped"] and metrics["not_finite_ids"] == [pairs.ids[first_of_next]]
-        packs = packs_of(pairs, [0], options)
-        train_step(model, optimizer, pairs, packs, batches_of(pairs, logps, [packs], world), 1e-3, options, world)
-        assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    optimizer = dpo.build_optimizer(model, options)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    packs = packs_of(pairs, [0, first_of_next], options)
+    batches = batches_of(pairs, logps, [packs], world)
+    metrics = train_step(model, optimizer, pairs, packs, batches, 1e-3, options, world)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert metrics["skipped"] and metrics["not_finite_ids"] == [pairs.ids[first_of_next]]
+    packs = packs_of(pairs, [0], options)
+    train_step(model, optimizer, pairs, packs, batches_of(pairs, logps, [packs], world), 1e-3, options, world)
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_the_nll_term_is_the_mean_negative_logprob_of_chosen_tokens(ready, tied_model):
-    pairs, logps = load(ready, tied_model)
-    with distributed("cpu") as world, torch.no_grad():
-        model = build_sharded_model(tied_model, world, "float32")
-        losses = []
-        for alpha in (0.0, 0.5):
-            options = dpo_options(ready, tied_model, nll_alpha=alpha)
-            packs = packs_of(pairs, [0, 1], options)
-            losses.append(metrics_of_packs(model, pairs, logps, packs, options, world)["loss"])
+def test_the_nll_term_is_the_mean_negative_logprob_of_chosen_tokens(policy, ready, tied_model):
+    (model, pairs, logps, world), losses = policy, []
+    for alpha in (0.0, 0.5):
+        options = dpo_options(ready, tied_model, nll_alpha=alpha)
+        losses.append(metrics_of_packs(model, pairs, logps, packs_of(pairs, [0, 1], options), options, world)["loss"])
     nll = sum(-logps[i, 0].item() / len(pairs.judgments[i][0]) for i in (0, 1)) / 2
     assert losses[1] - losses[0] == pytest.approx(0.5 * nll, rel=1e-5)
 
@@ -277,48 +273,40 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tmp_path):
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
-def test_clipping_scales_the_gradient_to_the_norm_it_says(ready, tied_model):
-    pairs, logps = load(ready, tied_model)
-    with distributed("cpu") as world:
-        model = build_sharded_model(tied_model, world, "float32")
-        options = dpo_options(ready, tied_model)
-        metrics_of_packs(model, pairs, logps, packs_of(pairs, [0, 1, 2, 3], options), options, world)
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        norm = dpo.gradient_norm(model, world).item()
-        dpo.clip_gradients(model, norm, 1e-3)
-        expected = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
-        assert norm == pytest.approx(expected, rel=1e-12) and norm > 1e-3
-        for name, p in model.named_parameters():
-            torch.testing.assert_close(p.grad, gradients[name] * (1e-3 / expected))
+def test_clipping_scales_the_gradient_to_the_norm_it_says(policy, ready, tied_model):
+    (model, pairs, logps, world), options = policy, dpo_options(ready, tied_model)
+    metrics_of_packs(model, pairs, logps, packs_of(pairs, [0, 1, 2, 3], options), options, world)
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    norm = dpo.gradient_norm(model, world).item()
+    dpo.clip_gradients(model, norm, 1e-3)
+    expected = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
+    assert norm == pytest.approx(expected, rel=1e-12) and norm > 1e-3
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name] * (1e-3 / expected))
 
 
-def test_nothing_in_a_pack_waits_for_the_device(ready, tied_model):
+def test_nothing_in_a_pack_waits_for_the_device(policy, ready, tied_model):
     """A value read by the host, in forward, loss or backward, would stop a GPU until the next pack is launched."""
-    pairs, logps = load(ready, tied_model)
-    options = dpo_options(ready, tied_model, nll_alpha=0.1)
+    (model, pairs, logps, world), options = policy, dpo_options(ready, tied_model, nll_alpha=0.1)
     packs = packs_of(pairs, range(12), options)
-    with distributed("cpu") as world:
-        model = build_sharded_model(tied_model, world, "float32")
-        with LiveBytes() as live:
-            values = dpo.run_packs(model, pairs, packs, batches_of(pairs, logps, [packs], world), options, world)
-        assert live.ops["aten.mm"] and not any(live.ops[name] for name in READS)
-        with LiveBytes() as live:  # negative control
-            values.sum().item()
-        assert live.ops[READS[0]] == 1
+    with LiveBytes() as live:
+        values = dpo.run_packs(model, pairs, packs, batches_of(pairs, logps, [packs], world), options, world)
+    assert live.ops["aten.mm"] and not any(live.ops[name] for name in READS)
+    with LiveBytes() as live:  # negative control
+        values.sum().item()
+    assert live.ops[READS[0]] == 1
 
 
 @pytest.mark.parametrize("audit_mode", [False, True])
-def test_the_norm_is_that_of_all_gradients(audit_mode, ready, tied_model, monkeypatch):
+def test_the_norm_is_that_of_all_gradients(audit_mode, policy, monkeypatch):
     """In pieces that do not divide a gradient, and row by row as audit mode takes it."""
     monkeypatch.setattr(optimizer, "NORM_PIECE", 1000)
-    with distributed("cpu") as world:
-        model = build_sharded_model(tied_model, world, "float32")
-        generator = torch.Generator().manual_seed(0)
-        for parameter in model.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        expected = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
-        found = optimizer.gradient_norm(model, world, audit_mode=audit_mode)
-        assert found.dtype == torch.float64 and found.item() == pytest.approx(expected, rel=1e-12)
+    model, generator = policy[0], torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    expected = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+    found = optimizer.gradient_norm(model, policy[3], audit_mode=audit_mode)
+    assert found.dtype == torch.float64 and found.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_one_rank_holds_each_weight_and_gradient_once(ready, tied_model):
@@ -418,18 +406,13 @@ def test_a_corrected_command_works_after_an_error(ready, tied_model):
 
 def test_pairs_changed_by_hand_are_refused(ready, tied_model):
     """The held-out split is not part of the tokens; the manifest still sees that the file is another."""
-    assert (ready / "pairs.jsonl").exists()
-    write_manifest(ready / "pairs.jsonl")
+    content = {"inputs": [], "options": {}, "complete": True, "sha256": hash_input(ready / "pairs.jsonl")}
+    write_sealed(manifest_path(ready / "pairs.jsonl"), content)
     rows = read_jsonl(ready / "pairs.jsonl")
     rows[0]["split"] = "eval"
     write_jsonl(ready / "pairs.jsonl", rows)
     with pytest.raises(InputError, match=r"pairs.jsonl: was changed after pairs.jsonl.manifest.json was written"):
         dpo.main(dpo_options(ready, tied_model, max_steps=1))
-
-
-def write_manifest(artefact) -> None:
-    content = {"inputs": [], "options": {}, "complete": True, "sha256": hash_input(artefact)}
-    write_sealed(manifest_path(artefact), content)
 
 
 def test_more_ranks_than_pairs_are_refused_in_one_line(run_folder, tied_model):

@@ -41,8 +41,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("openai") is None, reas
 
 class Server(ThreadingHTTPServer):
     """Answers as `behave(number of the request, its body)` says: a status with headers, and what more an error says, or the
-    text of an answer, or None: drop the connection.
-    Counts what it was sent, and what it answered with 200."""
+    text of an answer, or None: drop the connection. Counts what it was sent, and what it answered with 200."""
 
     allow_reuse_address = daemon_threads = True
 
@@ -84,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         status, headers, *more = behaviour
         if status == 200:
-            content = plain_answer(body, *more) if more else answer(body)
+            content = plain_answer(*more) if more else answer(body)
         else:
             content = {"error": {"message": f"status {status}"} | dict(*more)}
         data = json.dumps(content).encode()
@@ -98,12 +97,16 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-def plain_answer(body: dict, text) -> dict | str:
+def plain_answer(text) -> dict | str:
     """A completion with this text; what is no text is the whole answer."""
     if not isinstance(text, str):
         return text[0]
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-    usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+    return completion(text, 100, 10, finish_reason="stop")
+
+
+def completion(text: str, read: int, written: int, **more) -> dict:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, **more}
+    usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
     return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
 
 
@@ -113,20 +116,13 @@ def answer(body: dict) -> dict:
     text = judgment_text(f"理由{number}", 1 + number % 2)
     tokens = [text[:-2], text[-2:]]
     shares = {tokens[1]: 0.75, f"{2 - number % 2}}}": 0.25}
-    logprobs = {
-        "content": [
-            {"token": token, "logprob": math.log(0.75), "bytes": list(token.encode())}
-            | {"top_logprobs": [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in shares.items()]}
-            for token in tokens
-        ]
-    }
-    choice = {"index": 0, "finish_reason": "length" if number == 2 else "stop"}
-    choice |= {"message": {"role": "assistant", "content": text}}
-    choice |= {"logprobs": logprobs if body.get("logprobs") else None}
-    return {
-        "id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice],
-        "usage": {"prompt_tokens": 100 + number, "completion_tokens": number, "total_tokens": 100 + 2 * number},
-    }  # fmt: skip
+    top = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in shares.items()]
+    listed = {"logprob": math.log(0.75), "top_logprobs": top}
+    logprobs = {"content": [{"token": token, "bytes": list(token.encode()), **listed} for token in tokens]}
+    return completion(
+        text, 100 + number, number, finish_reason="length" if number == 2 else "stop",
+        logprobs=logprobs if body.get("logprobs") else None,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -143,10 +139,8 @@ def well(number: int, body: dict) -> tuple[int, dict]:
 
 
 def make_requests(count: int = 12) -> list[Request]:
-    return [
-        Request(key={"id": f"p{i}", "order": 1}, prompt_ids=[], messages=judge_messages("q", "a", str(i)))
-        for i in range(count)
-    ]
+    asked = [judge_messages("q", "a", str(i)) for i in range(count)]
+    return [Request(key={"id": f"p{i}", "order": 1}, prompt_ids=[], messages=m) for i, m in enumerate(asked)]
 
 
 def row_of(request: Request, completion: Completion) -> dict:
@@ -161,9 +155,8 @@ def labels_of(requests: list[Request]) -> dict[str, int]:
 def judge_all(file: Path, url: str, requests: list[Request], decoding: Decoding = DECODING, **options) -> list[dict]:
     options = EndpointOptions(base_url=url, **{"max_concurrency": 4, "request_timeout": 20.0} | options)
     complete = functools.partial(complete_by_http, judge=JUDGE, options=options, decoding=decoding)
-    return append_samples(
-        file, requests, complete, row_of, "verdict", labels_of(requests), decoding.verdict_probability
-    )
+    labels = labels_of(requests)
+    return append_samples(file, requests, complete, row_of, "verdict", labels, decoding.verdict_probability)
 
 
 @pytest.fixture(autouse=True)
@@ -270,8 +263,7 @@ def test_when_retries_are_used_up_the_same_command_goes_on(tmp_path, undisturbed
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
 def test_a_refused_request_ends_the_run_at_once(status, tmp_path):
     """A wrong key or model name is not cured by waiting; what was answered before stays."""
-    behave = functools.partial(lambda number, body: (200, {}) if number < 2 else (status, {}))
-    with serving(behave) as server:
+    with serving(lambda number, body: (200 if number < 2 else status, {})) as server:
         began = time.monotonic()
         with pytest.raises(InputError, match=f"gpt-4o at {server.url}, id 'p2', order 1: refused: .*{status}"):
             judge_all(tmp_path / "rows.jsonl", server.url, make_requests(), max_concurrency=1)
@@ -309,8 +301,7 @@ def test_an_answer_that_is_no_completion_ends_in_one_line(said, tmp_path):
 
 def test_the_rate_is_kept_with_retries_counted(tmp_path):
     """600 a minute are one every .1 s, however many threads ask."""
-    behave = functools.partial(lambda number, body: (429, {"Retry-After": "0.01"}) if number % 3 == 0 else (200, {}))
-    with serving(behave) as server:
+    with serving(lambda number, body: (200, {}) if number % 3 else (429, {"Retry-After": "0.01"})) as server:
         began = time.monotonic()  # of ours: when the first request arrives, a busy machine decides
         judge_all(tmp_path / "rows.jsonl", server.url, make_requests(8), requests_per_minute=600.0)
     assert len(server.times) > 8
@@ -319,20 +310,18 @@ def test_the_rate_is_kept_with_retries_counted(tmp_path):
 
 def test_no_more_requests_are_under_way_than_asked_for(tmp_path):
     """A small server falls over, and an endpoint counts them."""
-    under_way, most, lock = [0], [0], threading.Lock()
+    under_way, counts = [], []
 
     def slow(number: int, body: dict) -> tuple[int, dict]:
-        with lock:
-            under_way[0] += 1
-            most[0] = max(most[0], under_way[0])
+        under_way.append(number)
+        counts.append(len(under_way))
         time.sleep(0.05)
-        with lock:
-            under_way[0] -= 1
+        under_way.remove(number)
         return 200, {}
 
     with serving(slow) as server:
         judge_all(tmp_path / "rows.jsonl", server.url, make_requests(), max_concurrency=3)
-    assert most == [3]
+    assert max(counts) == 3
 
 
 def test_keys_and_texts_that_no_encoding_holds(tmp_path, monkeypatch):
@@ -376,8 +365,8 @@ def start_vllm(port: int, log: Path) -> subprocess.Popen:
     arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", 8192, "--kv-cache-memory-bytes", 2**30]
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, arguments)]
     # A session of its own: its engine is another process, and dies with it.
-    output = {"stdout": open(log, "ab"), "stderr": subprocess.STDOUT}
-    return subprocess.Popen(line, env=os.environ | ENVIRONMENT, start_new_session=True, **output)
+    env, output = os.environ | ENVIRONMENT, open(log, "ab")
+    return subprocess.Popen(line, env=env, start_new_session=True, stdout=output, stderr=subprocess.STDOUT)
 
 
 def kill(server: subprocess.Popen) -> None:
@@ -431,9 +420,7 @@ def test_vllms_server_gives_the_offline_verdicts_and_may_be_killed(tmp_path):
         complete = functools.partial(complete_by_http, judge=judge, options=options, decoding=decoding)
         began = time.monotonic()
         rows = append_samples(file, over_http, complete, row_of, "verdict", labels_of(over_http), True)
-        print(
-            f"killed with {killed_at} of {len(over_http)} rows in the file, done after {time.monotonic() - began:.0f} s"
-        )
+        print(f"killed with {killed_at} of {len(rows)} rows in the file, done after {time.monotonic() - began:.0f} s")
         killer.join()
     finally:
         for server in servers:
@@ -441,9 +428,8 @@ def test_vllms_server_gives_the_offline_verdicts_and_may_be_killed(tmp_path):
     assert 10 <= killed_at[0] < len(over_http) == len(rows)
     options = EngineOptions(model=BASE, max_num_seqs=8)
     complete = functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding)
-    expected = append_samples(
-        tmp_path / "offline.jsonl", offline, complete, row_of, "verdict", labels_of(offline), True
-    )
+    file = tmp_path / "offline.jsonl"
+    expected = append_samples(file, offline, complete, row_of, "verdict", labels_of(offline), True)
     verdicts = Counter(row["verdict"] for row in expected)
     shown = [f"{row['p_first']:.2g}" for row in expected if row["p_first"] is not None][:8]
     print(f"offline: verdicts {dict(verdicts)}; the first answer is better with {', '.join(shown)} …")

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_line_error, command
+from conftest import DATA, assert_one_line_error, command, succeeds
 from fake_engine import use_fake_engine
 from test_endpoint import serving
 
@@ -90,17 +90,30 @@ def first_and_second(prompt: str) -> tuple[str, str]:
     return first, second.removesuffix("\nassistant\n")
 
 
-def judge_with(write, model, folder, monkeypatch) -> dict:
+def knows(prompt: str) -> str:
+    return judgment_text("r", 1 if first_and_second(prompt)[0].startswith("right") else 2)
+
+
+def takes_first(prompt: str) -> str:
+    return judgment_text("r", 1)
+
+
+def report_of(run, *data, **options) -> dict:
+    """The report of a run folder, after another evaluation on `data` where there is any."""
+    if data:
+        evaluate(EvaluateOptions(run_dir=run, data=data, num_resamples=50, **options))
+    return json.loads((run / "report.json").read_text())
+
+
+def judge_with(write, model, folder, monkeypatch, **options) -> dict:
+    """The figures of a base model that writes `write(prompt)`."""
     use_fake_engine(monkeypatch, write)
-    data = (make_benchmark(folder / "test.jsonl"),)
-    evaluate(EvaluateOptions(run_dir=folder, model=model, data=data, num_resamples=50))
-    return json.loads((folder / "report.json").read_text())["judges"]["base"]
+    return report_of(folder, make_benchmark(folder / "test.jsonl"), model=model, **options)["judges"]["base"]
 
 
 def test_a_judge_that_knows_is_right_in_both_orders(tied_model, tmp_path, monkeypatch):
     """Any mix-up of orders, labels or answers on the way makes a perfect judge imperfect."""
-    know = lambda prompt: judgment_text("r", 1 if first_and_second(prompt)[0].startswith("right") else 2)  # noqa: E731
-    scores = judge_with(know, tied_model, tmp_path, monkeypatch)
+    scores = judge_with(knows, tied_model, tmp_path, monkeypatch)
     assert (scores["accuracy"], scores["consistency"], scores["both_right"], scores["unparsed"]) == (1, 1, 1, 0)
     assert scores["first_position_rate"] == 0.5
     assert {row["choice"] == row["label"] for row in read_jsonl(tmp_path / "judgments_base.jsonl")} == {True}
@@ -108,7 +121,7 @@ def test_a_judge_that_knows_is_right_in_both_orders(tied_model, tmp_path, monkey
 
 def test_a_judge_that_takes_the_first_answer_is_never_consistent(tied_model, tmp_path, monkeypatch):
     """Both orders must differ in the prompt, and be told apart in the score."""
-    scores = judge_with(lambda prompt: judgment_text("r", 1), tied_model, tmp_path, monkeypatch)
+    scores = judge_with(takes_first, tied_model, tmp_path, monkeypatch)
     assert (scores["accuracy"], scores["consistency"], scores["first_position_rate"]) == (0.5, 0, 1)
 
 
@@ -128,27 +141,19 @@ def test_a_judge_that_takes_the_longer_answer_is_found_out(tied_model, tmp_path,
 def test_a_prompt_that_does_not_fit_counts_as_unparsed_and_is_reported(tied_model, tmp_path, monkeypatch):
     """Left out of the figures, it would raise them."""
     use_fake_engine(monkeypatch, lambda prompt: judgment_text("r", 1 if "right" in first_and_second(prompt)[0] else 2))
-    rows = [{"prompt": "q", "chosen": "right", "rejected": "no"}]
-    rows += [{"prompt": "p", "chosen": "right " * 2000, "rejected": "no"}]
+    rows = [{"prompt": "q", "chosen": chosen, "rejected": "no"} for chosen in ("right", "right " * 2000)]
     write_jsonl(tmp_path / "test.jsonl", rows)
-    data = (str(tmp_path / "test.jsonl"),)
-    evaluate(EvaluateOptions(run_dir=tmp_path, model=tied_model, data=data, num_resamples=50))
-    scores = json.loads((tmp_path / "report.json").read_text())["judges"]["base"]
+    scores = report_of(tmp_path, str(tmp_path / "test.jsonl"), model=tied_model)["judges"]["base"]
     assert (scores["n"], scores["accuracy"], scores["unparsed"], scores["overlong"]) == (2, 0.75, 0.5, 1)
 
 
 def test_the_trained_model_is_judged_beside_the_base(tied_model, tmp_path, monkeypatch):
     """`make demo` ends in this comparison; judgments that are there are not made again."""
-    data = (make_benchmark(tmp_path / "test.jsonl"),)
-    options = dict(run_dir=tmp_path, model=tied_model, data=data, num_resamples=50)
-    asked = use_fake_engine(monkeypatch, lambda prompt: judgment_text("r", 1))
-    evaluate(EvaluateOptions(**options))
-    assert len(asked) == 24 and "trained" not in json.loads((tmp_path / "report.json").read_text())["judges"]
+    data, asked = make_benchmark(tmp_path / "test.jsonl"), use_fake_engine(monkeypatch, takes_first)
+    assert "trained" not in report_of(tmp_path, data, model=tied_model)["judges"] and len(asked) == 24
     (tmp_path / "model").symlink_to(tied_model)
-    know = lambda prompt: judgment_text("r", 1 if first_and_second(prompt)[0].startswith("right") else 2)  # noqa: E731
-    asked = use_fake_engine(monkeypatch, know)
-    evaluate(EvaluateOptions(**options))
-    report = json.loads((tmp_path / "report.json").read_text())
+    asked = use_fake_engine(monkeypatch, knows)
+    report = report_of(tmp_path, data, model=tied_model)
     assert len(asked) == 24
     judges, [change] = report["judges"], report["comparisons"]
     assert (judges["base"]["accuracy"], judges["trained"]["accuracy"], change["accuracy"]) == (0.5, 1, 0.5)
@@ -166,74 +171,49 @@ def test_the_trained_model_is_judged_beside_the_base(tied_model, tmp_path, monke
     (["--max-retries", "-1"], ["--max-retries", "0 or more"]),
     (["--base-url", "http://localhost:1/v1"], ["--base-url", "con-j runs on vLLM"]),
     (["--judge", "gpt-4o"], ["--model", "behind an endpoint"]),
-    (
-        ["--judgments", "x.jsonl", "--num-samples", "2", "--temperature", "1"],
-        ["--model, --num-samples", "no model"],
-    ),
+    (["--judgments", "x", "--num-samples", "2", "--temperature", "1"], ["--model, --num-samples", "no model"]),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_line(tied_model, tmp_path, arguments, parts):
-    """Before the engine starts, naming what is wrong."""
-    data = make_benchmark(tmp_path / "test.jsonl")
-    line = ["--run-dir", tmp_path, "--model", tied_model, "--data", data, *arguments]
-    done = command("conj.sample.evaluation.evaluate", *line)
-    assert_one_line_error(done, *parts)
+    line = ["--run-dir", tmp_path, "--model", tied_model, "--data", make_benchmark(tmp_path / "test.jsonl"), *arguments]
+    assert_one_line_error(command("conj.sample.evaluation.evaluate", *line), *parts)
 
 
 # ---- Several judges, published judgments, votes ----
 
 
-def knows(prompt: str) -> str:
-    return judgment_text("r", 1 if first_and_second(prompt)[0].startswith("right") else 2)
-
-
-def report_of(run) -> dict:
-    return json.loads((run / "report.json").read_text())
-
-
 def test_judges_are_added_one_by_one_to_one_report(tied_model, tmp_path, monkeypatch):
     """Judgments of other data, or unfinished ones, are no judge of this report."""
-    data = (make_benchmark(tmp_path / "test.jsonl"),)
-    options = dict(run_dir=tmp_path, model=tied_model, data=data, num_resamples=50)
-    use_fake_engine(monkeypatch, lambda prompt: judgment_text("r", 1))
-    evaluate(EvaluateOptions(**options, judge="qwen2-7b"))
+    data, other = make_benchmark(tmp_path / "test.jsonl"), make_benchmark(tmp_path / "other.jsonl", 3)
+    use_fake_engine(monkeypatch, takes_first)
+    report_of(tmp_path, data, model=tied_model, judge="qwen2-7b")
     asked = use_fake_engine(monkeypatch, knows)
-    evaluate(EvaluateOptions(**options, name="mine"))
-    other = make_benchmark(tmp_path / "other.jsonl", 3)
-    rows = read_jsonl(tmp_path / "judgments_mine.jsonl")
-    write_jsonl(tmp_path / "judgments_unfinished.jsonl", rows[:5])
-    report = report_of(tmp_path)
+    report = report_of(tmp_path, data, model=tied_model, name="mine")
+    write_jsonl(tmp_path / "judgments_unfinished.jsonl", read_jsonl(tmp_path / "judgments_mine.jsonl")[:5])
     assert len(asked) == 24 and list(report["judges"]) == ["mine", "qwen2-7b"]
     assert [report["judges"][name]["accuracy"] for name in ("mine", "qwen2-7b")] == [1, 0.5]
     assert report["comparisons"][0]["accuracy"] == -0.5
-    evaluate(EvaluateOptions(**options | {"data": (other,)}, name="of-three"))
-    assert list(report_of(tmp_path)["judges"]) == ["of-three"]
+    assert list(report_of(tmp_path, other, model=tied_model, name="of-three")["judges"]) == ["of-three"]
 
 
 def test_scoring_the_file_again_gives_the_figures_of_judging(tied_model, tmp_path, monkeypatch):
     """Published judgments can be checked without the model; a changed choice shows."""
-    data, run, again = make_benchmark(tmp_path / "test.jsonl"), tmp_path / "run", tmp_path / "again"
+    data, judgments = make_benchmark(tmp_path / "test.jsonl"), tmp_path / "run" / "judgments_base.jsonl"
     use_fake_engine(monkeypatch, lambda prompt: knows(prompt) if "q3" in prompt else judgment_text("r", 2))
-    evaluate(EvaluateOptions(run_dir=run, model=tied_model, data=(data,), num_resamples=50))
-    judgments = run / "judgments_base.jsonl"
-    evaluate(EvaluateOptions(run_dir=again, judgments=(str(judgments),), data=(data,), num_resamples=50))
-    assert report_of(again)["judges"] == report_of(run)["judges"]
+    judged = report_of(tmp_path / "run", data, model=tied_model)["judges"]
+    assert report_of(tmp_path / "again", data, judgments=(str(judgments),))["judges"] == judged
     rows = read_jsonl(judgments)
     rows[0] |= {"verdict": 3 - rows[0]["verdict"], "choice": 3 - rows[0]["choice"]}
     write_jsonl(tmp_path / "changed.jsonl", rows)
-    evaluate(
-        EvaluateOptions(run_dir=again, judgments=(f"base={tmp_path}/changed.jsonl",), data=(data,), num_resamples=50)
-    )
-    assert report_of(again)["judges"]["base"]["accuracy"] != report_of(run)["judges"]["base"]["accuracy"]
+    again = report_of(tmp_path / "again", data, judgments=(f"base={tmp_path}/changed.jsonl",))["judges"]
+    assert again["base"]["accuracy"] != judged["base"]["accuracy"]
 
 
 def test_published_runs_are_scored_beside_each_other(tmp_path):
     """LLMBar's own counts of one of its judges, from its file (statistics.json): `77 / 134 = …`, or a percentage."""
-    folder = ROOT / "tests" / "data" / "llmbar_judge_outputs"
-    [result] = folder.rglob("result.json")
+    [result] = (DATA / "llmbar_judge_outputs").rglob("result.json")
     counts = json.loads(result.with_name("statistics.json").read_text())
     line = ["--run-dir", tmp_path, "--judgments", f"a={result}", f"b={result}"]
-    done = command("conj.sample.evaluation.evaluate", *line)
-    assert done.returncode == 0, done.stderr
+    succeeds("conj.sample.evaluation.evaluate", *line)
     report = report_of(tmp_path)
     found, n = report["judges"]["a"], report["judges"]["a"]["n"]
     for published, name in {"correct_both": "both_right", "equal": "consistency"}.items():
@@ -253,11 +233,7 @@ def test_several_samples_vote(tied_model, tmp_path, monkeypatch):
         verdict = int(knows(prompt)[-2])
         return judgment_text("r", 3 - verdict if next(count) % 3 == 0 else verdict)
 
-    use_fake_engine(monkeypatch, mostly)
-    data = (make_benchmark(tmp_path / "test.jsonl"),)
-    options = dict(num_samples=3, temperature=1.0, num_resamples=50)
-    evaluate(EvaluateOptions(run_dir=tmp_path, model=tied_model, data=data, **options))
-    found = report_of(tmp_path)["judges"]["base"]
+    found = judge_with(mostly, tied_model, tmp_path, monkeypatch, num_samples=3, temperature=1.0)
     assert (found["accuracy"], found["num_judgments"], found["n"]) == (1, 72, 12)
     assert [point["accuracy"] for point in found["votes"]] == pytest.approx([2 / 3, 2 / 3, 1])
     rows = read_jsonl(tmp_path / "judgments_base.jsonl")
@@ -267,13 +243,11 @@ def test_several_samples_vote(tied_model, tmp_path, monkeypatch):
 def test_part_of_a_benchmark_is_called_partial(tied_model, tmp_path, monkeypatch):
     """A figure of 3 rows of UltraFeedback is not UltraFeedback's."""
     use_fake_engine(monkeypatch, knows)
-    data = (f"ultrafeedback={make_benchmark(tmp_path / 'test.jsonl')}",)
-    options = dict(run_dir=tmp_path, model=tied_model, data=data, num_resamples=50)
-    evaluate(EvaluateOptions(**options))
-    whole = report_of(tmp_path)["judges"]["base"]["benchmarks"]["ultrafeedback"]
+    data = f"ultrafeedback={make_benchmark(tmp_path / 'test.jsonl')}"
+    whole = report_of(tmp_path, data, model=tied_model)["judges"]["base"]["benchmarks"]["ultrafeedback"]
     assert (whole["partial"], whole["score"]["value"], whole["score"]["partial"]) == (False, 1, False)
-    evaluate(EvaluateOptions(**options | {"run_dir": tmp_path / "part", "limit": 3}))
-    part = report_of(tmp_path / "part")["judges"]["base"]["benchmarks"]["ultrafeedback"]
+    judges = report_of(tmp_path / "part", data, model=tied_model, limit=3)["judges"]
+    part = judges["base"]["benchmarks"]["ultrafeedback"]
     assert part["partial"] and part["score"]["partial"] and all(s["partial"] for s in part["sections"].values())
 
 
@@ -281,14 +255,11 @@ def test_an_earlier_judge_is_scored_on_what_it_was_asked(tied_model, tmp_path, m
     """First a few rows, then all, then one more benchmark: what a judge was not asked is no failure of its."""
     use_fake_engine(monkeypatch, knows)
     first, second = make_benchmark(tmp_path / "test.jsonl"), make_benchmark(tmp_path / "more.jsonl", 20, "more")
-    options = dict(run_dir=tmp_path, model=tied_model, num_resamples=50)
-    evaluate(EvaluateOptions(**options, data=(first,), limit=5, name="few"))
-    evaluate(EvaluateOptions(**options, data=(first,), name="one"))
-    evaluate(EvaluateOptions(**options, data=(second,), name="two"))
-    judges = report_of(tmp_path)["judges"]
+    report_of(tmp_path, first, model=tied_model, limit=5, name="few")
+    report_of(tmp_path, first, model=tied_model, name="one")
+    judges = report_of(tmp_path, second, model=tied_model, name="two")["judges"]
     assert {name: (j["n"], j["accuracy"], j["overlong"]) for name, j in judges.items()} == {"two": (20, 1, 0)}
-    evaluate(EvaluateOptions(**options, data=(first, second), name="both"))
-    report = report_of(tmp_path)
+    report = report_of(tmp_path, first, second, model=tied_model, name="both")
     found = {name: (j["n"], j["accuracy"], j["overlong"]) for name, j in report["judges"].items()}
     assert found == {"both": (32, 1, 0), "few": (5, 1, 0), "one": (12, 1, 0), "two": (20, 1, 0)}
     assert report["judges"]["few"]["benchmarks"]["test.jsonl"]["partial"]
@@ -298,33 +269,27 @@ def test_an_earlier_judge_is_scored_on_what_it_was_asked(tied_model, tmp_path, m
 def test_judgments_of_another_seed_are_left_out(tied_model, tmp_path, monkeypatch, capsys):
     """Ids do not depend on the seed, labels do: its right answers would be counted as wrong."""
     use_fake_engine(monkeypatch, knows)
-    data = (make_benchmark(tmp_path / "test.jsonl"),)
-    options = dict(run_dir=tmp_path, model=tied_model, data=data, num_resamples=50)
-    evaluate(EvaluateOptions(**options, name="one", seed=1))
-    evaluate(EvaluateOptions(**options, name="two", seed=2))
-    assert {name: j["accuracy"] for name, j in report_of(tmp_path)["judges"].items()} == {"two": 1}
+    data = make_benchmark(tmp_path / "test.jsonl")
+    report_of(tmp_path, data, model=tied_model, name="one", seed=1)
+    judges = report_of(tmp_path, data, model=tied_model, name="two", seed=2)["judges"]
+    assert {name: j["accuracy"] for name, j in judges.items()} == {"two": 1}
     assert "judgments_one.jsonl: of other data or another --seed: left out" in capsys.readouterr().out
 
 
 def test_foreign_files_end_no_report(tied_model, tmp_path, monkeypatch):
     """A folder, an empty file, a torn one (another judge is being asked at this moment): the judging was paid for."""
-    use_fake_engine(monkeypatch, knows)
     (tmp_path / "judgments_folder.jsonl").mkdir()
     for name, text in (("empty", ""), ("torn", '{"id": "a", "ord')):
         (tmp_path / f"judgments_{name}.jsonl").write_text(text)
-    data = (make_benchmark(tmp_path / "test.jsonl"),)
-    evaluate(EvaluateOptions(run_dir=tmp_path, model=tied_model, data=data, num_resamples=50))
+    judge_with(knows, tied_model, tmp_path, monkeypatch)
     assert list(report_of(tmp_path)["judges"]) == ["base"]
 
 
 def test_a_file_with_an_equals_sign_in_its_path_can_be_scored(tied_model, tmp_path, monkeypatch):
-    use_fake_engine(monkeypatch, knows)
-    data, run = (make_benchmark(tmp_path / "test.jsonl"),), tmp_path / "lr=1e-6"
-    evaluate(EvaluateOptions(run_dir=run, model=tied_model, data=data, num_resamples=50))
-    file = run / "judgments_base.jsonl"
-    for given, name in ((str(file), "base"), (f"mine={file}", "mine")):
-        evaluate(EvaluateOptions(run_dir=tmp_path / "again", judgments=(given,), data=data, num_resamples=50))
-        assert list(report_of(tmp_path / "again")["judges"]) == [name]
+    run, again = tmp_path / "lr=1e-6", tmp_path / "again"
+    judge_with(knows, tied_model, run, monkeypatch)
+    for given, name in ((f"{run}/judgments_base.jsonl", "base"), (f"mine={run}/judgments_base.jsonl", "mine")):
+        assert list(report_of(again, str(run / "test.jsonl"), judgments=(given,))["judges"]) == [name]
 
 
 def test_a_question_is_shown_in_one_order_to_all_judges():
@@ -341,28 +306,18 @@ def test_a_question_is_shown_in_one_order_to_all_judges():
 def test_a_drawn_vote_is_undecided_and_not_unparsed(tied_model, tmp_path, monkeypatch):
     """All judgments state a verdict: a share without one would send the reader looking for a broken parser."""
     count = iter(range(10**6))
-    use_fake_engine(monkeypatch, lambda prompt: judgment_text("r", 1 + next(count) % 2))
-    options = dict(num_samples=2, temperature=1.0, num_resamples=50)
-    data = (make_benchmark(tmp_path / "test.jsonl"),)
-    evaluate(EvaluateOptions(run_dir=tmp_path, model=tied_model, data=data, **options))
-    found = report_of(tmp_path)["judges"]["base"]
+    write = lambda prompt: judgment_text("r", 1 + next(count) % 2)  # noqa: E731
+    found = judge_with(write, tied_model, tmp_path, monkeypatch, num_samples=2, temperature=1.0)
     assert (found["accuracy"], found["unparsed"], found["rungs"]) == (0.5, 0, {"json": 1})
 
 
 def test_one_order_is_compared_with_the_same_order_of_the_other_judge():
     """A judge that takes the first answer, and its own judgments in one order: nothing differs."""
-    prompts = [
-        {"id": f"{i}", "question": f"q{i}", "answer_1": "a", "answer_2": "b", "label": 1, "source": "s", "subset": ""}
-        | {"benchmark": ""}
-        for i in range(20)
-    ]
-    rows = [
-        {"id": p["id"], "order": order, "sample": 0, "choice": order, "label": 1, "rung": "json"}
-        for p in prompts
-        for order in (1, 2)
-    ]
-    one = [row for row in rows if row["order"] == 1]
-    judged = {"two": Judged(prompts=prompts, rows=rows), "one": Judged(prompts=prompts, rows=one)}
+    shared = {"answer_1": "a", "answer_2": "b", "label": 1, "source": "s", "subset": "", "benchmark": ""}
+    prompts = [{"id": f"{i}", "question": f"q{i}", **shared} for i in range(20)]
+    row = {"sample": 0, "label": 1, "rung": "json"}
+    one, two = ([row | {"id": p["id"], "order": order, "choice": order} for p in prompts] for order in (1, 2))
+    judged = {"two": Judged(prompts=prompts, rows=one + two), "one": Judged(prompts=prompts, rows=one)}
     [found] = score_all(judged, 200, 0)["comparisons"]
     assert found["accuracy"] == 0 and found["p_value"] == 1
 
@@ -378,11 +333,9 @@ def test_a_judge_behind_an_endpoint_is_evaluated_as_any_other(tmp_path, monkeypa
     judge, text = tmp_path / "judge.toml", tmp_path / "text.txt"
     judge.write_text('model = "m"\nprompt = "con-j"\nbackend = "openai"\nprompt_dollars = 1\ncompletion_dollars = 2\n')
     text.write_text("{question}\n回答1：{answer_1}\n回答2：{answer_2}\n")
-    data = (make_benchmark(tmp_path / "test.jsonl"),)
+    data = make_benchmark(tmp_path / "test.jsonl")
     with serving(behave) as server:
         for run, more in ((tmp_path / "card", {}), (tmp_path / "own", {"judge_text": text})):
-            options = dict(run_dir=run, data=data, judge=str(judge), base_url=server.url, num_resamples=50)
-            evaluate(EvaluateOptions(**options, **more))
-            found = report_of(run)["judges"]["judge"]
+            found = report_of(run, data, judge=str(judge), base_url=server.url, **more)["judges"]["judge"]
             assert (found["accuracy"], found["consistency"], found["num_judgments"]) == (1, 1, 24)
             assert found["dollars"] == pytest.approx(24 * (100 + 2 * 10) / 1e6) and found["tokens_per_judgment"] == 10

@@ -1,12 +1,11 @@
 """Whose fault a failure is: the rank that has the cause says it, with what helps; the others say that it is gone."""
 
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ENV
 
 from conj.train.sharding import PeerFailed, distributed, explain_failure
 
@@ -36,8 +35,7 @@ OWN = {
         ("Cuda failure 2 'out of memory'", "NCCL_DEBUG=WARN"),
     ),
     "invalid argument": (
-        CUDA + "Cuda failure 1 'invalid argument'",
-        ("Cuda failure 1 'invalid argument'", "NCCL_DEBUG=WARN"),
+        CUDA + "Cuda failure 1 'invalid argument'", ("Cuda failure 1 'invalid argument'", "NCCL_DEBUG=WARN"),
     ),
     "two ranks on one card": (
         NCCL + "invalid usage" + VERSION + "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\n"
@@ -105,10 +103,8 @@ def test_other_errors_keep_their_traceback():
 
 def test_one_process_ends_with_the_line_and_its_error(monkeypatch):
     """It leaves no group behind, and does not end a process that called it."""
-    with (
-        pytest.raises(SystemExit, match="rank 0: failed: CUDA out of memory.* takes less") as raised,
-        distributed("cpu"),
-    ):
+    out = "rank 0: failed: CUDA out of memory.* takes less"
+    with pytest.raises(SystemExit, match=out) as raised, distributed("cpu"):
         raise torch.OutOfMemoryError(OWN["memory"][0])
     assert isinstance(raised.value.__cause__, torch.OutOfMemoryError) and not torch.distributed.is_initialized()
 
@@ -119,9 +115,8 @@ def test_the_rank_that_has_the_cause_names_it_and_the_other_that_it_is_gone():
     lines += [f"    if world.rank == 1: raise torch.distributed.DistBackendError({OWN['shared memory'][0]!r})"]
     lines += ["    world.any(True)"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     line = [*launch, sys.executable, "-c", "\n".join(lines)]
-    done = subprocess.run(line, capture_output=True, text=True, env=env, timeout=120)
+    done = subprocess.run(line, capture_output=True, text=True, env=ENV, timeout=120)
     assert done.returncode == 1 and done.stderr.count("rank 1: failed: NCCL error in") == 1, done.stderr
     assert done.stderr.count("No space left on device (28); NCCL needs more shared memory") == 1
     assert "rank 0: failed" not in done.stderr and "rank 1: left" not in done.stderr

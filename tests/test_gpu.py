@@ -1,5 +1,7 @@
 """What only a GPU can show: flash attention over shared prefixes, bits that repeat, a training run. `pytest -m gpu`."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from conftest import ROOT, random_pairs, write_model
@@ -17,11 +19,10 @@ from conj.train.optimizer import gradient_norm
 from conj.train.reference import load_pairs
 from conj.train.sharding import distributed
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine"),
-]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine")
+pytestmark = [pytest.mark.gpu, NO_GPU]
 GPU = torch.device("cuda")
+FLASH = pytest.mark.parametrize("name", ["varlen", *(["flash_attn"] if find_spec("flash_attn") else [])])
 LENGTHS, PREFIX = [300, 40, 77, 512, 1, 90], [None, 0, 0, None, 3, 3]
 
 
@@ -46,13 +47,7 @@ def attention_and_gradients(name: str, dtype: torch.dtype, deterministic: bool =
     return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
 
 
-def available() -> list[str]:
-    from importlib.util import find_spec
-
-    return ["varlen", *(["flash_attn"] if find_spec("flash_attn") else [])]
-
-
-@pytest.mark.parametrize("name", available())
+@FLASH
 def test_flash_attention_over_shared_prefixes_equals_segment_by_segment(name):
     """Errors against fp32, ours at most twice those of SDPA in the same bf16: a wrong gather or mask is off by 1."""
     expected = attention_and_gradients("sdpa", torch.float32)
@@ -62,7 +57,7 @@ def test_flash_attention_over_shared_prefixes_equals_segment_by_segment(name):
         assert errors[0] <= 2 * errors[1], errors
 
 
-@pytest.mark.parametrize("name", available())
+@FLASH
 def test_deterministic_backward_gives_the_same_bits_again(name):
     first, *others = (attention_and_gradients(name, torch.bfloat16, deterministic=True) for _ in range(5))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))

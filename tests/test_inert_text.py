@@ -8,13 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHARED
+from conftest import DATA, ROOT, SHARED, here
 from control_tokens import PLACES, TEXT, Conversation, attack_texts, attacks, by_conj, by_template, structure
 
 from conj.data.preprocess import load_prompts, question_of
 from conj.data.prompts import JudgeTokenizer, judge_messages, judgment_text
 
-DATA = Path(__file__).parent / "data"
 QWEN2 = SHARED / "qwen2-tokenizer"
 # Added tokens of later Qwen tokenizers; those without bars are no special tokens there, but added ones all the same.
 MORE_TOKENS = [
@@ -32,9 +31,7 @@ def folder(request, tmp_path_factory) -> Path:
     if request.param == "demo":
         return ROOT / "demo" / "base"
     if request.param == "qwen2":
-        if not QWEN2.exists():
-            pytest.skip(f"{QWEN2} is not here")
-        return QWEN2
+        return here(QWEN2)
     return add_tokens(tmp_path_factory.mktemp("more"), MORE_TOKENS)
 
 
@@ -84,8 +81,8 @@ def test_plain_chat_templating_lets_every_attack_through(folder, tokenizer):
     """The negative control: filled first and tokenized afterwards, each of these texts changes the structure."""
     encode, conj = by_template(folder), by_conj(tokenizer)
     for place, put in PLACES.items():
-        assert structure(encode(put(TEXT)), tokenizer) == structure(conj(put(TEXT)), tokenizer), place
         benign = structure(encode(put(TEXT)), tokenizer)
+        assert benign == structure(conj(put(TEXT)), tokenizer), place
         for token in tokenizer.special:
             for text in attack_texts(token, tokenizer.eos):
                 assert structure(encode(put(text)), tokenizer) != benign, (place, text)

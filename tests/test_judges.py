@@ -25,7 +25,6 @@ def write(folder: Path, text: str) -> str:
 
 
 def test_the_judges_of_the_cards_table_are_shipped():
-    """Each row of the table is one name."""
     assert shipped_judges() == sorted([*CARD, "auto-j", "prometheus-2"])
 
 
@@ -96,22 +95,21 @@ def test_prometheus_takes_its_text_from_its_package_and_runs_none_of_it(tmp_path
     if not any(d.name == "prometheus-eval" for d in importlib.metadata.distributions()):
         with pytest.raises(InputError, match="pip install --no-deps prometheus-eval"):
             load_judge("prometheus-2")
-    package = tmp_path / "site"
-    (package / "prometheus_eval").mkdir(parents=True)
-    (package / "prometheus_eval-9.dist-info").mkdir()
-    (package / "prometheus_eval-9.dist-info" / "METADATA").write_text("Name: prometheus-eval\nVersion: 9\n")
-    (package / "prometheus_eval" / "prompts.py").write_text(
+    (tmp_path / "prometheus_eval").mkdir()
+    (tmp_path / "prometheus_eval-9.dist-info").mkdir()
+    (tmp_path / "prometheus_eval-9.dist-info" / "METADATA").write_text("Name: prometheus-eval\nVersion: 9\n")
+    (tmp_path / "prometheus_eval" / "prompts.py").write_text(
         'raise SystemExit("this was run")\nREL_SYSTEM_PROMPT = "Be fair."\nHELPFULNESS_RUBRIC = """\n[{helps}?]\n""".strip()\n'
         'RELATIVE_PROMPT_WO_REF = """T {instruction} A {response_A} B {response_B} R {rubric} {other} """\n'
     )
-    monkeypatch.syspath_prepend(package)
+    monkeypatch.syspath_prepend(tmp_path)
     judge = load_judge("prometheus-2")
     assert judge_prompt(judge, "q", "{response_B}", "{answer_1}") == [
         {"role": "system", "content": "Be fair."},
         {"role": "user", "content": "T q A {response_B} B {answer_1} R [{helps}?] {other} "},
     ]
     assert {text: judge.parse(text).value for text in PROMETHEUS} == PROMETHEUS
-    (package / "prometheus_eval" / "prompts.py").write_text("RELATIVE_PROMPT = ''")
+    (tmp_path / "prometheus_eval" / "prompts.py").write_text("RELATIVE_PROMPT = ''")
     with pytest.raises(InputError, match="expected REL_SYSTEM_PROMPT, RELATIVE_PROMPT_WO_REF, HELPFULNESS_RUBRIC in"):
         load_judge("prometheus-2")
 
@@ -138,10 +136,7 @@ PROMPT = 'prompt = "con-j"\n'
     (PROMPT + "model = 3", "model: expected a text, found 3"),
     (PROMPT + "verdict_pattern = '(a)'", "expected verdict_pattern and verdicts, or neither"),
     (PROMPT + "verdict_pattern = '('\nverdicts = {A = 1, B = 2}", "verdict_pattern: expected a regular expression"),
-    (
-        PROMPT + "verdict_pattern = 'A|B'\nverdicts = {A = 1, B = 2}",
-        r"verdict_pattern: expected one \(group\), found 0",
-    ),
+    (PROMPT + "verdict_pattern = 'A|B'\nverdicts = {A = 1, B = 2}", r"verdict_pattern: expected one \(group\), found 0"),
     (PROMPT + "verdict_pattern = '(a)'\nverdicts = {A = 1}", "verdicts: expected texts for 1 and for 2"),
     (PROMPT + "verdict_pattern = '(a)'\nverdicts = {A = 1, B = 3}", "verdicts: expected a table"),
     (PROMPT + "verdict_pattern = '(a)'\nverdicts = {A = true, B = 2}", "verdicts: expected a table"),
@@ -155,13 +150,13 @@ def test_a_file_that_is_no_judge_is_refused_by_its_key(text, message, tmp_path):
         load_judge(write(tmp_path, text))
 
 
-def test_an_unknown_name_lists_the_known_ones(tmp_path):
-    with pytest.raises(InputError, match="expected a .toml file or one of auto-j, con-j"):
-        load_judge("conj")
-    with pytest.raises(InputError, match="nowhere.toml: no such file"):
-        load_judge("nowhere.toml")
-    with pytest.raises(InputError, match="nowhere: no such file"):
-        load_judge("auto-j", Path("nowhere"))
+@pytest.mark.parametrize(("judge", "message"), [
+    (["conj"], "expected a .toml file or one of auto-j, con-j"), (["nowhere.toml"], "nowhere.toml: no such file"),
+    (["auto-j", Path("nowhere")], "nowhere: no such file"),
+])  # fmt: skip
+def test_an_unknown_name_lists_the_known_ones(judge, message):
+    with pytest.raises(InputError, match=message):
+        load_judge(*judge)
 
 
 def test_an_endpoint_has_a_price():
@@ -210,17 +205,9 @@ def test_without_a_token_that_names_an_answer_there_is_no_probability(tokens):
 
 def test_the_probability_of_a_pattern_is_read_at_its_letter(tmp_path):
     """Response 1 and Response 2 differ in their digit, and there the judge decides."""
-    auto_j = load_judge(
-        write(
-            tmp_path,
-            OWN.replace("A|B|neither", "Answer A|Answer B")
-            .replace("A = 1, B", "'Answer A' = 1, 'Answer B'")
-            .replace(", neither = 0", ""),
-        )
-    )
+    text = OWN.replace("A|B|neither", "Answer A|Answer B").replace(", neither = 0", "")
+    auto_j = load_judge(write(tmp_path, text.replace("A = 1, B", "'Answer A' = 1, 'Answer B'")))
     tokens = ["better: ", "Answer", " A", ". So better: ", "Answer", " B"]
     assert probability(tokens, {5: {" B": 0.6, " A": 0.3, "A": 0.1}}, auto_j.verdict_place) == pytest.approx(0.4)
-    assert (
-        probability(["better: ", "neither"], {1: {"neither": 1.0}}, load_judge(write(tmp_path, OWN)).verdict_place)
-        is None
-    )
+    own = load_judge(write(tmp_path, OWN))
+    assert probability(["better: ", "neither"], {1: {"neither": 1.0}}, own.verdict_place) is None

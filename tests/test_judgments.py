@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SHARED
+from conftest import DATA, SHARED, here
 
 from conj import InputError
 from conj.data.files import write_jsonl
@@ -12,7 +12,6 @@ from conj.data.manifest import manifest_path, write_sealed
 from conj.data.preprocess import load_prompts
 from conj.sample.evaluation.judgments import read_judgments_file
 
-DATA = Path(__file__).parent / "data"
 RESULT = DATA / "llmbar_judge_outputs" / "adver_neighbor" / "Falcon_CoT" / "result.json"
 LLMBAR, PANDALM = str(DATA / "llmbar"), str(DATA / "pandalm" / "testset-v1.json")
 
@@ -53,10 +52,7 @@ def test_llmbar_run_gives_its_published_counts():
 @pytest.mark.parametrize("judge", ["ChatGPT_CoT", "Falcon_CoT", "GPT-4_CoT", "GPT-4_Vanilla"])
 @pytest.mark.parametrize("subset", ["natural", "adver_neighbor"])
 def test_every_llmbar_run_gives_its_published_counts(subset, judge):
-    path = SHARED / "llmbar_judge_outputs" / subset / judge / "result.json"
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    check_statistics(path)
+    check_statistics(here(SHARED / "llmbar_judge_outputs" / subset / judge / "result.json"))
 
 
 def test_swapping_the_swapped_winners_again_gives_other_counts():
@@ -105,9 +101,7 @@ def agreements(name: str, data: str, folder: Path) -> int:
 @pytest.mark.parametrize(("name", "expected"), [("gpt-3.5-turbo", 697), ("pandalm-7b", 667)])
 def test_pandalm_judges_agree_with_the_majority_as_published(name, expected):
     """`Tie` and 0 are ties, which count where the majority is a tie; `garbage` is no verdict."""
-    if not (SHARED / "pandalm").exists():
-        pytest.skip(f"{SHARED / 'pandalm'} is not here")
-    assert agreements(name, str(SHARED / "pandalm" / "testset-v1.json"), SHARED / "pandalm") == expected
+    assert agreements(name, str(here(SHARED / "pandalm") / "testset-v1.json"), SHARED / "pandalm") == expected
 
 
 @pytest.mark.parametrize(("name", "expected"), [("gpt-3.5-turbo", 8), ("pandalm-7b", 6)])
@@ -120,15 +114,11 @@ def test_pandalm_results_are_matched_by_idx(name, expected, tmp_path):
     assert agreements(name, PANDALM, tmp_path) == expected
 
 
-def judgments_of(prompts: list[dict], **changes) -> list[dict]:
+def judgments_of(prompts: list[dict]) -> list[dict]:
     """A judge that always takes what stands first."""
-    rows = []
-    for prompt in prompts:
-        for order in (1, 2):
-            row = {"id": prompt["id"], "order": order, "sample": 0, "text": "t", "verdict": 1, "choice": order}
-            row |= {"label": prompt["label"], "rung": "json", "finish_reason": "stop", "token_ids": [1, 2]}
-            rows.append(row | changes)
-    return rows
+    row = {"sample": 0, "text": "t", "verdict": 1, "rung": "json", "finish_reason": "stop", "token_ids": [1, 2]}
+    by_prompt = [row | {"id": prompt["id"], "label": prompt["label"]} for prompt in prompts]
+    return [row | {"order": order, "choice": order} for row in by_prompt for order in (1, 2)]
 
 
 @pytest.fixture
@@ -139,17 +129,12 @@ def own(tmp_path) -> tuple[Path, list[dict]]:
     return path, prompts
 
 
-def test_own_judgments_come_back_with_their_prompts(own):
-    path, expected = own
-    prompts, judgments = read_judgments_file(path, [LLMBAR], limit=20)
-    assert prompts == expected and judgments == judgments_of(expected)
-
-
-def test_judgments_of_the_rest_of_the_data_are_no_mistake(own):
-    """A part of what was judged may be scored by itself."""
-    path, expected = own
-    prompts, judgments = read_judgments_file(path, [LLMBAR], limit=5)
-    assert (prompts, len(judgments)) == (expected[:5], 10)
+@pytest.mark.parametrize("limit", [20, 5])
+def test_own_judgments_come_back_with_their_prompts(limit, own):
+    """A part of what was judged may be scored by itself: judgments of the rest are no mistake."""
+    path, prompts = own
+    expected = prompts[:limit]
+    assert read_judgments_file(path, [LLMBAR], limit=limit) == (expected, judgments_of(expected))
 
 
 def test_unanswered_prompts_stay_if_the_manifest_says_that_they_were_too_long(own):
@@ -161,8 +146,8 @@ def test_unanswered_prompts_stay_if_the_manifest_says_that_they_were_too_long(ow
     sealed = {"inputs": [], "options": {}, "complete": True}
     overlong = [prompt["id"] for prompt in prompts[:3]]
     write_sealed(manifest_path(path), sealed | {"counts": {"overlong_ids": overlong}})
-    assert read_judgments_file(path, [LLMBAR], limit=20)[0] == prompts
-    assert len(read_judgments_file(path, [LLMBAR], limit=20)[1]) == 34
+    found, rows = read_judgments_file(path, [LLMBAR], limit=20)
+    assert found == prompts and len(rows) == 34
     write_sealed(manifest_path(path), sealed | {"counts": {"overlong_ids": overlong[:2]}})
     with pytest.raises(InputError, match=f"1 prompts of the data without a judgment: {overlong[2]}"):
         read_judgments_file(path, [LLMBAR], limit=20)
@@ -197,27 +182,27 @@ def test_judgments_of_another_seed_are_refused(own):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"order": 3}, "expected order to be one of 1, 2; found 3"),
-    ({"order": True}, "expected order to be int"),
+    ({"order": 3}, "expected order to be one of 1, 2; found 3"), ({"order": True}, "expected order to be int"),
     ({"verdict": 5}, "expected verdict to be one of None, 0, 1, 2; found 5"),
     ({"verdict": "1"}, "expected verdict to be one of None, 0, 1, 2; found '1'"),
-    ({"choice": 2}, "expected choice 1, of verdict 1 in order 1; found 2"),
-    ({"text": None}, "expected text to be str"),
+    ({"choice": 2}, "expected choice 1, of verdict 1 in order 1; found 2"), ({"text": None}, "expected text to be str"),
+    *(({name: value}, f".*{name}|found others of 1") for name, value in (
+        ("sample", "x"), ("sample", -1), ("sample", 10_000_000), ("sample", 0.5), ("p_first", 7.0), ("p_first", "a"),
+        ("token_ids", 5), ("completion_tokens", "a"), ("dollars", "a"),
+    )),
 ])  # fmt: skip
-def test_malformed_own_row_is_named(change, message, own):
+def test_a_row_that_no_judge_of_ours_wrote_is_refused(change, message, own):
+    """Taken as they are, such rows become figures, or end the report after it has cost what it costs."""
     path, prompts = own
     rows = judgments_of(prompts)
-    write_jsonl(path, [*rows[:2], rows[2] | change])
+    write_jsonl(path, [*rows[:2], rows[2] | change, *rows[3:]])
     with pytest.raises(InputError, match=rf"judgments_mine\.jsonl:3: {message}"):
         read_judgments_file(path, [LLMBAR], limit=20)
 
 
 @pytest.mark.parametrize(("results", "message"), [
     ([{}], "expected results with 'swap = False' and its winner"),
-    (
-        [{"swap = False": {"winner": "a"}, "swap = True": {"winner": "1"}}],
-        "expected winner '1', '2' or null; found 'a'",
-    ),
+    ([{"swap = False": {"winner": "a"}, "swap = True": {"winner": "1"}}], "expected winner '1', '2' or null; found 'a'"),
     ([{"swap = False": {"winner": [1]}}], r"expected winner .*; found \[1\]"),
     ("none", "expected results to be list"),
 ])  # fmt: skip
@@ -244,19 +229,6 @@ def test_malformed_pandalm_results_are_named(rows, message, tmp_path):
 def test_pandalm_results_need_its_test_set():
     with pytest.raises(InputError, match="expected --data with PandaLM's test set alone"):
         read_judgments_file(DATA / "pandalm_outputs" / "pandalm-7b-testset-v1.json", [LLMBAR])
-
-
-@pytest.mark.parametrize("change", [
-    {"sample": "x"}, {"sample": -1}, {"sample": 10_000_000}, {"sample": 0.5}, {"p_first": 7.0}, {"p_first": "a"},
-    {"token_ids": 5}, {"completion_tokens": "a"}, {"dollars": "a"},
-])  # fmt: skip
-def test_a_row_that_no_judge_of_ours_wrote_is_refused(own, change):
-    """Taken as they are, such rows become figures, or end the report after it has cost what it costs."""
-    path, prompts = own
-    rows = judgments_of(prompts)
-    write_jsonl(path, [*rows[:5], rows[5] | change, *rows[6:]])
-    with pytest.raises(InputError, match=f"judgments_mine.jsonl:6: .*{next(iter(change))}|found others of 1"):
-        read_judgments_file(path, [LLMBAR], limit=20)
 
 
 def test_every_prompt_has_the_same_orders_and_samples(own):

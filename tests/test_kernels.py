@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_pairs
+from conftest import ROOT, random_pairs
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -35,7 +35,6 @@ from conj.model.ops import rms_norm_reference, rope_reference  # noqa: E402
 from conj.model.weights import load_model  # noqa: E402
 from conj.train.batch import collate, to_device  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -119,9 +118,8 @@ class Operation:
     sums: int = 0  # how many of the last outputs are sums over rows
 
     def in_dtype(self, T: int, columns: int, dtype: torch.dtype) -> dict:
-        kept = ("targets", "upstream")
-        made = self.inputs(T, columns)
-        return {k: (v if k in kept else v.to(dtype)).to(DEVICE) for k, v in made.items()}
+        made = self.inputs(T, columns).items()
+        return {k: (v if k in ("targets", "upstream") else v.to(dtype)).to(DEVICE) for k, v in made}
 
 
 def logprob_inputs(T: int, V: int, lift: float = 10.0) -> dict:
@@ -175,7 +173,7 @@ def our_norm(i: dict) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def our_norm_grad(i: dict) -> tuple[Tensor, Tensor]:
-    _, _, inv_rms = kernels.add_rms_norm_forward(i["x"], None, i["weight"], EPS)
+    _, _, inv_rms = our_norm(i)
     return kernels.add_rms_norm_backward(i["grad_y"], i.get("grad_residual"), i["x"], i["weight"], inv_rms)
 
 
@@ -217,8 +215,7 @@ def rows(*names: str, **weights: float) -> Callable[[int, int], dict]:
 
 OPERATIONS = {
     "logprob": Operation(
-        logprob_inputs,
-        lambda i: our_logprob(i["logits"], i["targets"]),
+        logprob_inputs, lambda i: our_logprob(i["logits"], i["targets"]),
         lambda i: (plain_logprob(i), wide(i["logits"]).logsumexp(-1)),
     ),
     "logprob_grad": Operation(logprob_inputs, our_logprob_grad, plain_logprob_grad),
@@ -226,15 +223,15 @@ OPERATIONS = {
     "add_norm": Operation(rows("x", "delta", weight=0.3), our_norm, plain_add_norm, ("weight",)),
     "norm_grad": Operation(rows("x", "grad_y", weight=0.3), our_norm_grad, plain_norm_grad, ("weight",), sums=1),
     "add_norm_grad": Operation(
-        rows("x", "grad_y", "grad_residual", weight=0.3), our_norm_grad, plain_norm_grad, ("weight",), sums=1
+        rows("x", "grad_y", "grad_residual", weight=0.3), our_norm_grad, plain_norm_grad, ("weight",), sums=1,
     ),
     "rope": Operation(rope_inputs, lambda i: kernels.rope(**i), plain_rope),
     "rope_grad": Operation(rope_inputs, lambda i: kernels.rope(**i, inverse=True), plain_rope_grad),
     "swiglu": Operation(
-        rows("gate", "up"), lambda i: (kernels.swiglu_forward(**i),), lambda i: (F.silu(i["gate"]) * i["up"],)
+        rows("gate", "up"), lambda i: (kernels.swiglu_forward(**i),), lambda i: (F.silu(i["gate"]) * i["up"],),
     ),
     "swiglu_grad": Operation(rows("gate", "up", "grad"), lambda i: kernels.swiglu_backward(**i), plain_swiglu_grad),
-}
+}  # fmt: skip
 EVERY = pytest.mark.parametrize("name", OPERATIONS)
 
 
@@ -360,11 +357,8 @@ def check_blocks(i: dict, widths: list[int], shift: int = 0) -> None:
     assert_error_at_most_twice_torchs(logprob_by_blocks(i, widths, shift), plain, oracle, rounding_of_lse(i))
 
 
-WIDTHS = [[515], [1, 514], [200, 200, 115], [33] * 15 + [20]]
-
-
 @DTYPES
-@pytest.mark.parametrize("widths", WIDTHS, ids=len)
+@pytest.mark.parametrize("widths", [[515], [1, 514], [200, 200, 115], [33] * 15 + [20]], ids=len)
 def test_any_split_into_blocks_of_columns_gives_the_logprob(widths, dtype):
     """A running sum that is not rescaled when the max rises, or a target read in a block that it is not in."""
     check_blocks(OPERATIONS["logprob"].in_dtype(6, 515, dtype), widths)
@@ -372,9 +366,8 @@ def test_any_split_into_blocks_of_columns_gives_the_logprob(widths, dtype):
 
 def test_the_check_fails_for_misnumbered_blocks():
     """Negative control: a check that cannot fail would pass the test above."""
-    i = OPERATIONS["logprob"].in_dtype(6, 515, torch.bfloat16)
     with pytest.raises(AssertionError):
-        check_blocks(i, [200, 315], shift=1)
+        check_blocks(OPERATIONS["logprob"].in_dtype(6, 515, torch.bfloat16), [200, 315], shift=1)
 
 
 @pytest.mark.parametrize("damage", ["lse", "rows", "targets"])
@@ -386,8 +379,8 @@ def test_the_check_fails_for_a_wrong_gradient(damage):
     lse = {"lse": lse + 0.01, "rows": lse.roll(1), "targets": lse}[damage]
     targets = (i["targets"] + (damage == "targets")) % 515
     ours = our_logit_grad(i["logits"], targets, lse, i["upstream"])
+    plain, exact = plain_logprob_grad(i), plain_logprob_grad(double)
     with pytest.raises(AssertionError):
-        plain, exact = plain_logprob_grad(i), plain_logprob_grad(double)
         assert_error_at_most_twice_torchs((ours,), plain, exact, rounding_of_lse(i))
 
 
@@ -460,16 +453,17 @@ def gathered(dtype: torch.dtype, T: int = 9, G: int = 40, C: int = 515) -> tuple
     return normal(G, C).to(DEVICE, dtype), index.to(DEVICE)
 
 
+def summed(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(9, 515, dtype=dtype, device=DEVICE).index_add(0, index, x.to(dtype))
+
+
 @DTYPES
 @pytest.mark.parametrize("offsets", [torch.int32, torch.int64], ids=["int32", "int64"])
 def test_summed_rows_are_the_gradient_of_a_gather(offsets, dtype):
     """Against index_add in fp64; rows that nobody gathered get exact zeros, and NaN around x is not read."""
     x, index = gathered(dtype)
     ours = kernels.sum_rows(in_poison(x), *inverse_index(index, 9, offsets))
-    plain, expected = (
-        torch.zeros(9, 515, dtype=d, device=DEVICE).index_add(0, index, x.to(d)) for d in (dtype, torch.double)
-    )
-    assert_error_at_most_twice_torchs((ours,), (plain,), (expected,))
+    assert_error_at_most_twice_torchs((ours,), (summed(x, index, dtype),), (summed(x, index, torch.double),))
     assert not ours[-1].any()
     assert torch.equal(ours, kernels.sum_rows(x, *inverse_index(index, 9, offsets)))
 
@@ -485,8 +479,7 @@ def test_the_check_fails_for_a_dropped_row():
     x, index = gathered(torch.bfloat16)
     row_starts, rows = inverse_index(index, 9, torch.int64)
     row_starts[1:] -= 1
-    expected = torch.zeros(9, 515, dtype=torch.double, device=DEVICE).index_add(0, index, x.double())
-    ours = kernels.sum_rows(x, row_starts, rows)
+    ours, expected = kernels.sum_rows(x, row_starts, rows), summed(x, index, torch.double)
     with pytest.raises(AssertionError):
         assert_error_at_most_twice_torchs((ours,), (expected.bfloat16(),), (expected,))
 

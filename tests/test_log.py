@@ -11,9 +11,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ENV, command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_dpo import ARGUMENTS, NOT_COMPARED, dpo_options, load, make_reference
+from test_dpo import ARGUMENTS, NOT_COMPARED, dpo_options, go_back, load, make_reference
 from torch.utils.flop_counter import FlopCounterMode
 
 from conj import InputError
@@ -31,10 +31,8 @@ from conj.train.speed import idle_share, step_flops
 @pytest.fixture
 def ready(run_folder, tied_model):
     """A run folder with pairs of two types and their reference logprobs."""
-    rows = read_jsonl(run_folder / "pairs.jsonl")
-    write_jsonl(
-        run_folder / "pairs.jsonl", [r | {"pair_type": ("repeated", "hinted")[i % 2]} for i, r in enumerate(rows)]
-    )
+    rows = enumerate(read_jsonl(run_folder / "pairs.jsonl"))
+    write_jsonl(run_folder / "pairs.jsonl", [r | {"pair_type": ("repeated", "hinted")[i % 2]} for i, r in rows])
     make_reference(run_folder, tied_model)
     return run_folder
 
@@ -55,9 +53,8 @@ def test_every_field_of_a_row_is_compared_or_says_when_where_and_how_fast(ready,
     assert rows[0]["rewards/accuracies"] is None and 0 <= rows[-1]["rewards/accuracies"] <= 1
     for row in rows:
         assert 0 < row["share_of_ceiling"] < 1 and row["idle_share"] == 0 and row["peak_memory_bytes"] > 1e8
-        assert row["flops_per_second"] / row["tokens_per_second"] > 6 * 2 * 64 * (
-            64 + 3 * 160
-        )  # a token's, of its weights
+        of_weights = 6 * 2 * 64 * (64 + 3 * 160)  # a token's
+        assert row["flops_per_second"] / row["tokens_per_second"] > of_weights
     assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
 
 
@@ -96,12 +93,8 @@ def test_flops_are_those_that_the_model_does(share, ready, tied_model):
 def test_ranks_idle_for_as_long_as_the_fullest_pack_of_a_turn_takes(ready, tied_model):
     pairs, _ = load(ready, tied_model)
     pack = [Group(prompt=0, pairs=[0])]
-    assert [idle_share(pairs, [pack] * packs, ranks) for packs, ranks in ((3, 1), (4, 2), (1, 2), (3, 4))] == [
-        0,
-        0,
-        0.5,
-        0.25,
-    ]
+    for packs, ranks, idle in ((3, 1, 0), (4, 2, 0), (1, 2, 0.5), (3, 4, 0.25)):
+        assert idle_share(pairs, [pack] * packs, ranks) == idle, (packs, ranks)
     assert idle_share(pairs, [pack * 3, pack], 2) == pytest.approx(1 / 3)
 
 
@@ -142,9 +135,7 @@ def hosted(monkeypatch) -> dict[str, SimpleNamespace]:
 def test_wandb_and_trackio_get_the_rows_and_a_resumed_run_goes_on_in_the_same_one(hosted, ready, tied_model):
     settings = dpo_options(ready, tied_model, max_steps=4, save_every=2, report_to=("wandb", "trackio"))
     dpo.main(settings)
-    shutil.rmtree(ready / "model")
-    (ready / "model.manifest.json").unlink()
-    shutil.rmtree(ready / "checkpoints" / "step-00000004")
+    go_back(ready, 2)
     dpo.main(settings)
     rows = read_jsonl(ready / "metrics.jsonl")
     for name, seen in hosted.items():
@@ -154,11 +145,8 @@ def test_wandb_and_trackio_get_the_rows_and_a_resumed_run_goes_on_in_the_same_on
         for step, numbers in seen.rows[-2:]:
             row = {k: v for k, v in rows[step - 1].items() if k not in ("step", "time", "order")}
             assert numbers == row
-    shutil.copytree(ready, ready.with_name("other"))
-    shutil.rmtree(ready.with_name("other") / "model")
-    (ready.with_name("other") / "model.manifest.json").unlink()
-    shutil.rmtree(ready.with_name("other") / "checkpoints")
-    dpo.main(dpo_options(ready.with_name("other"), tied_model, max_steps=1, report_to=("wandb",)))
+    go_back(other := shutil.copytree(ready, ready.with_name("other")), 0)
+    dpo.main(dpo_options(other, tied_model, max_steps=1, report_to=("wandb",)))
     assert hosted["wandb"].inits[2]["id"] != hosted["wandb"].inits[0]["id"]  # negative control: another run
     assert not (ready / "tensorboard").exists()
 
@@ -186,13 +174,12 @@ def test_off_a_terminal_progress_is_a_few_plain_lines(ready, tied_model):
 
 def test_on_a_terminal_progress_is_tqdms_bar():
     """Negative control of the test above: the same loop, on a terminal and piped."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
     terminal, end = pty.openpty()
     termios.tcsetwinsize(end, (24, 80))
-    subprocess.run([sys.executable, "-c", LOOP], stderr=end, env=env, check=True)
+    subprocess.run([sys.executable, "-c", LOOP], stderr=end, env=ENV, check=True)
     os.close(end)
     shown = os.read(terminal, 100_000).decode()
     os.close(terminal)
     assert "\r" in shown and "█" in shown
-    piped = subprocess.run([sys.executable, "-c", LOOP], stderr=subprocess.PIPE, text=True, env=env, check=True).stderr
+    piped = subprocess.run([sys.executable, "-c", LOOP], stderr=subprocess.PIPE, text=True, env=ENV, check=True).stderr
     assert "\r" not in piped and [line.split()[2] for line in piped.splitlines()] == ["0/10000", "10000/10000"]

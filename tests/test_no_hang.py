@@ -1,6 +1,5 @@
 """A rank that fails takes the others with it, soon and with one cause; SIGTERM saves; torchrun's restart goes on."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -8,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, num_lines, random_pairs
+from conftest import ENV, ROOT, num_lines, random_pairs
 from safetensors.torch import load_file
 from test_dpo import ARGUMENTS, make_reference, metrics_of
 
@@ -40,9 +39,8 @@ def torchrun(run, base, *script, restarts: int = 0, save_every: int = 2) -> subp
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     line = [*launch, f"--max-restarts={restarts}", *script, *TRAIN, "--run-dir", run, "--model", base]
     line += ["--save-every", save_every]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*map(str, line)], env=env, cwd=ROOT, text=True, **pipes)
+    return subprocess.Popen([*map(str, line)], env=ENV, cwd=ROOT, text=True, **pipes)
 
 
 def faulty(run, base, fault: str, phase: str, rank: int, restarts: int = 0) -> tuple[subprocess.Popen, str, float]:

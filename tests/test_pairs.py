@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from conj import InputError
+from conj.data.files import read_jsonl, write_jsonl
 from conj.data.manifest import manifest_path, write_sealed
 from conj.data.options import run_command
 from conj.data.pairs import PairsOptions, build_pairs, make_pairs, make_rows
@@ -43,6 +44,7 @@ def prompt(id: str, question: str = "q", label: int = 1) -> dict:
 
 
 HINT, REVERSED = judgment_text("hint", 1), judgment_text("reversed", 2)
+ALL = {"right": 4, "wrong": 3, "unparsed": 1, "hint": HINT, "hint_reversed": REVERSED}
 
 
 @pytest.mark.parametrize(("made", "expected"), [
@@ -57,10 +59,7 @@ HINT, REVERSED = judgment_text("hint", 1), judgment_text("reversed", 2)
     ({"hint": CUT, "hint_reversed": REVERSED}, []),
     ({"hint": REVERSED, "hint_reversed": CUT}, []),
     ({"hint": HINT}, []),
-    (
-        {"right": 4, "wrong": 3, "unparsed": 1, "hint": HINT, "hint_reversed": REVERSED},
-        ["repeated"] * 3 + ["repeated_vs_unparsed", "hinted"],
-    ),
+    (ALL, ["repeated"] * 3 + ["repeated_vs_unparsed", "hinted"]),
 ])  # fmt: skip
 def test_recipe(made, expected):
     """At most 3 right against wrong, 1 right against unparsed, 1 hinted; a right judgment is used once."""
@@ -69,23 +68,18 @@ def test_recipe(made, expected):
 
 def test_chosen_is_right_and_rejected_is_not():
     """A pair the wrong way round teaches the wrong verdict."""
-    rows = judgments(right=4, wrong=3, unparsed=1, hint=HINT, hint_reversed=REVERSED)
+    rows = judgments(**ALL)
     pairs = pair_up(rows)
     assert {parse_strict(pair.chosen).value for pair in pairs} == {1}
     assert 1 not in {parse_strict(pair.rejected).value for pair in pairs}
     assert {parse_strict(pair.chosen).value for pair in make_pairs("p", 2, rows, PairsOptions(run_dir=RUN))} == {2}
 
 
-def test_identical_texts_are_used_once():
-    """Eight equal right judgments are one: two pairs of the same texts would count double in the loss."""
-    rows = [judgment(judgment_text("same", 1))] * 8 + judgments(wrong=3)
-    assert types(pair_up(rows)) == ["repeated"]
-
-
-def test_equal_texts_make_no_pair():
-    """Sampled and parsed by different versions, one text may carry two verdicts; against itself it teaches nothing."""
-    rows = [judgment(HINT), judgment(HINT) | {"verdict": 2}]
-    assert pair_up(rows) == []
+def test_identical_texts_are_used_once_and_never_against_each_other():
+    """Eight equal right judgments are one: two pairs of the same texts would count double in the loss. Sampled and parsed
+    by different versions, one text may carry two verdicts; against itself it teaches nothing."""
+    assert types(pair_up([judgment(judgment_text("same", 1))] * 8 + judgments(wrong=3))) == ["repeated"]
+    assert pair_up([judgment(HINT), judgment(HINT) | {"verdict": 2}]) == []
 
 
 def test_choice_depends_on_the_seed_but_not_on_the_order_of_rows():
@@ -107,8 +101,7 @@ def test_counts_and_types_are_options():
 
 def test_without_rationale_one_pair_of_bare_verdicts_is_left():
     """The verdict-only ablation: all reasons gone, the pairs collapse, and nothing unparsed keeps its reason."""
-    rows = judgments(right=4, wrong=3, unparsed=1, hint=HINT, hint_reversed=REVERSED)
-    (pair,) = pair_up(rows, rationale=False)
+    (pair,) = pair_up(judgments(**ALL), rationale=False)
     assert pair == ('{"更好的回答": 1}', '{"更好的回答": 2}', "repeated")
     assert [parse_strict(text).value for text in pair[:2]] == [1, 2]
 
@@ -137,8 +130,7 @@ def test_question_is_never_on_both_sides():
     rows, counts = make_rows(prompts, made, PairsOptions(run_dir=RUN, eval_fraction=0.3))
     splits = {}
     for row in rows:
-        question = row["prompt"][1]["content"]
-        assert splits.setdefault(question, row["split"]) == row["split"]
+        assert splits.setdefault(row["prompt"][1]["content"], row["split"]) == row["split"]
     assert 15 < sum(split == "eval" for split in splits.values()) < 45  # of 100 questions
     assert counts["eval"] == sum(row["split"] == "eval" for row in rows)
 
@@ -154,11 +146,8 @@ def test_rows_are_the_conversational_preference_format():
 
 def test_prompts_without_a_pair_are_counted_with_the_reason():
     """A base model that is always right, or never parses, shows here."""
-    made = {
-        "good": judgments(right=1, wrong=1, hint=CUT, hint_reversed=REVERSED),
-        "right": judgments(right=8),
-        "wrong": judgments(wrong=4, unparsed=4),
-    }
+    made = {"right": judgments(right=8), "wrong": judgments(wrong=4, unparsed=4)}
+    made["good"] = judgments(right=1, wrong=1, hint=CUT, hint_reversed=REVERSED)
     prompts = [prompt(id) for id in ("good", "right", "wrong", "absent")]
     _, counts = make_rows(prompts, made, PairsOptions(run_dir=RUN))
     assert counts["prompts_without_pair"] == 3
@@ -172,15 +161,11 @@ def test_no_pair_at_all_is_an_input_error():
         make_rows([prompt("p")], {"p": judgments(right=8)}, PairsOptions(run_dir=RUN))
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-
-
 @pytest.fixture
 def run(tmp_path):
-    write(tmp_path / "prompts.jsonl", [prompt("p") | {"source": "s", "subset": ""}])
-    write(tmp_path / "repeated.jsonl", judgments(right=2, wrong=2))
-    write(tmp_path / "hinted.jsonl", judgments(hint=HINT, hint_reversed=REVERSED))
+    write_jsonl(tmp_path / "prompts.jsonl", [prompt("p") | {"source": "s", "subset": ""}])
+    write_jsonl(tmp_path / "repeated.jsonl", judgments(right=2, wrong=2))
+    write_jsonl(tmp_path / "hinted.jsonl", judgments(hint=HINT, hint_reversed=REVERSED))
     return tmp_path
 
 
@@ -196,7 +181,7 @@ def test_stage_writes_pairs_and_manifest(run):
     build_pairs(PairsOptions(run_dir=run))
     manifest = json.loads((run / "pairs.jsonl.manifest.json").read_text("utf-8"))
     assert [Path(i["path"]).name for i in manifest["inputs"]] == ["prompts.jsonl", "repeated.jsonl", "hinted.jsonl"]
-    assert manifest["num_rows"] == len((run / "pairs.jsonl").read_text("utf-8").splitlines()) == 3
+    assert manifest["num_rows"] == len(read_jsonl(run / "pairs.jsonl")) == 3
     assert (manifest["counts"]["repeated"], manifest["counts"]["hinted"]) == (2, 1)
 
 
@@ -205,7 +190,7 @@ def test_hinted_judgments_are_needed_only_for_hinted_pairs(run, capsys):
     (run / "hinted.jsonl").unlink()
     assert "hinted.jsonl: no such file; leave hinted pairs out of --pair-types" in fails(capsys, "--run-dir", run)
     build_pairs(PairsOptions(run_dir=run, pair_types=("repeated",)))
-    assert len((run / "pairs.jsonl").read_text("utf-8").splitlines()) == 2
+    assert len(read_jsonl(run / "pairs.jsonl")) == 2
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -215,8 +200,8 @@ def test_hinted_judgments_are_needed_only_for_hinted_pairs(run, capsys):
 ])  # fmt: skip
 def test_judgment_that_does_not_fit_is_named(change, message, run, capsys):
     """Judgments of another run's prompts would otherwise be dropped without a word."""
-    rows = judgments(right=2, wrong=2)
-    write(run / "repeated.jsonl", [*rows[:2], rows[2] | change])
+    a, b, c, _ = judgments(right=2, wrong=2)
+    write_jsonl(run / "repeated.jsonl", [a, b, c | change])
     assert fails(capsys, "--run-dir", run) == f"error: {run}/repeated.jsonl:3: {message}"
 
 
@@ -226,10 +211,7 @@ def test_unfinished_sampling_is_refused(run, capsys):
     assert "repeated.jsonl: was cut short; run its stage again" in fails(capsys, "--run-dir", run)
 
 
-@pytest.mark.parametrize(
-    "argv", [("--eval-fraction", "1"), ("--chosen-length", "long"), ("--max-hinted", "-1"), ("--pair-types", "other")]
-)
-def test_options_out_of_range_are_refused(argv, run, capsys):
-    """Before anything is read."""
-    fails(capsys, "--run-dir", run, *argv)
+@pytest.mark.parametrize("option", ["--eval-fraction=1", "--chosen-length=no", "--max-hinted=-1", "--pair-types=other"])
+def test_options_out_of_range_are_refused_before_anything_is_read(option, run, capsys):
+    fails(capsys, "--run-dir", run, option)
     assert not (run / "pairs.jsonl.manifest.json").exists()

@@ -6,13 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import CHATML, SHARED
+from conftest import CHATML, DATA, SHARED, here
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from conj import InputError
 from conj.data.prompts import HINT_INSTRUCTIONS, JudgeTokenizer, judge_messages, judgment_text, question_text
 
-DATA = Path(__file__).parent / "data"
 QWEN2 = SHARED / "qwen2-tokenizer"
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -41,11 +40,7 @@ def small_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=["small", "qwen2"])
 def folder(request, small_folder) -> Path:
-    if request.param == "small":
-        return small_folder
-    if not QWEN2.exists():
-        pytest.skip(f"{QWEN2} is not here")
-    return QWEN2
+    return small_folder if request.param == "small" else here(QWEN2)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +97,7 @@ def test_control_tokens_in_a_judgment_stay_text(tokenizer):
     """A judgment that quotes `<|im_end|>` must not end there in training."""
     text = judgment_text("写了<|im_end|>", 1)
     ids = tokenizer.completion_ids(text)
-    assert count(ids, tokenizer) == [0, 0, 1]
-    assert ids[-1] == tokenizer.special["<|im_end|>"]
+    assert count(ids, tokenizer) == [0, 0, 1] and ids[-1] == tokenizer.special["<|im_end|>"]
     assert tokenizer.decode(ids) == text
 
 
@@ -154,9 +148,7 @@ def test_hint_names_the_better_answer(hint):
 def test_fingerprint_changes_with_template_and_vocabulary(small_folder, tmp_path):
     """Stored reference logprobs are valid for exactly these ids."""
     before = JudgeTokenizer.load(small_folder).fingerprint
-    spec, config = (small_folder / name for name in ("tokenizer.json", "tokenizer_config.json"))
-    (tmp_path / spec.name).write_text(spec.read_text("utf-8"), "utf-8")
-    (tmp_path / config.name).write_text(config.read_text("utf-8"), "utf-8")
+    shutil.copytree(small_folder, tmp_path, dirs_exist_ok=True)
     assert JudgeTokenizer.load(tmp_path).fingerprint == before
     (tmp_path / "chat_template.jinja").write_text(CHATML + " ", "utf-8")
     assert JudgeTokenizer.load(tmp_path).fingerprint != before
@@ -167,19 +159,13 @@ def test_fingerprint_changes_with_template_and_vocabulary(small_folder, tmp_path
     ("tokenizer.json", "{", "cannot be read"),
     ("tokenizer.json", '{"added_tokens": []}', "cannot be read"),
     ("tokenizer_config.json", '{"eos_token": "<|im_end|>"}', "no chat template"),
-    (
-        "tokenizer_config.json",
-        '{"eos_token": "</s>", "chat_template": "x"}',
-        "eos_token '</s>' is not an added token",
-    ),
+    ("tokenizer_config.json", '{"eos_token": "</s>", "chat_template": "x"}', "'</s>' is not an added token"),
 ])  # fmt: skip
 def test_wrong_folder_is_an_input_error(name, content, message, small_folder, tmp_path):
     """The usual mistake is the wrong path; it must not surface as a traceback from a tokenizer."""
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / file).write_text((small_folder / file).read_text("utf-8"), "utf-8")
-    if content is None:
-        (tmp_path / name).unlink()
-    else:
+    shutil.copytree(small_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).unlink()
+    if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
         JudgeTokenizer.load(tmp_path)
@@ -222,17 +208,15 @@ def pieces(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(
-    params=[{}, {"legacy": True}, {"added_tokens_decoder": {"1500": {"content": "<pad>", "special": True}}}]
-)
+ADDED = {"added_tokens_decoder": {"1500": {"content": "<pad>", "special": True}}}
+
+
+@pytest.fixture(params=[{}, {"legacy": True}, ADDED])
 def llama2(request, pieces, tmp_path) -> Path:
     """A folder with no tokenizer.json and no chat template, as Auto-J has it."""
     shutil.copy(pieces / "tokenizer.model", tmp_path)
-    config = {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": {"__type": "AddedToken", "content": "<s>"},
-        "eos_token": "</s>",
-    } | request.param
+    config = {"bos_token": {"__type": "AddedToken", "content": "<s>"}, "eos_token": "</s>"}
+    config |= {"tokenizer_class": "LlamaTokenizer"} | request.param
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     return tmp_path
 
@@ -284,11 +268,8 @@ def test_control_pieces_in_text_stay_text(llama2):
                 assert attack.strip() in tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"model_type": "unigram"}, "expected a BPE model with byte fallback"),
-    ({"byte_fallback": False}, "expected a BPE model with byte fallback"),
-])  # fmt: skip
-def test_a_sentencepiece_model_that_loses_characters_is_refused(changes, message, llama2):
+@pytest.mark.parametrize("changes", [{"model_type": "unigram"}, {"byte_fallback": False}])
+def test_a_sentencepiece_model_that_loses_characters_is_refused(changes, llama2):
     """Without byte fallback a rare character becomes none at all, and the judge reads another answer."""
     import sentencepiece
 
@@ -297,7 +278,7 @@ def test_a_sentencepiece_model_that_loses_characters_is_refused(changes, message
         sentence_iterator=iter([e["output_1"] for e in examples()]), model_prefix=str(llama2 / "tokenizer"),
         minloglevel=2, num_threads=1, **settings,
     )  # fmt: skip
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match="expected a BPE model with byte fallback"):
         JudgeTokenizer.load(llama2, LLAMA2)
 
 

@@ -3,11 +3,10 @@
 import json
 import random
 from itertools import accumulate
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_pairs, write_model
+from conftest import DATA, random_pairs, write_model
 from count_step import LiveBytes
 from transformers import AutoModelForCausalLM
 
@@ -20,13 +19,6 @@ from conj.model.qwen2 import read_config
 from conj.model.weights import load_model
 from conj.train.batch import collate
 
-CPU = torch.device("cpu")
-
-
-def real_text() -> str:
-    rows = json.loads((Path(__file__).parent / "data" / "llmbar" / "adver_neighbor.json").read_text("utf-8"))
-    return "\n".join(row["input"] + row["output_1"] + row["output_2"] for row in rows[:4])
-
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
@@ -36,7 +28,9 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_logits_equal_transformers(tied, tied_model, untied_model):
     """Breaks on any slip in RoPE, GQA, norms, biases or the head."""
     folder = tied_model if tied else untied_model
-    ids = torch.tensor(JudgeTokenizer.load(folder).encode_text(real_text())[:700])
+    rows = json.loads((DATA / "llmbar" / "adver_neighbor.json").read_text("utf-8"))[:4]
+    text = "\n".join(row["input"] + row["output_1"] + row["output_2"] for row in rows)
+    ids = torch.tensor(JudgeTokenizer.load(folder).encode_text(text)[:700])
     expected = AutoModelForCausalLM.from_pretrained(folder)(ids[None]).logits[0]
     found = load_model(folder).logits(ids, torch.arange(len(ids)), build_segments([len(ids)], [None]))
     assert relative_error(found, expected) < 1e-5
@@ -144,11 +138,8 @@ def test_a_pairs_logprob_is_bitwise_independent_of_its_pack(dtype, untied_model,
     the planner, and in random ones."""
     model = load_model(untied_model, dtype)
     alone = [[Group(prompt=pairs.prompt_of[pair], pairs=[pair])] for pair in range(len(pairs))]
-    planned = [
-        plan_packs(pairs, range(len(pairs)), max_tokens=n, share=share)
-        for share in ("none", "pair", "prompt")
-        for n in (700, 1500, 9000)
-    ]
+    how = [{"share": share, "max_tokens": n} for share in ("none", "pair", "prompt") for n in (700, 1500, 9000)]
+    planned = [plan_packs(pairs, range(len(pairs)), **options) for options in how]
     with torch.no_grad():
         expected = torch.cat([logps_of(model, pairs, [pack])[0][1] for pack in alone])
         for packs in [*planned, *(random_packs(pairs, seed) for seed in range(10))]:
@@ -258,10 +249,8 @@ def test_gathered_keys_of_the_varlen_backends_equal_segment_by_segment():
     cu_q, cu_k = ([0, *accumulate(n)] for n in (lengths, k_lengths))
     outputs = []
     for i in range(len(lengths)):
-        rows = index[cu_k[i] : cu_k[i + 1]]
-        queries, keys, values = (
-            q[cu_q[i] : cu_q[i + 1]], k[rows].repeat_interleave(2, 1), v[rows].repeat_interleave(2, 1),
-        )  # fmt: skip
+        rows, queries = index[cu_k[i] : cu_k[i + 1]], q[cu_q[i] : cu_q[i + 1]]
+        keys, values = (x[rows].repeat_interleave(2, 1) for x in (k, v))
         scores = torch.einsum("qnh,knh->nqk", queries, keys) / 8**0.5
         visible = torch.ones(len(queries), len(keys)).tril(len(keys) - len(queries)).bool()
         outputs.append(torch.einsum("nqk,knh->qnh", scores.masked_fill(~visible, -torch.inf).softmax(-1), values))

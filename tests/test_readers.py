@@ -6,12 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import SHARED
+from conftest import DATA, SHARED, here
 
 from conj import InputError
 from conj.data.readers import read_preferences
 
-DATA = Path(__file__).parent / "data"
 LLMBAR = {"input": "q", "output_1": "a", "output_2": "b", "label": 2}
 
 
@@ -38,35 +37,22 @@ def turn(role: str, text: str, keys: tuple[str, str] = ("role", "content")) -> d
 
 user, assistant = (partial(turn, role) for role in ("user", "assistant"))
 human, gpt = (partial(turn, role, keys=("from", "value")) for role in ("human", "gpt"))
-
+TURNS = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
 
 LAYOUTS = {
     "strings": ({"prompt": "q", "chosen": "a", "rejected": "b", "subset": "hep-go", "id": 3}, "hep-go"),
-    "skywork": ({"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")], "source": "m"}, "m"),
+    "skywork": (TURNS | {"source": "m"}, "m"),
     "ultrafeedback": (
-        {
-            "prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")],
-            "messages": [user("q"), assistant("a")], "score_chosen": 8.0, "score_rejected": 7.5,
-        },
-        "",
+        TURNS | {"prompt": "q", "messages": [user("q"), assistant("a")], "score_chosen": 8.0, "score_rejected": 7.5}, "",
     ),
-    "infinity": (
-        {
-            "prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")],
-            "task_category": "Math",
-        },
-        "Math",
-    ),
+    "infinity": (TURNS | {"prompt": "q", "task_category": "Math"}, "Math"),
     "trl": ({"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}, ""),
     "sharegpt": ({"conversations": [human("q")], "chosen": gpt("a"), "rejected": gpt("b")}, ""),
     "llmbar": ({"input": "q", "output_1": "b", "output_2": "a", "label": 2}, ""),
     "judgebench": ({"question": "q", "response_A": "b", "response_B": "a", "label": "B>A", "source": "law"}, "law"),
     "pandalm": (
-        {
-            "instruction": "q", "input": "", "response1": "b", "response2": "a", "annotator1": 2, "annotator2": 1,
-            "annotator3": 2,
-        },
-        "",
+        {"instruction": "q", "input": "", "response1": "b", "response2": "a"}
+        | {"annotator1": 2, "annotator2": 1, "annotator3": 2}, "",
     ),
     "conj": ({"question": "q", "answer_1": "a", "answer_2": "b", "label": 1}, ""),
     "conj_messages": ({"messages": [user("q")], "answer_1": "a", "answer_2": "b", "label": 1}, ""),
@@ -92,22 +78,22 @@ def test_all_turns_but_the_last_are_the_question(tmp_path):
 def test_system_turn_of_sharegpt_is_kept():
     """A system turn changes what a good answer is."""
     questions = [record.question for record in read_preferences(str(DATA / "dpo_zh"))]
-    with_system = [question for question in questions if isinstance(question, list)]
-    assert len(with_system) == 4
-    assert all([turn["role"] for turn in question] == ["system", "user"] for question in with_system)
+    with_system = [[turn["role"] for turn in question] for question in questions if isinstance(question, list)]
+    assert with_system == [["system", "user"]] * 4
 
 
 def test_answers_to_different_questions_state_no_preference(tmp_path):
     """Two conversations that part before the last turn do not answer the same question."""
-    chosen, rejected = [user("q"), assistant("a")], [user("another"), assistant("b")]
-    (record,) = records({"chosen": chosen, "rejected": rejected}, path=tmp_path)
+    (record,) = records(TURNS | {"rejected": [user("another"), assistant("b")]}, path=tmp_path)
     assert record.unusable == "two_questions"
+
+
+SAFERLHF = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0, "safer_response_id": 1}
 
 
 def test_saferlhf_row_is_two_records(tmp_path):
     """The better response is often not the safer one: one label for both would be wrong for one of them."""
-    row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0, "safer_response_id": 1}
-    found = [(record.subset, record.better, record.worse) for record in records(row, path=tmp_path)]
+    found = [(record.subset, record.better, record.worse) for record in records(SAFERLHF, path=tmp_path)]
     assert found == [("better", "a", "b"), ("safer", "b", "a")]
 
 
@@ -121,19 +107,14 @@ def test_rm_bench_row_is_nine_records_named_by_difficulty():
     assert found["alpacaeval/normal/detailed-detailed"] == (row["chosen"][1], row["rejected"][1])
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        LLMBAR | {"label": 0}, LAYOUTS["judgebench"][0] | {"label": "A=B"},
-        LAYOUTS["ultrafeedback"][0] | {"score_chosen": 7.5},
-        LAYOUTS["strings"][0] | {"metadata": {"score_chosen": 6.0, "score_rejected": 6.0}},
-        LAYOUTS["pandalm"][0] | {"annotator1": 0, "annotator3": 0}, LAYOUTS["pandalm"][0] | {"annotator3": 0},
-    ],
-    ids=["label 0", "A=B", "scores", "metadata scores", "majority 0", "no majority"],
-)  # fmt: skip
-def test_ties_state_no_preference(row, tmp_path):
+@pytest.mark.parametrize(("layout", "change"), [
+    ("llmbar", {"label": 0}), ("judgebench", {"label": "A=B"}), ("ultrafeedback", {"score_chosen": 7.5}),
+    ("strings", {"metadata": {"score_chosen": 6.0, "score_rejected": 6.0}}),
+    ("pandalm", {"annotator1": 0, "annotator3": 0}), ("pandalm", {"annotator3": 0}),  # majority 0, and no majority
+])  # fmt: skip
+def test_ties_state_no_preference(layout, change, tmp_path):
     """The label of a tie is arbitrary."""
-    (record,) = records(row, path=tmp_path)
+    (record,) = records(LAYOUTS[layout][0] | change, path=tmp_path)
     assert record.unusable == "tie"
 
 
@@ -155,10 +136,8 @@ def test_record_says_where_it_stands_and_how_its_source_numbered_the_answers(tmp
 
 def test_booleans_among_answers_are_kept_as_booleans():
     """PandaLM holds JSON booleans for some answers; a reader with one type a column would drop them or fail."""
-    found = list(read_preferences(str(DATA / "pandalm")))
-    answers = [answer for record in found for answer in (record.better, record.worse)]
-    assert sum(answer is True for answer in answers) == 6
-    assert answers.count("") == 1
+    answers = [a for record in read_preferences(str(DATA / "pandalm")) for a in (record.better, record.worse)]
+    assert sum(answer is True for answer in answers) == 6 and answers.count("") == 1
 
 
 TEXTS = {
@@ -224,25 +203,19 @@ def test_split_must_be_named_where_none_is_train(tmp_path):
 
 def test_limit_counts_rows(tmp_path):
     """`--limit 64` means 64 rows of the source, whatever becomes of them."""
-    row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0, "safer_response_id": 1}
-    path = write(tmp_path / "rows.jsonl", [row] * 5)
+    path = write(tmp_path / "rows.jsonl", [SAFERLHF] * 5)
     assert len(list(read_preferences(path, limit=2))) == 4
 
 
-def test_malformed_line_is_named(tmp_path):
+@pytest.mark.parametrize(("name", "content", "where"), [
+    ("rows.jsonl", f"{json.dumps(LLMBAR)}\n" * 16 + '{"input": "q", \n' + json.dumps(LLMBAR), "17"),
+    ("rows.json", json.dumps([LLMBAR] * 3, indent=1)[:-20], r"\d\d"),  # a pretty-printed array
+])  # fmt: skip
+def test_malformed_line_is_named(name, content, where, tmp_path):
     """Among 80,000 lines nobody finds the broken one by its content."""
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join([json.dumps(LLMBAR)] * 16 + ['{"input": "q", '] + [json.dumps(LLMBAR)]))
-    with pytest.raises(InputError, match=r"rows\.jsonl:17: expected JSON, found"):
-        list(read_preferences(str(path)))
-
-
-def test_malformed_array_is_named_by_line(tmp_path):
-    """A pretty-printed array breaks at a line, too."""
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps([LLMBAR] * 3, indent=1)[:-20])
-    with pytest.raises(InputError, match=r"rows\.json:\d\d: expected JSON"):
-        list(read_preferences(str(path)))
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=rf"{name}:{where}: expected JSON, found"):
+        list(read_preferences(str(tmp_path / name)))
 
 
 @pytest.mark.parametrize(("row", "message"), [
@@ -255,24 +228,19 @@ def test_malformed_array_is_named_by_line(tmp_path):
     ([1, 2], "expected a JSON object, found list"),
 ])  # fmt: skip
 def test_bad_row_is_named(row, message, tmp_path):
-    """What was expected, what was found, and where."""
     with pytest.raises(InputError, match=rf"rows\.jsonl:2: .*{message}"):
         records(LLMBAR, row, path=tmp_path)
 
 
 @pytest.mark.parametrize("row", [
-    {"chosen": [], "rejected": []},
-    {"chosen": "a", "rejected": "b"},
-    {"chosen": [assistant("a")], "rejected": [assistant("b")]},
-    {"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": []},
-    {"prompt": [], "chosen": "a", "rejected": "b"},
+    {"chosen": [], "rejected": []}, {"chosen": "a", "rejected": "b"},
+    {"chosen": [assistant("a")], "rejected": [assistant("b")]}, TURNS | {"prompt": "q", "rejected": []},
+    {"prompt": [], "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": ["a", "b", "c"], "rejected": "d"},
     {"prompt": "q", "chosen": [{"text": "a"}], "rejected": [assistant("b")]},
     {"prompt": "q", "chosen": ["a", "b"], "rejected": ["c"]},
-    {"prompt": "q", "chosen": ["a", "b", "c"], "rejected": "d"},
     {"prompt": ["q"], "chosen": "a", "rejected": "b", "metadata": "text"},
 ])  # fmt: skip
 def test_unreadable_chosen_and_rejected_are_an_input_error(row, tmp_path):
-    """Whatever stands in these columns, the user sees one line and no traceback."""
     with pytest.raises(InputError, match=r"rows\.jsonl:1: "):
         records(row, path=tmp_path)
 
@@ -325,6 +293,4 @@ def test_file_of_other_content_is_an_input_error(name, tmp_path):
 ])  # fmt: skip
 def test_real_data_sets_are_read_whole(name, count):
     """Counts from the sources' own descriptions."""
-    if not (SHARED / name).exists():
-        pytest.skip(f"{SHARED / name} is not here")
-    assert len(list(read_preferences(str(SHARED / name)))) == count
+    assert len(list(read_preferences(str(here(SHARED / name))))) == count

@@ -6,7 +6,7 @@ import shutil
 import time
 
 import pytest
-from test_report import EVIL, EVIL_SHOWN, both_orders, make_judgment, make_prompt, report_on
+from test_report import EVIL, EVIL_SHOWN, both_orders, make_prompt, report_on
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -40,11 +40,7 @@ def make_run(run):
     ours[0]["text"] = ours[0]["text"].replace("reason", "理由充分，ÜBER 50% (a+b)? \\\\d")
     for row in ours[14:16]:
         row |= {"text": EVIL, "rung": EVIL, "finish_reason": EVIL}
-    theirs = [
-        make_judgment(p, order, 3 - p["label"] if int(p["id"]) in THEIRS_WRONG else p["label"])
-        for p in prompts
-        for order in (1, 2)
-    ]
+    theirs = both_orders(prompts, lambda p, order: 3 - p["label"] if int(p["id"]) in THEIRS_WRONG else p["label"])
     report_on(run, prompts, {"ours": ours, "<b>theirs": theirs})
     return run / "report.html"
 
@@ -91,8 +87,7 @@ class Page:
         return self
 
     def ids_here(self) -> list[int]:
-        script = "return [...document.querySelectorAll('#results .facts a')].map((a) => Number(a.textContent))"
-        return self.js(script)
+        return self.js("return [...document.querySelectorAll('#results .facts a')].map((a) => Number(a.textContent))")
 
     def ids(self) -> list[int]:
         """The questions of all pages of what matches."""
@@ -168,33 +163,26 @@ def test_each_filter_shows_exactly_its_questions(report, choice, expected):
 @pytest.mark.parametrize(("query", "expected"), [
     ("QUESTION 1", [1, *range(10, 20)]),  # of the question, in any case
     ("B31", [31]),  # of an answer
-    ("理由充分", [0]),  # of a reason
-    ("über", [0]),
-    ("strasse", []),
-    ("STRAßE?", [8]),  # of a turn of a conversation
-    ("50% (a+b)? \\d", [0]),  # what a pattern means elsewhere is text
-    (".", []),
+    ("理由充分", [0]), ("über", [0]),  # of a reason
+    ("STRAßE?", [8]), ("strasse", []),  # of a turn of a conversation
+    ("50% (a+b)? \\d", [0]), (".", []),  # what a pattern means elsewhere is text
     ("017", [17]),  # an id
-    ("<script>alert(1)", [7]),
-    ("nowhere", []),
+    ("<script>alert(1)", [7]), ("nowhere", []),
 ])  # fmt: skip
 def test_search_finds_texts_as_they_are(report, query, expected):
     """A search that misses what stands there sends its reader to grep."""
     report.open().choose(q=query)
     assert report.ids() == expected
     if expected:
-        marked = report.js(
-            "return [...document.querySelectorAll('#results mark')].map((m) => m.textContent.toLowerCase())"
-        )
+        script = "return [...document.querySelectorAll('#results mark')].map((m) => m.textContent.toLowerCase())"
+        marked = report.js(script)
         assert set(marked) <= {query.lower()} and (marked or query == "017")
 
 
 def test_search_looks_only_into_what_is_shown(report):
     """A word of another judge's reason would be nowhere on the page."""
-    report.open().choose(q="理由充分", judge="<b>theirs")
-    assert report.ids() == []
-    report.choose(judge="ours")
-    assert report.ids() == [0]
+    assert report.open().choose(q="理由充分", judge="<b>theirs").ids() == []
+    assert report.choose(judge="ours").ids() == [0]
 
 
 def test_both_orders_stand_side_by_side_with_what_each_judge_said(report):
@@ -250,12 +238,10 @@ def test_the_tables_lead_to_the_judgments(report):
     """A subset with a low figure is one click from its judgments."""
     report.open()
     report.js("document.querySelector('#judgments').scrollIntoView()")
-    link = next(a for a in report.driver.find_elements("css selector", "td a, th a") if a.text.startswith("code/easy"))
-    report.js("arguments[0].click()", link)
-    report.wait(lambda: report.ids_here() == [0, 3, 6, 9, 12])
-    link = next(a for a in report.driver.find_elements("css selector", "td a, th a") if a.text.startswith("<script>"))
-    report.js("arguments[0].click()", link)
-    report.wait(lambda: report.ids_here() == [7])
+    for start, expected in ("code/easy", [0, 3, 6, 9, 12]), ("<script>", [7]):
+        links = report.driver.find_elements("css selector", "td a, th a")
+        report.js("arguments[0].click()", next(a for a in links if a.text.startswith(start)))
+        report.wait(lambda expected=expected: report.ids_here() == expected)
 
 
 def test_it_can_be_used_from_the_keyboard(report):

@@ -8,14 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import assert_one_line_error, change_config, command, kill_when, num_lines, write_model
+from conftest import assert_one_line_error, change_config, command, kill_when, make_run, succeeds, write_model
 from fake_engine import use_fake_engine
+from kill_common import num_lines
+from test_endpoint import row_of
 
 from conj import InputError
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.manifest import write_sealed
 from conj.data.prompts import JudgeTokenizer, judge_messages, judgment_text
-from conj.data.verdicts import parse_strict
 from conj.model.folder import check_model
 from conj.sample.engines.completion import Completion, Decoding, Request, request_seed
 from conj.sample.engines.vllm import EngineOptions, generate, running_engine
@@ -25,33 +26,22 @@ from conj.sample.judge import main as print_judgment
 from conj.sample.repeated import RepeatedOptions, sample_repeated
 from conj.sample.stage import append_samples, split_overlong
 
-
-def make_run(folder: Path, num_prompts: int = 5, answer: str = "an answer") -> Path:
-    rows = [
-        {"id": f"p{i}", "question": f"question {i}", "answer_1": f"{answer} {i}", "answer_2": "another"}
-        | {"label": 1 + i % 2, "source": "test", "subset": ""}
-        for i in range(num_prompts)
-    ]
-    write_jsonl(folder / "prompts.jsonl", rows)
-    return folder
-
-
 # ---- Files ----
 
 
 def test_a_run_torn_at_any_byte_goes_on_to_the_same_file(tied_model, tmp_path, monkeypatch):
     """A row lost, made twice or glued to a torn one would show in the bytes; a row asked for again, in the requests."""
-    use_fake_engine(monkeypatch, lambda prompt: judgment_text("因为" + prompt[-60:-50], 1))
+    write = lambda prompt: judgment_text("因为" + prompt[-60:-50], 1)  # noqa: E731
+    use_fake_engine(monkeypatch, write)
     options = RepeatedOptions(run_dir=make_run(tmp_path, 2), model=tied_model, num_samples=2)
     sample_repeated(options)
-    whole = (tmp_path / "repeated.jsonl").read_bytes()
-    manifest = tmp_path / "repeated.jsonl.manifest.json"
+    whole, manifest = (tmp_path / "repeated.jsonl").read_bytes(), tmp_path / "repeated.jsonl.manifest.json"
     closing = ("sha256", "num_rows", "counts", "seal")
     opened = {k: v for k, v in json.loads(manifest.read_text()).items() if k not in closing}
     for length in range(0, len(whole), 7):
         (tmp_path / "repeated.jsonl").write_bytes(whole[:length])
         write_sealed(manifest, opened | {"complete": False})
-        asked = use_fake_engine(monkeypatch, lambda prompt: judgment_text("因为" + prompt[-60:-50], 1))
+        asked = use_fake_engine(monkeypatch, write)
         sample_repeated(options)
         assert (tmp_path / "repeated.jsonl").read_bytes() == whole
         assert len(asked) == 4 - whole[:length].count(b"\n")
@@ -124,9 +114,7 @@ def tokenizer(tied_model) -> JudgeTokenizer:
     ("no sentence", "length", "no sentence", None),
     ("no full stop, but it ended", "stop", judgment_text("no full stop, but it ended", 2), 2),
 ])  # fmt: skip
-def test_a_hinted_text_becomes_a_judgment_with_the_verdict_of_the_hint(
-    tokenizer, written, finish_reason, text, verdict
-):
+def test_a_hinted_text_becomes_a_judgment_with_the_hints_verdict(tokenizer, written, finish_reason, text, verdict):
     """What cannot be a judgment with that verdict must not be labelled with it."""
     completion = Completion(text=written, token_ids=[], finish_reason=finish_reason)
     judged = hinted_judgment(completion, 2, tokenizer)
@@ -202,7 +190,6 @@ def test_a_damaged_model_folder_is_refused_before_the_engine_starts(model_copy, 
     (["--run-dir", "nowhere"], ["nowhere/prompts.jsonl", "no such file"]),
 ])  # fmt: skip
 def test_bad_options_end_in_one_line(tied_model, tmp_path, arguments, parts):
-    """The contract of every command."""
     run = ["--run-dir", make_run(tmp_path), "--model", tied_model]
     assert_one_line_error(command("conj.sample.repeated", *run, *arguments), *parts)
 
@@ -270,23 +257,16 @@ def completions(requests: list[Request]):
 @pytest.mark.parametrize("asked", [True, False])
 def test_the_probability_is_kept_if_asked_for_and_only_of_a_verdict(asked, tmp_path):
     """A judgment that the parser refuses has no verdict, and so no probability of one."""
-    requests = [Request(key={"id": id}, prompt_ids=[1]) for id in ("parsed", "cut off")]
-
-    def judge(request: Request, completion: Completion) -> dict:
-        verdict = parse_strict(completion.text)
-        return {"text": completion.text, "verdict": verdict.value, "rung": verdict.rung}
-
-    rows = append_samples(
-        tmp_path / "rows.jsonl", requests, completions, judge, "verdict", {"parsed": 1, "cut off": 1}, asked
-    )
+    labels = {"parsed": 1, "cut off": 1}
+    requests = [Request(key={"id": id}, prompt_ids=[1]) for id in labels]
+    rows = append_samples(tmp_path / "rows.jsonl", requests, completions, row_of, "verdict", labels, asked)
     assert [row.get("p_first", "not asked") for row in rows] == ([0.75, None] if asked else ["not asked"] * 2)
 
 
 def test_the_bar_tells_which_judgments_are_right_and_goes_on_after_a_kill(tmp_path, capsys):
     """A model that writes no verdicts, or one verdict only, is seen after a minute, not after a night."""
-    labels = {"parsed": 1, "also parsed": 2, "cut off": 1}
-    requests = [Request(key={"id": id}, prompt_ids=[1]) for id in ("parsed", "cut off", "also parsed", "parsed 2")]
-    labels["parsed 2"] = 2
+    labels = {"parsed": 1, "cut off": 1, "also parsed": 2, "parsed 2": 2}
+    requests = [Request(key={"id": id}, prompt_ids=[1]) for id in labels]
 
     def judge(request: Request, completion: Completion) -> dict:
         value = None if request.key["id"] == "cut off" else 1
@@ -367,14 +347,12 @@ class TestEngine:
         requests = live_requests(model, 8)
         reference = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32)
         for request, completion in generate(engine, requests, model, Decoding(max_new_tokens=16)):
-            written = reference.generate(
-                torch.tensor([request.prompt_ids]), do_sample=False, max_new_tokens=16, eos_token_id=model.end_ids
-            )
+            options = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": model.end_ids}
+            written = reference.generate(torch.tensor([request.prompt_ids]), **options)
             assert completion.token_ids == written[0, len(request.prompt_ids) :].tolist()
             assert completion.text == model.tokenizer.decode(completion.token_ids)
 
     def test_a_killed_run_ends_with_the_file_of_an_undisturbed_one(self, live_model, tmp_path):
-        """SIGKILL gives no chance to tidy up."""
         arguments = ["--model", live_model, "--num-samples", "8", "--max-new-tokens", "32", "--max-num-seqs", "4"]
         runs = [make_run(tmp_path / name, 6) for name in ("undisturbed", "killed")]
         lines = [["conj.sample.repeated", "--run-dir", run, *arguments] for run in runs]
@@ -382,7 +360,6 @@ class TestEngine:
         kill_when(lines[1], lambda: num_lines(artefact) >= 5)
         assert 5 <= num_lines(artefact) < 48
         for line in lines:
-            done = command(*line)
-            assert done.returncode == 0, done.stderr
+            succeeds(*line)
         assert artefact.read_bytes() == (runs[0] / "repeated.jsonl").read_bytes()
         assert len(read_jsonl(artefact)) == 48

@@ -31,10 +31,8 @@ def demo_pairs(seed: int, write=judgment_text, num: int = 70) -> list[dict]:
     """Rows of pairs.jsonl of `num` of the demo's questions; `write(answer, verdict)` gives a judgment."""
     rng = random.Random(seed)
     preferences = rng.sample(list(read_jsonl(ROOT / "demo" / "train.jsonl")), num)
-    return [
-        {"id": f"{i:04}", **pair_of(row, rng.choice((1, 2)), write), "split": "train"}
-        for i, row in enumerate(preferences)
-    ]
+    pairs = [pair_of(row, rng.choice((1, 2)), write) for row in preferences]
+    return [{"id": f"{i:04}", **pair, "split": "train"} for i, pair in enumerate(pairs)]
 
 
 def scaled(name: str, folder: Path, factor: float = 1.01) -> Path:

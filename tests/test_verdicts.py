@@ -9,69 +9,7 @@ import pytest
 from conj.data.prompts import judgment_text
 from conj.data.verdicts import parse_reason, parse_released, parse_strict
 
-STATED = {
-    '{"原因": "x", "更好的回答": 1}': (1, "json"),
-    ' \n{"更好的回答": 2, "原因": "x"}\n': (2, "json"),
-    '{"原因": "x",\n "更好的回答": "2"}': (2, "json"),
-    '{"原因": "x", "更好的回答": "回答1"}': (1, "json"),
-    '{"原因": "回答2更好", "更好的回答": 1}': (1, "json"),
-    '{"原因": "x", "更好的回答": 1, "更好的回答": 1}': (1, "json"),
-    '```json\n{"原因": "x", "更好的回答": 2}\n```': (2, "fenced"),
-    '我的判断：\n```\n{"原因": "x", "更好的回答": 1}\n```\n完毕': (1, "fenced"),
-    '判断如下：{"原因": "x", "更好的回答": 2}。': (2, "embedded"),
-    '模板里的{name}不影响。{"原因": "x", "更好的回答": 2}': (2, "embedded"),
-    '{"原因": "x", "更好的回答": 2} 再说一遍 {"更好的回答": 2}': (2, "embedded"),
-    '{"原因": "他说"好"，所以", "更好的回答": 2}': (2, "repaired"),
-    '{"原因": "第一行\n第二行", "更好的回答": 1}': (1, "repaired"),
-    '{"原因": "x" "更好的回答": 1}': (1, "repaired"),
-    '{"原因": "x",\\n "更好的回答": 2}': (2, "repaired"),
-    '{"原因"："x"，"更好的回答"：1}': (1, "repaired"),
-    '```json\n{"原因": "他说"好"", "更好的回答": "回答2"}\n```': (2, "repaired"),
-}
-UNSTATED = [
-    "",
-    "回答1更好",
-    "更好的回答是2",
-    '"更好的回答": 1',
-    '{"原因": "回答1不好，回答2明显更好","更好的',
-    '{"原因": "回答2更好，回答1差"',
-    '{"原因": "x", "更好的回答": 1',
-    '{"原因": "x", "更好的回答": 3}',
-    '{"原因": "写"更好的回答"。{"更好的回答": 1}',  # the key is quoted inside a reason that goes on
-    '{"原因": "x"} {"更好的回答": 1}',
-    '{"原因": "x", "更好的回答": true}',
-    '{"原因": "x", "更好的回答": 1.0}',
-    '{"原因": "x", "更好的回答": null}',
-    '{"原因": "x", "更好的回答": [1]}',
-    '{"原因": "x", "更好的回答": "回答1和回答2"}',
-    '{"原因": "x", "更好的回答": 1, "更好的回答": 2}',
-    '{"更好的回答": 1} {"更好的回答": 2}',
-    '{"更好的回答": 1} {"更好的回答": 0}',
-    '{"原因": {"更好的回答": 1}}',
-    '{"原因": "例如{\\"更好的回答\\": 1}"}',
-    '{"原因": "例如{"更好的回答": 1}，但是',
-    '{"原因": "例如{"更好的回答": 1}',
-    '{"原因": "例如{"原因": "你的解释", "更好的回答": 1}',
-    '{"原因": "题目要求输出"更好的回答": 1}',
-    '{"原因": "先写"更好的回答": 1，再写", "更好的回答": 2}',
-    '{"原因": "他说"好"", "更好的回答": 2} 但是',
-    '{"原因": "他说"好"", "更好的回答": 2}"更好的回答": 2}',
-    '{"原因": "他说"好"", "更好的回答": 2, "注": "x"}',
-    '代码{"a": b}有误。{"原因": "x", "更好的回答": 2}',
-]
-
-
-@pytest.mark.parametrize("text", STATED)
-def test_stated_verdict_is_read_with_its_rung(text):
-    """Each rung that a base model's output needs, and no more."""
-    assert parse_strict(text) == STATED[text]
-
-
-@pytest.mark.parametrize("text", UNSTATED)
-def test_verdict_is_never_read_out_of_a_reason(text):
-    """Cut off, contradictory or merely mentioned: a JSON-repair library finds a verdict in many of these."""
-    assert parse_strict(text) == (None, "none")
-    assert parse_reason(text) == ""
+NONE = (None, "none")
 
 
 def test_no_prefix_of_a_judgment_has_a_verdict():
@@ -92,25 +30,6 @@ def test_reason_of_a_repaired_judgment_is_its_text():
     """`conj.sample.judge` shows it."""
     assert parse_reason('{"原因": "他说"好"\n所以",\n "更好的回答": 2}') == '他说"好"\n所以'
     assert parse_reason('{"原因": 3, "更好的回答": 2}') == ""
-
-
-RELEASED = {
-    '{"原因": "x", "更好的回答": 1}': (1, "json"),
-    '{"原因": "x", "更好的回答": "2"}': (2, "json"),
-    '{"原因": "回答1好", "更好的回答": "回答2"}': (None, "none"),
-    '判断：{"原因": "x", "更好的回答": 2}。': (2, "key"),
-    '{"原因": "他说"好"", "更好的回答": 2': (2, "key"),
-    '{"原因": "回答1不好，回答2明显更好","更好的': (1, "digit"),
-    '{"原因": "回答2更好，回答1差"': (2, "digit"),
-    "两个回答都好，分数是1": (1, "digit"),
-    "第1个更好": (None, "none"),
-}
-
-
-@pytest.mark.parametrize("text", RELEASED)
-def test_released_parser_keeps_its_published_traps(text):
-    """Figures comparable with the published ones need its mistakes, too (FACTS lists them)."""
-    assert parse_released(text) == RELEASED[text]
 
 
 MEGABYTE = 1_000_000
@@ -158,9 +77,56 @@ def test_strict_agrees_with_json_on_valid_objects():
         assert parse_strict(text) == (verdict, "json")
 
 
-# ---- Both parsers on the same texts ----
+# ---- Both parsers on the same texts: what strict reads, and what the published parser does ----
 
-NONE = (None, "none")
+STATED = [  # each rung that a base model's output needs, and no more
+    ('{"原因": "x", "更好的回答": 1}', (1, "json"), (1, "json")),
+    ('{"原因": "x", "更好的回答": "2"}', (2, "json"), (2, "json")),
+    (' \n{"更好的回答": 2, "原因": "x"}\n', (2, "json"), (2, "json")),
+    ('{"原因": "x",\n "更好的回答": "2"}', (2, "json"), (2, "json")),
+    ('{"原因": "x", "更好的回答": "回答1"}', (1, "json"), NONE),
+    ('{"原因": "回答1好", "更好的回答": "回答2"}', (2, "json"), NONE),
+    ('{"原因": "回答2更好", "更好的回答": 1}', (1, "json"), (1, "json")),
+    ('{"原因": "x", "更好的回答": 1, "更好的回答": 1}', (1, "json"), (1, "json")),
+    ('```json\n{"原因": "x", "更好的回答": 2}\n```', (2, "fenced"), (2, "key")),
+    ('我的判断：\n```\n{"原因": "x", "更好的回答": 1}\n```\n完毕', (1, "fenced"), (1, "key")),
+    ('判断：{"原因": "x", "更好的回答": 2}。', (2, "embedded"), (2, "key")),
+    ('判断如下：{"原因": "x", "更好的回答": 2}。', (2, "embedded"), (2, "key")),
+    ('模板里的{name}不影响。{"原因": "x", "更好的回答": 2}', (2, "embedded"), (2, "key")),
+    ('{"原因": "x", "更好的回答": 2} 再说一遍 {"更好的回答": 2}', (2, "embedded"), (2, "key")),
+    ('{"原因": "他说"好"，所以", "更好的回答": 2}', (2, "repaired"), (2, "key")),
+    ('{"原因": "第一行\n第二行", "更好的回答": 1}', (1, "repaired"), (1, "key")),
+    ('{"原因": "x" "更好的回答": 1}', (1, "repaired"), (1, "key")),
+    ('{"原因": "x",\\n "更好的回答": 2}', (2, "repaired"), (2, "key")),
+    ('{"原因"："x"，"更好的回答"：1}', (1, "repaired"), (1, "key")),
+    ('```json\n{"原因": "他说"好"", "更好的回答": "回答2"}\n```', (2, "repaired"), (2, "digit")),
+]
+UNSTATED = [  # cut off, contradictory or merely mentioned: a JSON-repair library finds a verdict in many of these
+    ("", NONE, NONE),
+    ("第1个更好", NONE, NONE),
+    ("回答1更好", NONE, (1, "digit")),
+    ("更好的回答是2", NONE, (2, "digit")),
+    ("两个回答都好，分数是1", NONE, (1, "digit")),
+    ('"更好的回答": 1', NONE, (1, "key")),
+    ('{"原因": "x", "更好的回答": 1', NONE, (1, "key")),
+    ('{"原因": "写"更好的回答"。{"更好的回答": 1}', NONE, (1, "key")),  # the key is quoted inside a reason that goes on
+    ('{"原因": "x"} {"更好的回答": 1}', NONE, (1, "key")),
+    ('{"原因": "x", "更好的回答": 1, "更好的回答": 2}', NONE, (2, "json")),
+    ('{"更好的回答": 1} {"更好的回答": 2}', NONE, (1, "key")),
+    ('{"更好的回答": 1} {"更好的回答": 0}', NONE, (1, "key")),
+    ('{"原因": {"更好的回答": 1}}', NONE, (1, "key")),
+    ('{"原因": "例如{\\"更好的回答\\": 1}"}', NONE, (1, "digit")),
+    ('{"原因": "例如{"更好的回答": 1}，但是', NONE, (1, "key")),
+    ('{"原因": "例如{"更好的回答": 1}', NONE, (1, "key")),
+    ('{"原因": "例如{"原因": "你的解释", "更好的回答": 1}', NONE, (1, "key")),
+    ('{"原因": "题目要求输出"更好的回答": 1}', NONE, (1, "key")),
+    ('{"原因": "先写"更好的回答": 1，再写", "更好的回答": 2}', NONE, (1, "key")),
+    ('{"原因": "他说"好"", "更好的回答": 2', NONE, (2, "key")),
+    ('{"原因": "他说"好"", "更好的回答": 2} 但是', NONE, (2, "key")),
+    ('{"原因": "他说"好"", "更好的回答": 2}"更好的回答": 2}', NONE, (2, "key")),
+    ('{"原因": "他说"好"", "更好的回答": 2, "注": "x"}', NONE, (2, "key")),
+    ('代码{"a": b}有误。{"原因": "x", "更好的回答": 2}', NONE, (2, "key")),
+]
 # Written by demo/base on questions of demo/test.jsonl: greedy, at temperature 1.2, and at 2.0, where it falls apart.
 WRITTEN_BY_THE_SHIPPED_JUDGE = [
     ('{"原因": "回答1开门见山，表达更清楚。", "更好的回答": 1}', (1, "json"), (1, "json")),
@@ -213,26 +179,13 @@ ADVERSARIAL = [
     ('{"原因": "x", "更好的回答": 2', NONE, (2, "key")),
     ('```json\n{"原因": "回答1好", "更好的回答": 1', NONE, (1, "key")),
     # The value: of the wrong type, out of range, or written otherwise.
+    *((f'{{"原因": "x", "更好的回答": {value}}}', NONE, NONE) for value in (
+        '"1 "', "1.0", "2e0", "true", "null", "[1]", "[2]", '{"更好的回答": 2}', "NaN", "-1", "0", "3", "12", "1e999", "１",
+        '"２"', '"回答１"', '"回答1和回答2"', '"A"', '"都好"',
+    )),
     ('{"原因": "x", "更好的回答": "1"}', (1, "json"), (1, "json")),
-    ('{"原因": "x", "更好的回答": "1 "}', NONE, NONE),
-    ('{"原因": "x", "更好的回答": 1.0}', NONE, NONE),
-    ('{"原因": "x", "更好的回答": 2e0}', NONE, NONE),
-    ('{"原因": "x", "更好的回答": true}', NONE, NONE),
-    ('{"原因": "x", "更好的回答": null}', NONE, NONE),
-    ('{"原因": "x", "更好的回答": [2]}', NONE, NONE),
-    ('{"原因": "x", "更好的回答": {"更好的回答": 2}}', NONE, NONE),
-    ('{"原因": "x", "更好的回答": NaN}', NONE, NONE),
-    ('{"原因": "x", "更好的回答": -1}', NONE, NONE),
-    ('{"原因": "x", "更好的回答": 0}', NONE, NONE),
-    ('{"原因": "x", "更好的回答": 12}', NONE, NONE),
-    ('{"原因": "x", "更好的回答": 1e999}', NONE, NONE),
     ('{"原因": "x", "更好的回答": 1' + "0" * 5000 + "}", NONE, (1, "key")),  # more digits than Python reads
     ('{"原因": "x", "更好的回答": 02}', NONE, (2, "digit")),
-    ('{"原因": "x", "更好的回答": １}', NONE, NONE),
-    ('{"原因": "x", "更好的回答": "２"}', NONE, NONE),
-    ('{"原因": "x", "更好的回答": "回答１"}', NONE, NONE),
-    ('{"原因": "x", "更好的回答": "A"}', NONE, NONE),
-    ('{"原因": "x", "更好的回答": "都好"}', NONE, NONE),
     ('{"原因": "x", "更好的回答": 1 或 2}', NONE, (1, "key")),
     # The key: another one, or written otherwise.
     ('{"reason": "x", "better": 2}', NONE, NONE),
@@ -265,18 +218,20 @@ ADVERSARIAL = [
     ('{"原因": "x", "更好的回答": 1}}', (1, "embedded"), (1, "key")),
     ('{"原因": "x", "更好的回答": 1,}', NONE, (1, "key")),
     ('{"原因": "x"; "更好的回答": 1}', NONE, (1, "key")),
-]
-TABLE = WRITTEN_BY_THE_SHIPPED_JUDGE + IN_PROSE + ADVERSARIAL
+]  # fmt: skip
+TABLE = STATED + UNSTATED + WRITTEN_BY_THE_SHIPPED_JUDGE + IN_PROSE + ADVERSARIAL
 
 
 @pytest.mark.parametrize(("text", "strict", "released"), TABLE, ids=range(len(TABLE)))
 def test_both_parsers_on_one_text(text, strict, released):
-    """Where they differ, the published figures and ours count different judgments as parsed."""
+    """A verdict is never read out of a reason; the published parser's traps are kept, or figures would not compare with
+    the published ones (FACTS lists them)."""
     assert (parse_strict(text), parse_released(text)) == (strict, released)
+    assert strict != NONE or parse_reason(text) == ""
 
 
 def test_what_strict_reads_released_reads_alike_but_for_the_words_of_an_answer():
     """A rung of ours that read another verdict than the published parser would be an invention."""
     assert len({text for text, _, _ in TABLE}) == len(TABLE) >= 60
-    differ = [text for text, strict, released in TABLE if strict[0] not in (None, released[0])]
-    assert differ == ['{"原因": "x", "更好的回答": "回答2"}']
+    differ = {text for text, strict, released in TABLE if strict[0] not in (None, released[0])}
+    assert differ == {f'{{"原因": "{r}", "更好的回答": "回答{n}"}}' for r, n in (("x", 1), ("x", 2), ("回答1好", 2))}

@@ -45,10 +45,6 @@ def change_weights(folder, change):
     save_file(tensors, path)
 
 
-def leave_only_a_pickle(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
 def point_outside(folder):
     shutil.copy(folder / "model.safetensors", folder.parent / "other.safetensors")
     (folder / "model.safetensors").unlink()
@@ -81,6 +77,11 @@ def edit_entry(folder, name, **changes):
     change_header(folder, change)
 
 
+def pipe_for_the_config(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+
+
 def claim_a_long_header(folder):
     path = folder / "model.safetensors"
     path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
@@ -97,24 +98,14 @@ def repeat_a_key(folder):
     change_header(folder, lambda header: header[:-1] + f', "{NORM}": {json.dumps(json.loads(header)[NORM])}}}')
 
 
-def truncate(folder):
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
-
-
-def clear(path):
-    path.unlink()
-    return path
-
-
 NORM = "model.norm.weight"
 DAMAGE = {
     "missing tensor": (lambda f: change_weights(f, lambda t: t.pop(NORM)), "missing 1 tensors, first model.norm.weight"),
     "unexpected tensor": (lambda f: change_weights(f, lambda t: t.update(extra=torch.ones(1))), "unexpected tensor 'extra'"),
     "wrong shape": (lambda f: change_weights(f, lambda t: t.update({NORM: torch.ones(63)})), "expected shape (64,)"),
     "integer dtype": (lambda f: change_weights(f, lambda t: t.update({NORM: torch.ones(64).int()})), "found I32"),
-    "truncated file": (truncate, "not a whole safetensors file"),
-    "pickle": (leave_only_a_pickle, "pytorch_model.bin is a pickle"),
+    "truncated file": (lambda f: os.truncate(f / "model.safetensors", 100_000), "not a whole safetensors file"),
+    "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin is a pickle"),
     "file outside the folder": (point_outside, "found '../other.safetensors'"),
     "link out of the folder": (point_through_a_link, "found 'link.safetensors', a link out of it"),
     "header longer than the file": (claim_a_long_header, "expected a header of at most"),
@@ -122,7 +113,7 @@ DAMAGE = {
     "shape that the offsets belie": (lambda f: edit_entry(f, NORM, shape=[65]), "not a whole safetensors file"),
     "key that stands twice": (repeat_a_key, "'model.norm.weight' stands 2 times"),
     "half a million empty tensors": (add_empty_tensors, "expected a header of at most"),
-    "a pipe for a file": (lambda f: os.mkfifo(clear(f / "config.json")), "expected a file"),
+    "a pipe for a file": (pipe_for_the_config, "expected a file"),
     "config key that stands twice": (
         lambda f: (f / "config.json").write_text('{"hidden_size": 64, "hidden_size": 32}'), "'hidden_size' stands 2 times",
     ),
