@@ -1,4 +1,4 @@
-"""Stage 6: DPO on contrastive judgments, from pairs to a trained judge. The whole story is in `main`.
+"""Stage 6: DPO on contrastive judgments, from pairs to a trained judge.
 
     python -m conj.train.dpo --run-dir runs/demo --model demo/base
     torchrun --nproc_per_node 8 -m conj.train.dpo --run-dir runs/skywork --model models/Qwen2-7B-Instruct
@@ -6,7 +6,8 @@
 Direct Preference Optimization (arXiv 2305.18290) as Con-J uses it (arXiv 2410.03742, section 3.4): the policy starts
 at the base model and learns to write the judgments that agree with the preference label. An optimizer step takes
 exactly `--pairs-per-step` pairs, and its loss is the mean over them, whatever the pack size and the number of ranks.
-A killed run, started again, goes on from its last checkpoint and ends as if nothing had happened.
+A killed run, started again, goes on from its last checkpoint and ends as if nothing had happened. The whole story is in
+`main`.
 """
 
 import math

@@ -143,13 +143,10 @@ class DPOOptions(RunOptions, ComputeOptions):
             "makes again, found selective",
         )
         require_each(self, ("warmup_ratio", "adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "0 to below 1")
-        for (
-            name
-        ) in self.report_to:  # a folder of that name, which wandb leaves where it ran, is a package without origin
-            require(
-                getattr(find_spec(name), "origin", None) is not None,
-                f"--report-to {name}: not installed; pip install {name}",
-            )
+        for name in self.report_to:
+            # A folder of that name, which wandb leaves where it ran, is a package without an origin.
+            is_installed = getattr(find_spec(name), "origin", None) is not None
+            require(is_installed, f"--report-to {name}: not installed; pip install {name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,3 +162,4 @@ class AuditOptions:
 
     def __post_init__(self):
         require_each(self, ("num_pairs", "replay"), lambda value: value >= 1, "1 or more")
+        require_each(self, ("run_dir", "against"), Path.is_dir, "a run folder")
