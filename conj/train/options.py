@@ -162,4 +162,4 @@ class AuditOptions:
 
     def __post_init__(self):
         require_each(self, ("num_pairs", "replay"), lambda value: value >= 1, "1 or more")
-        require_each(self, ("run_dir", "against"), Path.is_dir, "a run folder")
+        require_each(self, ("against",), Path.is_dir, "a run folder")
