@@ -106,16 +106,15 @@ def command_of(options_class: type) -> Callable:
     for field in dataclasses.fields(options_class):
         needed = field.default is dataclasses.MISSING
         kind = inspect.Parameter.POSITIONAL_ONLY if field.metadata["positional"] else inspect.Parameter.KEYWORD_ONLY
-        hint = without_none(hints[field.name])
         settings = Parameter(
             name=() if field.metadata["positional"] else flag(field), help=field.metadata["help"], validator=check_value,
             group=field.metadata["group"] or GROUPS["required" if needed else field.metadata["affects_result"]],
-            consume_multiple=1, allow_repeating=True, negative_iterable=(), converter=CONVERTERS.get(hint),
+            consume_multiple=1, allow_repeating=True, negative_iterable=(), converter=CONVERTERS.get(without_none(hints[field.name])),
             show_default=field.default not in (None, ()) and _show,
         )  # fmt: skip
         parameters.append(
             inspect.Parameter(
-                field.name, kind, annotation=Annotated[hint, settings],
+                field.name, kind, annotation=Annotated[hints[field.name], settings],
                 default=inspect.Parameter.empty if needed else field.default,
             )
         )  # fmt: skip
