@@ -51,12 +51,6 @@ def check(runs: list[Run]) -> None:
     for folder in (run.folder for run in runs):
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         require(there.is_dir() and os.access(there, os.W_OK), f"{folder}: expected a folder that can be written")
-    for name in {name: None for _, options in stages for name in getattr(options, "data", ())}:
-        read_rows(locate_data(name)[0])  # nothing is read before the first row is asked for
-    asked = [options for _, options in stages if hasattr(options, "model")]
-    # Training takes what fits the model; a sampler that is asked for more refuses.
-    for model, most in {(o.model, o.max_length if hasattr(o, "max_new_tokens") else None): None for o in asked}:
-        check_model(model, most)
     for name in SAME_IN_A_SWEEP:
         found = {str(getattr(options, name)): None for stage, options in stages if stage == "evaluate"}
         require(
@@ -66,6 +60,12 @@ def check(runs: list[Run]) -> None:
         for name in SAME_IN_TRAINING:
             first, second = (str(getattr(run.options[stage], name)) for stage in ON_ALL_RANKS)
             require(first == second, f"[dpo] {name}: expected {first}, as in [reference], found {second}")
+    for name in {name: None for _, options in stages for name in getattr(options, "data", ())}:
+        read_rows(locate_data(name)[0])  # nothing is read before the first row is asked for
+    asked = [options for _, options in stages if hasattr(options, "model")]
+    # Training takes what fits the model; a sampler that is asked for more refuses.
+    for model, most in {(o.model, o.max_length if hasattr(o, "max_new_tokens") else None): None for o in asked}:
+        check_model(model, most)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         trained = [(stage, options) for stage, options in stages if stage in ON_ALL_RANKS]
         process.submit(check_machine, trained, runs[0].num_processes).result()
