@@ -161,12 +161,16 @@ def _table(table: object, where: str) -> dict:
 def _check_values(table: dict, kind: type, allowed: Iterable[str], where: str, also: Iterable[str] = ()) -> dict:
     """The table, if each key is allowed and each value of its option's type. `also`: keys that stand beside them."""
     hints = {key(f): without_none(typing.get_type_hints(kind)[f.name]) for f in dataclasses.fields(kind)}
+    empty = {key(field) for field in dataclasses.fields(kind) if field.default in ((), None)}
     for name, value in table.items():
         if name not in allowed:
             close = difflib.get_close_matches(name, [*allowed, *also], 1)
             hint = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(sorted((*allowed, *also)))}"
             raise InputError(f"{where}: unknown key {brief(name)[1:-1]}; {hint}")
-        if expected := _expected(hints[name], value):
+        expected = _expected(hints[name], value)
+        if value == [] and name not in empty:
+            expected = "at least one"
+        if expected:
             raise InputError(f"{where}: {name}: expected {expected}, found {brief(value)}")
     return table
 
@@ -237,7 +241,8 @@ def _plain(value: object) -> object:
 
 def _parse(kind: type, table: dict, where: str):
     try:
-        return parse_options(kind, [], settings=table, source=where)
+        # An empty list is what is not given.
+        return parse_options(kind, [], settings={k: v for k, v in table.items() if v != []}, source=where)
     except InputError as e:
         raise InputError(str(e) if where in str(e) else f"{where}: {e}") from None
 

@@ -118,6 +118,7 @@ def test_the_command_of_a_stage_gives_its_options_again(tmp_path, stage):
         ),  # of the command line; here it is cpu_offload = false
         ("seed = 1.5", {}, ["seed: expected a whole number, found 1.5"]),
         ("run_dir = 'z'", {}, ["[dpo]: unknown key run_dir"]),
+        ("[runs.a.pairs]\npair_types = []", {}, ["[runs.a.pairs]: pair_types: expected at least one, found []"]),
         ("dtype = 'float32'", {}, ["[dpo] dtype: expected bfloat16, as in [reference], found float32"]),
         ("attention = 'flash_attn'", {}, ["[dpo] attention: expected None, as in [reference], found flash_attn"]),
         ("device = 'cuda'", {}, ["[dpo] --device: expected auto or cpu, since no GPU is visible"]),
