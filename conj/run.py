@@ -66,9 +66,9 @@ def check(runs: list[Run]) -> None:
     # Training takes what fits the model; a sampler that is asked for more refuses.
     for model, most in {(o.model, o.max_length if hasattr(o, "max_new_tokens") else None): None for o in asked}:
         check_model(model, most)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        trained = [(stage, options) for stage, options in stages if stage in ON_ALL_RANKS]
-        process.submit(check_machine, trained, runs[0].num_processes).result()
+    if trained := [(stage, options) for stage, options in stages if stage in ON_ALL_RANKS]:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            process.submit(check_machine, trained, runs[0].num_processes).result()
 
 
 def survey(runs: list[Run]) -> dict[Path, str]:
@@ -92,7 +92,8 @@ def survey(runs: list[Run]) -> dict[Path, str]:
 
 
 def _state(options, artefact: Path, inputs: list, hash: Callable) -> tuple[str, Path]:
-    """The case of one file, and where it lies, or will lie."""
+    """The case of one file, and where it lies; where it is still to be made, a path at which nothing is."""
+    nowhere = artefact.with_name(f"{artefact.name} to be made")
     try:
         if awaited := [path for path in inputs if isinstance(path, Path) and not path.exists()]:
             made = manifest.read_manifest(artefact)
@@ -100,14 +101,12 @@ def _state(options, artefact: Path, inputs: list, hash: Callable) -> tuple[str, 
                 raise InputError(
                     f"{artefact}: was made from another {awaited[0].name} than will be made now; delete it"
                 )
-            return "to do", artefact.with_name(f"{artefact.name} to be made")
+            return "to do", nowhere
         now = manifest.describe(inputs, options, hash)
         state = manifest.state(artefact, now)
         if state == "to do" and (there := manifest.find_complete(artefact.name, now, options)):
             return f"taken from {there.parent}", there
-        return state, manifest.locate(artefact) if state == "complete" else artefact.with_name(
-            f"{artefact.name} to be made"
-        )
+        return state, manifest.locate(artefact) if state == "complete" else nowhere
     except InputError as e:
         return f"stale: {e}", artefact
 
@@ -130,9 +129,14 @@ def command_line(stage: str, options, num_processes: int) -> list[str]:
     return line
 
 
+def shown(line: list[str]) -> str:
+    """A command as one types it."""
+    return shlex.join(["python", *line[1:]])
+
+
 def execute(what: str, line: list[str]) -> None:
     """Runs a command; where it fails, so does this one, with its exit code. SIGTERM goes to it, which may save first."""
-    print(f"== {what}: {shlex.join(['python', *line[1:]])}", flush=True)
+    print(f"== {what}: {shown(line)}", flush=True)
     child = subprocess.Popen(line, env=ENVIRONMENT | os.environ)
     before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     try:
@@ -168,7 +172,7 @@ def dry_run(runs: list[Run], found: dict[Path, str]) -> None:
             for artefact, state in states.items():
                 print(f"  {stage:10}  {artefact.name:24}  {state}")
             if {"to do", "unfinished"} & set(states.values()):
-                print(f"    {shlex.join(['python', *command_line(stage, options, run.num_processes)[1:]])}")
+                print(f"    {shown(command_line(stage, options, run.num_processes))}")
 
 
 def compare(runs: list[Run]) -> None:

@@ -87,7 +87,7 @@ CONVERTERS = {int: _whole_number, Path: _path}  # cyclopts rounds 1.5, and takes
 
 
 def without_none(hint: object) -> object:
-    """A type without `None`: what is not given is None, and the word "none" is no way to say so."""
+    """A type without the `None` of an option that need not be given."""
     parts = [part for part in typing.get_args(hint) if part is not type(None)]
     return hint if typing.get_origin(hint) not in (typing.Union, types.UnionType) else typing.Union[tuple(parts)]  # noqa: UP007
 
