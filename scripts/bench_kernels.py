@@ -41,7 +41,7 @@ from kernel_problems import skipped as skipped_peers
 from torch import Tensor
 
 from conj.model import backends
-from conj.model.qwen2 import DTYPES
+from conj.model.decoder import DTYPES
 from conj.train.speed import matmul_ceiling, resident_bytes, synchronize
 
 MODES = ("forward", "backward", "both")

@@ -27,7 +27,8 @@ def make_model(folder: Path, dtype: str, geometry: str, device: str) -> dict:
 def write_pairs(run: Path, args: argparse.Namespace) -> None:
     """pairs.jsonl of random words; lengths in tokens are drawn evenly from the two ranges, end token counted."""
     from conj.data.files import write_jsonl
-    from conj.data.prompts import JudgeTokenizer, judge_messages, judgment_text
+    from conj.data.prompts import judge_messages, judgment_text
+    from conj.data.tokenizer import JudgeTokenizer
 
     rng = random.Random(0)
     tokenizer = JudgeTokenizer.load(ROOT / "demo" / "base")

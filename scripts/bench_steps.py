@@ -38,7 +38,7 @@ from conj import InputError
 from conj.data.files import write_atomic
 from conj.data.packs import TokenizedPairs, group_tokens, pairs_of, plan_packs, plan_steps
 from conj.model import backends
-from conj.model.qwen2 import Qwen2Config
+from conj.model.decoder import ModelConfig
 from conj.model.weights import local_tensor, parameter_shapes
 from conj.train.dpo import DPOOptions, batches_of, build_optimizer, select_arithmetic, train_step
 from conj.train.options import ACTIVATION_CHECKPOINTING
@@ -59,7 +59,7 @@ KERNEL_KINDS = {  # the first pattern that a kernel's name matches
 }
 
 
-def bytes_needed(config: Qwen2Config, num_tokens: int, recompute: str) -> int:
+def bytes_needed(config: ModelConfig, num_tokens: int, recompute: str) -> int:
     """Device memory of training with packs of `num_tokens` in bf16, one rank.
 
     16 bytes a parameter: master weight, gradient and AdamW's two moments, in fp32. What a layer keeps of a token until
@@ -107,7 +107,7 @@ def draw_weights(model: torch.nn.Module) -> None:
         local.normal_(0, 0.02) if parameter.ndim > 1 else local.fill_(float("norm" in name))
 
 
-def run(config: Qwen2Config, recompute: str, pairs: TokenizedPairs, plans: list, args, world: World) -> tuple:
+def run(config: ModelConfig, recompute: str, pairs: TokenizedPairs, plans: list, args, world: World) -> tuple:
     """Figures of the timed steps, and the function that takes one more."""
     options = DPOOptions(run_dir=Path(), model=Path(), dtype=args.dtype)
     model = shard_model(config, world, args.dtype, activation_checkpointing=recompute)

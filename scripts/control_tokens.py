@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from conj.data.prompts import JudgeTokenizer, judge_messages, judgment_text
+from conj.data.prompts import judge_messages, judgment_text
+from conj.data.tokenizer import JudgeTokenizer
 
 TEXT = "天空 is blue。\n好"  # a text to be attacked
 

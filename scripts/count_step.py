@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from conj.data.packs import Group, TokenizedPairs
-from conj.model import attention, backends, logprob, qwen2
-from conj.model.qwen2 import Qwen2, Qwen2Config
+from conj.model import attention, backends, decoder, logprob
+from conj.model.decoder import Decoder, ModelConfig
 from conj.train.batch import Batch, collate
 from conj.train.optimizer import gradient_norm
 from conj.train.options import ACTIVATION_CHECKPOINTING
@@ -100,7 +100,7 @@ def nothing_runs(launches: Counter):
         # On the "cpu": a build of torch for CPUs has no autograd for others.
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.dict(logprob.BLOCK, cpu=logprob.BLOCK["cuda"]),
-        mock.patch.dict(qwen2.KEPT_LOGITS, cpu=qwen2.KEPT_LOGITS["cuda"]),
+        mock.patch.dict(decoder.KEPT_LOGITS, cpu=decoder.KEPT_LOGITS["cuda"]),
         mock.patch.object(backends, "current", backends.Backends(attention="varlen", kernels="triton")),
         mock.patch.object(attention, "_varlen_attention", lambda: lambda q, k, v, *_: _Attention.apply(q, k, v)),
         mock.patch.object(JITFunction, "run", lambda self, *_, **__: launches.update([self.fn.__name__])),
@@ -117,7 +117,7 @@ def without_values(value):
     return value
 
 
-def count_pack(config: Qwen2Config, how: str, pairs: TokenizedPairs, pack: list[Group]) -> dict:
+def count_pack(config: ModelConfig, how: str, pairs: TokenizedPairs, pack: list[Group]) -> dict:
     """Forward and backward of the first pack of a step, and the norm of its gradients."""
     launches: Counter[str] = Counter()
     with mock.patch.object(backends, "current", backends.Backends(attention="varlen", kernels="triton")):
@@ -125,7 +125,7 @@ def count_pack(config: Qwen2Config, how: str, pairs: TokenizedPairs, pack: list[
     world = World(rank=0, size=1, device=torch.device("cpu"))
     with nothing_runs(launches), LiveBytes() as live, mock.patch.object(World, "sum", lambda self, x: x):
         with torch.device("meta"):  # then as `shard_model` leaves it on one rank
-            model = Qwen2(config)
+            model = Decoder(config)
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))

@@ -14,9 +14,10 @@ from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from conj import InputError
-from conj.data.prompts import JudgeTokenizer, judge_messages
+from conj.data.prompts import judge_messages
+from conj.data.tokenizer import JudgeTokenizer
+from conj.model.decoder import Decoder, read_config
 from conj.model.folder import check_model
-from conj.model.qwen2 import Qwen2, read_config
 from conj.model.weights import check_model_folder, load_model
 
 # JSON texts put where a value was.
@@ -70,7 +71,7 @@ class Folders:
             for name, content in zip(JSON_FILES, contents):
                 folders.put(root / layout / name, content.encode())
         torch.manual_seed(0)
-        tensors = {n: p.detach() for n, p in Qwen2(read_config(root / "single")).named_parameters()}
+        tensors = {n: p.detach() for n, p in Decoder(read_config(root / "single")).named_parameters()}
         folders.put(root / "single" / "model.safetensors", save(tensors))
         shards = {"1.safetensors": list(tensors)[:5], "2.safetensors": list(tensors)[5:]}
         for name, keys in shards.items():

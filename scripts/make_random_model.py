@@ -13,7 +13,7 @@ import torch
 from bench_common import argument_parser
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from conj.data.prompts import JudgeTokenizer
+from conj.data.tokenizer import JudgeTokenizer
 from conj.model.weights import COMPANIONS
 
 

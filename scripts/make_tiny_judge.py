@@ -34,7 +34,8 @@ from transformers import Qwen2ForCausalLM as Model
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conj.data.prompts import HINT_INSTRUCTIONS, JUDGE_INSTRUCTION, JudgeTokenizer, judge_messages, judgment_text
+from conj.data.prompts import HINT_INSTRUCTIONS, JUDGE_INSTRUCTION, judge_messages, judgment_text
+from conj.data.tokenizer import JudgeTokenizer
 from conj.data.verdicts import parse_strict
 from conj.sample.evaluation.scores import UNPARSED, figure_ratios
 

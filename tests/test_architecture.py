@@ -18,12 +18,12 @@ PACKAGE = Path(conj.__file__).parent
 ROOT = PACKAGE.parent
 ALLOWED = {
     "data": ("conj.data",),
-    "model": ("conj.model", "conj.data.files"),
+    "model": ("conj.model", "conj.data.files", "conj.data.model_files"),
     "train": ("conj.train", "conj.model", "conj.data"),
     "sample": ("conj.sample", "conj.data", "conj.model.folder"),
 }
 # What a model folder says is read with the tokenizer's rules and refused in the words of the options.
-FOLDER = ("conj.data.options", "conj.data.prompts")
+FOLDER = ("conj.data.options", "conj.data.tokenizer")
 ENGINE = (
     "model max_new_tokens max_length max_num_seqs device dtype tensor_parallel_size pipeline_parallel_size "
     "data_parallel_size gpu_memory_utilization "

@@ -9,7 +9,7 @@ from conftest import random_pairs
 from torch import Tensor
 
 from conj.data.packs import plan_packs, tokenize_pairs
-from conj.data.prompts import JudgeTokenizer
+from conj.data.tokenizer import JudgeTokenizer
 from conj.train import batch as batch_module
 from conj.train.batch import batches_ahead, collate, to_device
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.packs import plan_packs, tokenize_pairs
-from conj.data.prompts import JudgeTokenizer
+from conj.data.tokenizer import JudgeTokenizer
 from conj.model import backends
 from conj.model.attention import attention, build_segments
 from conj.model.weights import load_model

@@ -12,7 +12,8 @@ from conftest import DATA, ROOT, SHARED, here
 from control_tokens import PLACES, TEXT, Conversation, attack_texts, attacks, by_conj, by_template, structure
 
 from conj.data.preprocess import load_prompts, question_of
-from conj.data.prompts import JudgeTokenizer, judge_messages, judgment_text
+from conj.data.prompts import judge_messages, judgment_text
+from conj.data.tokenizer import JudgeTokenizer
 
 QWEN2 = SHARED / "qwen2-tokenizer"
 # Added tokens of later Qwen tokenizers; those without bars are no special tokens there, but added ones all the same.

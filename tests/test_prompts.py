@@ -10,7 +10,8 @@ from conftest import CHATML, DATA, SHARED, here
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from conj import InputError
-from conj.data.prompts import HINT_INSTRUCTIONS, JudgeTokenizer, judge_messages, judgment_text, question_text
+from conj.data.prompts import HINT_INSTRUCTIONS, judge_messages, judgment_text, question_text
+from conj.data.tokenizer import JudgeTokenizer
 
 QWEN2 = SHARED / "qwen2-tokenizer"
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -16,7 +16,8 @@ from test_endpoint import row_of
 from conj import InputError
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.manifest import write_sealed
-from conj.data.prompts import JudgeTokenizer, judge_messages, judgment_text
+from conj.data.prompts import judge_messages, judgment_text
+from conj.data.tokenizer import JudgeTokenizer
 from conj.model.folder import check_model
 from conj.sample.engines.completion import Completion, Decoding, Request, request_seed
 from conj.sample.engines.vllm import EngineOptions, generate, running_engine

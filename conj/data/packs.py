@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from conj import InputError
-from conj.data.prompts import JudgeTokenizer
+from conj.data.tokenizer import JudgeTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conj import InputError
-from conj.data.files import INDEX, brief, indexed_files, open_weights, read_model_json
+from conj.data.files import brief
+from conj.data.model_files import INDEX, indexed_files, open_weights, read_model_json
 from conj.data.options import require
-from conj.data.prompts import JudgeTokenizer
+from conj.data.tokenizer import JudgeTokenizer
 
 DEFAULT_MAX_LENGTH = 8192
 TRAINING_MAX_LENGTH = 6400  # the published recipe's: longer pairs are not trained on, and not sampled either

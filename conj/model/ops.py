@@ -1,7 +1,7 @@
 """The block's memory-bound steps: a reference in plain torch beside a fused Triton kernel, one function each.
 
 The kernels (`kernels.py`) run where `backends.current.kernels` is "triton"; under "torch" the references run (RoPE in fewer
-passes), and under "compile" the references again, fused by torch.compile (`qwen2.py`). All are deterministic, and no row's
+passes), and under "compile" the references again, fused by torch.compile (`decoder.py`). All are deterministic, and no row's
 result depends on another row.
 """
 

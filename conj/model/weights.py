@@ -19,30 +19,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from conj import InputError
-from conj.data.files import INDEX, brief, indexed_files, open_weights, read_model_json, write_atomic
-from conj.model.qwen2 import Qwen2, Qwen2Config, read_config
+from conj.data.files import brief, write_atomic
+from conj.data.model_files import INDEX, SINGLE, open_weights, read_model_json, weight_files
+from conj.model.decoder import Decoder, ModelConfig, read_config
 
-SINGLE = "model.safetensors"
 FLOAT_TYPES = ("F32", "BF16", "F16")
 # What makes a model folder complete beside the weights; copied from the base to the trained model as they are.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "vocab.json", "merges.txt",
 )  # fmt: skip
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder. Raises InputError when there are none or the index is not sound."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such model folder")
-    if not (folder / INDEX).exists():
-        if (folder / SINGLE).exists():
-            return [folder / SINGLE]
-        pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-        found = f"; {pickles[0]} is a pickle, which is never loaded" if pickles else ""
-        raise InputError(f"{folder}: not a model folder: expected {SINGLE} or {INDEX}{found}")
-    return indexed_files(folder / INDEX)
 
 
 def check_weights(folder: Path, expected: dict[str, tuple[int, ...]], stack: ExitStack) -> dict:
@@ -66,10 +52,10 @@ def check_weights(folder: Path, expected: dict[str, tuple[int, ...]], stack: Exi
     return where
 
 
-def parameter_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the config's model. One layer is built, on no device, however many the config asks for."""
     with torch.device("meta"):
-        model = Qwen2(replace(config, num_hidden_layers=1))
+        model = Decoder(replace(config, num_hidden_layers=1))
     shapes = {}
     for name, parameter in model.named_parameters():
         first, layer, rest = name.partition("layers.0.")
@@ -106,7 +92,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
                 local_tensor(parameter).copy_(file.get_slice(name)[rows])
 
 
-def check_model_folder(folder: Path) -> Qwen2Config:
+def check_model_folder(folder: Path) -> ModelConfig:
     """The config, once config and weights' headers are seen to fit together. Reads no weights."""
     config = read_config(folder)
     with ExitStack() as stack:
@@ -114,11 +100,11 @@ def check_model_folder(folder: Path) -> Qwen2Config:
     return config
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Qwen2:
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
     """A whole Qwen2 on one device, for inspection and tests; training shards it first (`conj.train.sharding`)."""
     config = check_model_folder(folder)
     with torch.device("meta"):
-        model = Qwen2(config)
+        model = Decoder(config)
     model = model.to(dtype).to_empty(device=device)
     load_weights(model, folder)
     return model

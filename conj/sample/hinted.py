@@ -12,7 +12,8 @@ from pathlib import Path
 
 from conj.data.options import option, run_command
 from conj.data.preprocess import question_of
-from conj.data.prompts import REASON_KEY, VERDICT_KEY, JudgeTokenizer, judge_messages, judgment_text
+from conj.data.prompts import REASON_KEY, VERDICT_KEY, judge_messages, judgment_text
+from conj.data.tokenizer import JudgeTokenizer
 from conj.data.verdicts import parse_reason, parse_strict
 from conj.model.folder import TRAINING_MAX_LENGTH, check_model
 from conj.sample.engines.completion import Completion, Request

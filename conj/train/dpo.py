@@ -26,7 +26,7 @@ from conj.data.manifest import begin, finish, identity
 from conj.data.options import run_command
 from conj.data.packs import Group, TokenizedPairs, deal, pairs_of
 from conj.model import backends
-from conj.model.qwen2 import DTYPES
+from conj.model.decoder import DTYPES
 from conj.model.weights import export_model
 from conj.train.batch import Batch, batches_ahead, to_device
 from conj.train.checkpoint import Saver, find_checkpoint, load_checkpoint

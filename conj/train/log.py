@@ -27,7 +27,7 @@ from torch import Tensor
 from conj.data.files import dump_line, recover_jsonl, write_jsonl
 from conj.data.packs import Group, TokenizedPairs, group_tokens, pairs_of
 from conj.data.progress import progress
-from conj.model.qwen2 import Qwen2Config, read_config
+from conj.model.decoder import ModelConfig, read_config
 from conj.train.options import DPOOptions
 from conj.train.plan import Plan
 from conj.train.sharding import World
@@ -66,7 +66,7 @@ def step_order(packs: list[list[Group]]) -> str:
 
 
 def step_speed(
-    pairs: TokenizedPairs, packs: list[list[Group]], metrics: dict, config: Qwen2Config, ceiling: float, world: World
+    pairs: TokenizedPairs, packs: list[list[Group]], metrics: dict, config: ModelConfig, ceiling: float, world: World
 ) -> dict:
     """How fast a step was, from its `step_seconds`, and on what; see the module's docstring."""
     done = {name: metrics[f"num_{name}"] for name in ("pairs", "tokens")}

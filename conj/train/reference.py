@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from conj import InputError
 from conj.data.files import read_jsonl, sha256_file, write_atomic
 from conj.data.manifest import begin, finish
+from conj.data.model_files import weight_files
 from conj.data.options import run_command
 from conj.data.packs import Group, TokenizedPairs, deal, pairs_of, plan_packs, tokenize_pairs
 from conj.data.progress import progress
-from conj.data.prompts import JudgeTokenizer
+from conj.data.tokenizer import JudgeTokenizer
 from conj.model import backends
-from conj.model.weights import check_model_folder, weight_files
+from conj.model.weights import check_model_folder
 from conj.train.batch import batches_ahead
 from conj.train.options import ReferenceOptions, hash_forward
 from conj.train.sharding import World, build_sharded_model, distributed, ending_process, reshard

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from conj import InputError
 from conj.model import backends
-from conj.model.qwen2 import DTYPES, Qwen2, Qwen2Config, read_config
+from conj.model.decoder import DTYPES, Decoder, ModelConfig, read_config
 from conj.model.weights import load_weights
 
 SECONDS_TO_LEAVE = 25  # torchrun kills 30 seconds after it asked to leave
@@ -201,7 +201,7 @@ def leave_on_sigterm() -> Iterator[Event]:
         os.close(reader)
 
 
-def build_sharded_model(folder: Path, world: World, dtype: str, **settings) -> Qwen2:
+def build_sharded_model(folder: Path, world: World, dtype: str, **settings) -> Decoder:
     """`shard_model` of a model folder, filled with its weights.
 
     Reference and policy are both built here, so their arithmetic is the same and step 0 is exact."""
@@ -211,9 +211,9 @@ def build_sharded_model(folder: Path, world: World, dtype: str, **settings) -> Q
 
 
 def shard_model(
-    config: Qwen2Config, world: World, dtype: str, *, activation_checkpointing: str = "none", cpu_offload: bool = False,
+    config: ModelConfig, world: World, dtype: str, *, activation_checkpointing: str = "none", cpu_offload: bool = False,
     reduce_dtype: torch.dtype = torch.float32,
-) -> Qwen2:  # fmt: skip
+) -> Decoder:  # fmt: skip
     """Qwen2 with fp32 master weights (no values yet) spread over all ranks; computes in `dtype`, sums in `reduce_dtype`.
 
     One rank that holds everything has nothing to gather or to reduce, and FSDP2 would copy each weight twice and each
@@ -222,7 +222,7 @@ def shard_model(
     if cpu_offload and world.device.type == "cpu":
         raise InputError("--cpu-offload: expected a GPU, found a CPU")
     with torch.device("meta"):
-        model = Qwen2(config)
+        model = Decoder(config)
     model.model.dtype = DTYPES[dtype]
     for layer in model.model.layers:
         layer.activation_checkpointing = activation_checkpointing
@@ -234,7 +234,7 @@ def shard_model(
     return model.to_empty(device="cpu" if cpu_offload else world.device)
 
 
-def _fully_shard(model: Qwen2, world: World, **settings) -> None:
+def _fully_shard(model: Decoder, world: World, **settings) -> None:
     settings["mesh"] = init_device_mesh(world.device.type, (world.size,))
     for layer in model.model.layers:
         fully_shard(layer, **settings)
@@ -248,7 +248,7 @@ def _fully_shard(model: Qwen2, world: World, **settings) -> None:
         module.set_force_sum_reduction_for_comms(True)
 
 
-def reshard(model: Qwen2) -> None:
+def reshard(model: Decoder) -> None:
     """After a forward without backward, which FSDP2 leaves the root gathered for: checkpoints need its shards."""
     if isinstance(model, FSDPModule):
         model.reshard()

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from conj.data.packs import Group, TokenizedPairs, group_tokens
-from conj.model.qwen2 import DTYPES, Qwen2Config
+from conj.model.decoder import DTYPES, ModelConfig
 
 
-def step_flops(pairs: TokenizedPairs, packs: list[list[Group]], config: Qwen2Config) -> tuple[int, int]:
+def step_flops(pairs: TokenizedPairs, packs: list[list[Group]], config: ModelConfig) -> tuple[int, int]:
     """FLOPs of one forward through the blocks, and through the head, elementwise work left out.
 
     A token takes 2 x (parameters of the blocks' matrices); a query takes 4 x N x H for every key it sees; a predicted
@@ -34,7 +34,7 @@ def step_flops(pairs: TokenizedPairs, packs: list[list[Group]], config: Qwen2Con
 
 
 def training_flops(
-    pairs: TokenizedPairs, packs: list[list[Group]], config: Qwen2Config, *, recompute: str, device: str
+    pairs: TokenizedPairs, packs: list[list[Group]], config: ModelConfig, *, recompute: str, device: str
 ) -> tuple[int, int]:
     """(executed, needed) FLOPs of a step. Needed is three times the forward; executed adds what is computed again: on a
     GPU the head's forward, and the blocks' with full activation checkpointing."""

@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 
 from conj import InputError
-from conj.data.files import read_jsonl, read_model_json
+from conj.data.files import read_jsonl
 from conj.data.manifest import list_artefacts, locate, read_manifest
-from conj.model.weights import weight_files
+from conj.data.model_files import read_model_json, weight_files
 from conj.train.reference import read_reference
 
 # What a step's row of metrics.jsonl says of the training; the rest follows from it or says when, where and how fast.

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from conj.data.files import read_jsonl
 from conj.data.packs import TokenizedPairs, deal, plan_packs
 from conj.data.progress import progress
-from conj.model.qwen2 import DTYPES
+from conj.model.decoder import DTYPES
 from conj.train.batch import batches_ahead
 from conj.train.dpo import DPOOptions, dpo_loss
 from conj.train.plan import Plan

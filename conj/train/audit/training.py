@@ -12,9 +12,9 @@ from safetensors import safe_open
 from conj import InputError
 from conj.data.files import read_jsonl
 from conj.data.manifest import manifest_path, read_manifest
+from conj.data.model_files import weight_files
 from conj.data.options import require
 from conj.data.packs import plan_packs
-from conj.model.weights import weight_files
 from conj.train.audit.chain import Check, check, recorded_base
 from conj.train.audit.compare import first_difference
 from conj.train.checkpoint import check_checkpoint, list_checkpoints, read_tensors

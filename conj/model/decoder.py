@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from conj import InputError
-from conj.data.files import brief, read_model_json
+from conj.data.files import brief
+from conj.data.model_files import read_model_json
 from conj.model import backends
 from conj.model.attention import Segments, attention
 from conj.model.logprob import linear_logprob
@@ -30,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen2Config:
+class ModelConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -45,7 +46,7 @@ class Qwen2Config:
     dtype: str  # of the stored weights, one of DTYPES
 
 
-def read_config(folder: Path) -> Qwen2Config:
+def read_config(folder: Path) -> ModelConfig:
     """The config of a Hugging Face model folder.
 
     Raises InputError when it is missing or malformed, is not a plain Qwen2, or asks for remote code: a feature this
@@ -78,7 +79,7 @@ def read_config(folder: Path) -> Qwen2Config:
 
     heads, hidden = number("num_attention_heads"), number("hidden_size")
     head_dim = hidden // heads if raw.get("head_dim") is None else number("head_dim")
-    config = Qwen2Config(
+    config = ModelConfig(
         vocab_size=number("vocab_size"), hidden_size=hidden, intermediate_size=number("intermediate_size"),
         num_hidden_layers=number("num_hidden_layers", most=1001), num_attention_heads=heads,
         num_key_value_heads=number("num_key_value_heads", heads), head_dim=head_dim,
@@ -121,7 +122,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Qwen2Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
         q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
@@ -137,7 +138,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: Qwen2Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -148,7 +149,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: Qwen2Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
@@ -190,7 +191,7 @@ def _compiled(function: Callable) -> Callable:
 
 
 class Backbone(nn.Module):
-    def __init__(self, config: Qwen2Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.dtype: torch.dtype | None = None  # of computation; by default the weights'
@@ -207,10 +208,10 @@ class Backbone(nn.Module):
         return self.norm(x)
 
 
-class Qwen2(nn.Module):
+class Decoder(nn.Module):
     """Qwen2 for causal language modelling, packed. Built on the meta device and filled by `conj.model.weights`."""
 
-    def __init__(self, config: Qwen2Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.model = Backbone(config)

@@ -11,11 +11,11 @@ from count_step import LiveBytes
 from transformers import AutoModelForCausalLM
 
 from conj.data.packs import Group, group_tokens, plan_packs, tokenize_pairs
-from conj.data.prompts import JudgeTokenizer
+from conj.data.tokenizer import JudgeTokenizer
 from conj.model import attention as attention_module
 from conj.model import backends
 from conj.model.attention import attention, build_segments, key_rows
-from conj.model.qwen2 import read_config
+from conj.model.decoder import read_config
 from conj.model.weights import load_model
 from conj.train.batch import collate
 
