@@ -10,7 +10,7 @@ import torch
 
 from conj.data.files import write_atomic
 from conj.data.manifest import describe_code
-from conj.model.decoder import ModelConfig
+from conj.model.config import ModelConfig, Rope
 
 ROOT = Path(__file__).resolve().parent.parent
 # Whose versions move a figure; a run's manifests name all that is installed.
@@ -71,5 +71,5 @@ def config_of(size: dict, num_layers: int) -> ModelConfig:
     return ModelConfig(
         vocab_size=size["V"], hidden_size=size["D"], intermediate_size=size["F"], num_hidden_layers=num_layers,
         num_attention_heads=size["N"], num_key_value_heads=size["K"], head_dim=size["H"], rms_norm_eps=1e-6,
-        rope_theta=1e6, tie_word_embeddings=size["tie"], max_position_embeddings=32768, dtype="bfloat16",
+        rope=Rope(theta=1e6), tie_word_embeddings=size["tie"], max_position_embeddings=32768,
     )  # fmt: skip

@@ -30,7 +30,7 @@ from pathlib import Path
 from bench_common import argument_parser, require_quiet, where_measured
 from bench_sides import GEOMETRIES, make_model, run_conj, run_reference, run_trl, steps_of, write_pairs
 
-from conj.model.decoder import read_config
+from conj.model.config import read_config
 from conj.train.speed import matmul_ceiling, training_flops
 
 SHARES = ("prompt", "pair", "none")

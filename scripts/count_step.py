@@ -25,7 +25,8 @@ from triton.runtime.jit import JITFunction
 
 from conj.data.packs import Group, TokenizedPairs
 from conj.model import attention, backends, decoder, logprob
-from conj.model.decoder import Decoder, ModelConfig
+from conj.model.config import ModelConfig
+from conj.model.decoder import Decoder
 from conj.train.batch import Batch, collate
 from conj.train.optimizer import gradient_norm
 from conj.train.options import ACTIVATION_CHECKPOINTING

@@ -16,9 +16,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from conj import InputError
 from conj.data.prompts import judge_messages
 from conj.data.tokenizer import JudgeTokenizer
-from conj.model.decoder import Decoder, read_config
-from conj.model.folder import check_model
-from conj.model.weights import check_model_folder, load_model
+from conj.model.config import read_config
+from conj.model.decoder import Decoder
+from conj.model.folder import check_model, read_decoder
+from conj.model.weights import load_model
 
 # JSON texts put where a value was.
 HOSTILE = [
@@ -50,7 +51,7 @@ class Folders:
         """A Qwen2 of one layer with a tokenizer of bytes."""
         folders = cls(root)
         config = dict(
-            model_type="qwen2", vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
             num_attention_heads=2, num_key_value_heads=1, rms_norm_eps=1e-6, rope_parameters={"rope_theta": 1e4},
             tie_word_embeddings=False, max_position_embeddings=2048, eos_token_id=256, dtype="float32",
         )  # fmt: skip
@@ -234,7 +235,7 @@ def attempt(function: Callable, *arguments):
 def fuzz_model_folder(data: bytes, folders: Folders) -> str:
     """Reads a damaged folder as training and sampling do. Returns `accepted` or `refused`; raises Finding."""
     with damaged(folders, chooser(data)) as (folder, refuse, same_tokenizer):
-        config, model = attempt(check_model_folder, folder), attempt(check_model, folder, None)
+        config, model = attempt(read_decoder, folder), attempt(check_model, folder, None)
         tokenizer = attempt(JudgeTokenizer.load, folder) if isinstance(model, InputError) else model.tokenizer
         refused = [isinstance(result, InputError) for result in (config, tokenizer, model)]
         if refuse and not any(refused):

@@ -6,15 +6,17 @@
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
 import torch
 from bench_common import argument_parser
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conj.data.tokenizer import JudgeTokenizer
-from conj.model.weights import COMPANIONS
+from conj.model.config import ARCHITECTURES
+from conj.model.export import TOKENIZER_FILES
 
 
 def write_random_model(
@@ -26,22 +28,24 @@ def write_random_model(
     max_position_embeddings: int = 32768,
     seed: int = 0,
     device: str = "cpu",
+    architecture: str = "qwen2",
+    rope: dict | None = None,
 ) -> None:
     """Writes a Hugging Face folder with the tokenizer of another one."""
     tokenizer = JudgeTokenizer.load(tokenizer_folder)
-    config = Qwen2Config(
-        vocab_size=size["V"], hidden_size=size["D"], intermediate_size=size["F"], num_hidden_layers=size["L"],
+    config = AutoConfig.for_model(
+        architecture, head_dim=size["D"] // size["N"], sliding_window=None, vocab_size=size["V"], hidden_size=size["D"], intermediate_size=size["F"], num_hidden_layers=size["L"],
         num_attention_heads=size["N"], num_key_value_heads=size["K"], max_position_embeddings=max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=size["tie"],
+        rope_parameters=rope or {"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=size["tie"],
         eos_token_id=tokenizer.special[tokenizer.eos], dtype=dtype,
     )  # fmt: skip
     torch.manual_seed(seed)
     torch.set_default_dtype(getattr(torch, dtype))
     with torch.device(device):
-        model = Qwen2ForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(out)
     torch.set_default_dtype(torch.float32)
-    for name in COMPANIONS:
+    for name in (*TOKENIZER_FILES, "tokenizer_config.json", "chat_template.jinja"):
         if (tokenizer_folder / name).exists():
             shutil.copyfile(tokenizer_folder / name, out / name)
 
@@ -50,6 +54,8 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json and its config")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="qwen2", help="model_type of its config")
+    parser.add_argument("--rope", type=json.loads, help="rope_parameters of its config, JSON; theta 1e6 by default")
     parser.add_argument("--hidden-size", dest="D", type=int, default=128, help="width of the residual stream")
     parser.add_argument("--intermediate-size", dest="F", type=int, default=384, help="width of the mlp")
     parser.add_argument("--layers", dest="L", type=int, default=2, help="number of blocks")

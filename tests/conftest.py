@@ -1,4 +1,4 @@
-"""What the tests share: a small tokenizer and random Qwen2 models in Hugging Face folders, and runs with pairs."""
+"""What the tests share: a small tokenizer and random models in Hugging Face folders, and runs with pairs."""
 
 import json
 import os
@@ -19,7 +19,7 @@ import pytest
 import torch
 from kill_common import num_lines  # noqa: F401  # for the tests
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from conj.data.files import write_jsonl
@@ -57,13 +57,31 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 64}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+DECODERS = {  # of every architecture and rope, and of every bias
+    "qwen2": {},
+    "qwen2, yarn": {"rope_parameters": YARN, "max_position_embeddings": 256},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "qwen3, yarn": {
+        "model_type": "qwen3", "head_dim": 32, "max_position_embeddings": 1024,
+        "rope_parameters": YARN | {"factor": 16.0, "beta_fast": 8.0, "beta_slow": 0.5, "truncate": False},
+    },
+    "llama": {"model_type": "llama"},
+    "llama, llama3": {"model_type": "llama", "rope_parameters": LLAMA3},
+    "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 24},
+}  # fmt: skip
+
+
 def write_model(folder: Path, *, tied: bool = True, max_shard_size: str = "1GB", **changes) -> Path:
-    """A random Qwen2 of 2 layers, saved by `transformers`."""
+    """A random decoder of 2 layers, saved by `transformers`: a Qwen2, or as `changes` to its config say."""
     torch.manual_seed(0)
-    settings = dict(vocab_size=600, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4)
-    settings |= dict(num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=tied)
-    settings |= dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}) | changes
-    model = Qwen2ForCausalLM(Qwen2Config(**settings)).float()
+    settings = dict(model_type="qwen2", vocab_size=600, hidden_size=64, intermediate_size=160, num_hidden_layers=2)
+    settings |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048)
+    settings |= dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=tied) | changes
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).float()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)
     model.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -1,13 +1,15 @@
-"""The hand-written Qwen2 against `transformers`, and packs with shared prefixes against separate sequences."""
+"""The hand-written decoder against `transformers`, and packs with shared prefixes against separate sequences."""
 
+import dataclasses
 import json
 import random
 from itertools import accumulate
 
 import pytest
 import torch
-from conftest import DATA, random_pairs, write_model
+from conftest import DATA, DECODERS, random_pairs, write_model
 from count_step import LiveBytes
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from conj.data.packs import Group, group_tokens, plan_packs, tokenize_pairs
@@ -15,7 +17,7 @@ from conj.data.tokenizer import JudgeTokenizer
 from conj.model import attention as attention_module
 from conj.model import backends
 from conj.model.attention import attention, build_segments, key_rows
-from conj.model.decoder import read_config
+from conj.model.config import Rope, parameter_shapes, read_config
 from conj.model.weights import load_model
 from conj.train.batch import collate
 
@@ -24,16 +26,87 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_logits_equal_transformers(tied, tied_model, untied_model):
-    """Breaks on any slip in RoPE, GQA, norms, biases or the head."""
-    folder = tied_model if tied else untied_model
+@pytest.fixture(scope="module", params=[(kind, tied) for kind in DECODERS for tied in (True, False)], ids=str)
+def any_model(request, tmp_path_factory):
+    """A model folder of every kind of decoder, with tied embeddings and with a head of its own."""
+    kind, tied = request.param
+    return write_model(tmp_path_factory.mktemp("decoder") / "model", tied=tied, **DECODERS[kind])
+
+
+def some_ids(folder) -> torch.Tensor:
     rows = json.loads((DATA / "llmbar" / "adver_neighbor.json").read_text("utf-8"))[:4]
     text = "\n".join(row["input"] + row["output_1"] + row["output_2"] for row in rows)
-    ids = torch.tensor(JudgeTokenizer.load(folder).encode_text(text)[:700])
-    expected = AutoModelForCausalLM.from_pretrained(folder)(ids[None]).logits[0]
-    found = load_model(folder).logits(ids, torch.arange(len(ids)), build_segments([len(ids)], [None]))
-    assert relative_error(found, expected) < 1e-5
+    return torch.tensor(JudgeTokenizer.load(folder).encode_text(text)[: min(700, read_config(folder).context)])
+
+
+def both_logits(folder, model=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """conj's and transformers' logits of a text; `model` takes the place of conj's."""
+    ids = some_ids(folder)
+    found = (model or load_model(folder)).logits(ids, torch.arange(len(ids)), build_segments([len(ids)], [None]))
+    return found, AutoModelForCausalLM.from_pretrained(folder)(ids[None]).logits[0]
+
+
+def test_logits_equal_transformers(any_model):
+    """Breaks on any slip in RoPE, GQA, norms, biases or the head."""
+    assert relative_error(*both_logits(any_model)) < 1e-5
+
+
+def test_gradients_equal_transformers(any_model):
+    """Of every parameter, under weights that differ from logit to logit."""
+    ids, ours = some_ids(any_model)[:120], load_model(any_model)
+    theirs = AutoModelForCausalLM.from_pretrained(any_model)
+    logits = [ours.logits(ids, torch.arange(len(ids)), build_segments([len(ids)], [None])), theirs(ids[None]).logits[0]]
+    upstream = torch.randn(logits[0].shape, generator=torch.Generator().manual_seed(2))
+    for made in logits:
+        (made * upstream).sum().backward()
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    found = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    assert found.keys() == expected.keys()
+    assert max(relative_error(found[name], expected[name]) for name in found) < 1e-4
+
+
+def test_the_shapes_of_a_config_are_those_of_its_model(any_model):
+    """A folder is checked by the first, without torch, and filled into the second."""
+    found = {name: tuple(parameter.shape) for name, parameter in load_model(any_model).named_parameters()}
+    assert parameter_shapes(read_config(any_model)) == found
+
+
+def other_rope(model) -> None:
+    rope = model.config.rope
+    wrong = dataclasses.replace(rope, theta=rope.theta / 10) if rope.kind == "default" else Rope(theta=rope.theta)
+    model.model.config = dataclasses.replace(model.config, rope=wrong)
+
+
+def no_query_norm(model) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.q_norm = nn.Identity()
+
+
+def swapped_biases(model) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias, layer.self_attn.v_proj.bias = (
+            layer.self_attn.v_proj.bias,
+            layer.self_attn.k_proj.bias,
+        )
+
+
+def no_output_bias(model) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.bias = None
+
+
+SLIPS = [(other_rope, kind) for kind in DECODERS] + [(no_query_norm, "qwen3"), (swapped_biases, "qwen2")]
+SLIPS += [(swapped_biases, "llama, biases"), (no_output_bias, "llama, biases")]
+
+
+@pytest.mark.parametrize(("slip", "kind"), SLIPS)
+def test_a_slip_in_what_tells_architectures_apart_is_seen(slip, kind, tmp_path):
+    """Negative control: the comparison with transformers sees a wrong rope, a missing norm, a swapped bias."""
+    folder = write_model(tmp_path / "model", **DECODERS[kind])
+    model = load_model(folder)
+    assert relative_error(*both_logits(folder, model)) < 1e-5
+    slip(model)
+    assert relative_error(*both_logits(folder, model)) > 1e-3
 
 
 def test_rope_theta_of_the_config_is_used(tmp_path):
@@ -91,6 +164,12 @@ def packed_error(model, pairs, share: str) -> tuple[float, float]:
 def test_packed_equals_separate(share, untied_model, pairs):
     """A wrong position, mask, prefix, target or sum in a shared pack changes logprobs or gradients."""
     logps_error, gradient_error = packed_error(load_model(untied_model), pairs, share)
+    assert logps_error < 1e-5
+    assert gradient_error < 1e-4
+
+
+def test_packed_equals_separate_in_every_architecture(any_model, pairs):
+    logps_error, gradient_error = packed_error(load_model(any_model), pairs, "prompt")
     assert logps_error < 1e-5
     assert gradient_error < 1e-4
 

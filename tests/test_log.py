@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conj import InputError
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.packs import Group, plan_packs
-from conj.model.decoder import read_config
+from conj.model.config import read_config
 from conj.train import dpo, options
 from conj.train.audit.compare import STEP_FIELDS
 from conj.train.log import COLUMNS, summary

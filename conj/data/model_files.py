@@ -3,12 +3,13 @@
 import json
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from conj import InputError
-from conj.data.files import brief, first_line
+from conj.data.files import brief, first_line, listed
 
 INDEX = "model.safetensors.index.json"  # of a model whose weights are spread over several files
 SINGLE = "model.safetensors"
@@ -22,17 +23,30 @@ MAX_BRACKETS = 1_500_000
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder. Raises InputError when there are none or the index is not sound."""
+    """The safetensors files of a model folder: those that its index names, or its only one.
+
+    Raises InputError when there are none, the index is not sound, or readers would take different ones: beside an index
+    transformers prefers `model.safetensors`, and without one vLLM reads every file there is."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such model folder")
-    if not (folder / INDEX).exists():
-        if (folder / SINGLE).exists():
-            return [folder / SINGLE]
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if (folder / INDEX).exists():
+        files = indexed_files(folder / INDEX)
+        if SINGLE in found and [path.name for path in files] != [SINGLE]:
+            raise InputError(
+                f"{folder}: expected {INDEX} or {SINGLE}, found both, of which readers take one or the other: delete the stale one"
+            )
+        return files
+    if not found:
         pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-        found = f"; {pickles[0]} is a pickle, which is never loaded" if pickles else ""
-        raise InputError(f"{folder}: not a model folder: expected {SINGLE} or {INDEX}{found}")
-    return indexed_files(folder / INDEX)
+        pickle = f"; {pickles[0]} is a pickle, which is never loaded" if pickles else ""
+        raise InputError(f"{folder}: not a model folder: expected {SINGLE} or {INDEX}{pickle}")
+    if found != [SINGLE]:
+        raise InputError(
+            f"{folder}: expected {SINGLE} alone, or {INDEX} to say which files count, found {listed(found)}"
+        )
+    return [folder / SINGLE]
 
 
 def read_model_file(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> bytes:
@@ -77,10 +91,21 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
     return content
 
 
-def open_weights(path: Path, framework: str, max_header_bytes: int = MAX_HEADER_BYTES):
-    """An open safetensors file. Raises InputError unless it is whole: a header of a bounded size that names no tensor
-    twice (readers take the last one without a word), and, by safetensors itself, offsets that leave no hole and do not
-    overlap, sizes that follow from shapes, and a file as long as all that."""
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor of a safetensors file, not read yet."""
+
+    file: Path
+    dtype: str  # as safetensors calls it: F32, BF16, …
+    shape: tuple[int, ...]
+    start: int  # bytes from the file's begin
+    stop: int
+
+
+def read_header(path: Path, max_header_bytes: int = MAX_HEADER_BYTES) -> dict[str, StoredTensor]:
+    """{name: tensor} of a safetensors file. Raises InputError unless it is whole: a header of a bounded size that names no
+    tensor twice (readers take the last one without a word), and, by safetensors itself, offsets that leave no hole and do
+    not overlap, sizes that follow from shapes, and a file as long as all that."""
     try:
         if not os.path.isfile(path):
             raise InputError(f"{path}: expected a file")
@@ -89,11 +114,39 @@ def open_weights(path: Path, framework: str, max_header_bytes: int = MAX_HEADER_
             if length > max_header_bytes:
                 raise InputError(f"{path}: expected a header of at most {max_header_bytes:,} bytes, found {length:,}")
             header = file.read(length)
-        if len(header) == length:
-            _parse_object(header, path)
-        return safe_open(path, framework=framework)
+        content = _parse_object(header, path) if len(header) == length else {}
+        with safe_open(path, framework="numpy"):
+            pass
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path}: not whole (not a whole safetensors file): {first_line(e)}") from None
+    begin = 8 + length
+    return {
+        name: StoredTensor(file=path, dtype=entry["dtype"], shape=tuple(entry["shape"]),
+            start=begin + entry["data_offsets"][0], stop=begin + entry["data_offsets"][1])
+        for name, entry in content.items() if name != "__metadata__"
+    }  # fmt: skip
+
+
+def stored_tensors(folder: Path, max_header_bytes: int = MAX_HEADER_BYTES) -> dict[str, StoredTensor]:
+    """{name: tensor} of a model folder's weights; reads headers only.
+
+    Raises InputError when a file is not whole, a tensor stands in two of them, or the index says otherwise."""
+    tensors = {}
+    for path in weight_files(folder):
+        header = read_header(path, max_header_bytes)
+        if twice := header.keys() & tensors.keys():
+            raise InputError(f"{path}: {brief(min(twice))} stands in {tensors[min(twice)].file.name} too")
+        tensors |= header
+    if (folder / INDEX).exists():
+        named = read_model_json(folder / INDEX, MAX_INDEX_BYTES)["weight_map"]
+        found = {name: tensor.file.name for name, tensor in tensors.items()}
+        for name in sorted(named.keys() | found.keys()):
+            if named.get(name) != found.get(name):
+                where = f"in {found[name]}" if name in found else "in none of its files"
+                raise InputError(
+                    f"{folder / INDEX}: {brief(name)}: expected {where}, where it lies, found {brief(named.get(name))}"
+                )
+    return tensors
 
 
 def indexed_files(index: Path) -> list[Path]:

@@ -1,26 +1,22 @@
-"""Qwen2 by hand, over packed tokens.
+"""The decoder by hand, over packed tokens: one for all architectures, which `config.py` describes.
 
 Dimension letters, here and everywhere: T packed tokens, S segments, P pairs, D hidden, F mlp, N query heads,
 K key/value heads, H head size, V vocabulary, L layers. Parameters have the names that `transformers` gives them,
-so the weight map is the identity. Source: Qwen2 technical report (arXiv 2407.10671), section 2.
+so the weight map is the identity. Sources: `config.ARCHITECTURES`.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from conj import InputError
-from conj.data.files import brief
-from conj.data.model_files import read_model_json
 from conj.model import backends
 from conj.model.attention import Segments, attention
+from conj.model.config import ModelConfig
 from conj.model.logprob import linear_logprob
 from conj.model.ops import Gather, add_rms_norm, gather_rows, rms_norm, rope, rope_tables, swiglu
 from conj.model.recompute import cast, recomputing
@@ -28,76 +24,6 @@ from conj.model.recompute import cast, recomputing
 # Bytes from forward to backward. On a CPU models are small, and their heads a large part of the work.
 KEPT_LOGITS = {"cpu": 192 << 20, "cuda": 0}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    tie_word_embeddings: bool
-    max_position_embeddings: int
-    dtype: str  # of the stored weights, one of DTYPES
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """The config of a Hugging Face model folder.
-
-    Raises InputError when it is missing or malformed, is not a plain Qwen2, or asks for remote code: a feature this
-    model does not have (rope scaling, sliding windows, other activations) is refused, never ignored."""
-    path = Path(folder) / "config.json"
-    raw = read_model_json(path)
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{path}: expected rope parameters to be a JSON object, found {brief(rope)}")
-    expected = {
-        "model_type": (raw.get("model_type"), "qwen2"),
-        "auto_map (remote code)": (raw.get("auto_map"), None),
-        "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
-        "use_sliding_window": (raw.get("use_sliding_window", False), False),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-    }
-    for name, (found, supported) in expected.items():
-        if found != supported:
-            raise InputError(f"{path}: {name}: expected {supported!r}, found {brief(found)}")
-
-    def number(name: str, default: object = None, most: float = 10**9) -> int | float:
-        value = raw.get(name, default)
-        kinds = (int, float) if isinstance(most, float) else (int,)  # not isinstance: true is no number
-        if value is None:
-            raise InputError(f"{path}: missing {name!r}")
-        if type(value) not in kinds or not 0 < value < most:
-            kind = "a number" if float in kinds else "a whole number"
-            raise InputError(f"{path}: {name}: expected {kind} above 0 and below {most:g}, found {brief(value)}")
-        return value
-
-    heads, hidden = number("num_attention_heads"), number("hidden_size")
-    head_dim = hidden // heads if raw.get("head_dim") is None else number("head_dim")
-    config = ModelConfig(
-        vocab_size=number("vocab_size"), hidden_size=hidden, intermediate_size=number("intermediate_size"),
-        num_hidden_layers=number("num_hidden_layers", most=1001), num_attention_heads=heads,
-        num_key_value_heads=number("num_key_value_heads", heads), head_dim=head_dim,
-        rms_norm_eps=float(number("rms_norm_eps", most=1e9)),
-        rope_theta=float(number("rope_theta", rope.get("rope_theta", 10_000.0), most=1e9)),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        max_position_embeddings=number("max_position_embeddings"),
-        dtype=raw.get("dtype", raw.get("torch_dtype", "float32")),
-    )  # fmt: skip
-    if head_dim < 2 or head_dim % 2 or heads * head_dim >= 10**9:
-        raise InputError(f"{path}: expected heads of an even size, below 1e9 in all, found {heads} of {head_dim}")
-    if type(config.tie_word_embeddings) is not bool:
-        raise InputError(f"{path}: tie_word_embeddings: expected a bool, found {brief(config.tie_word_embeddings)}")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise InputError(f"{path}: num_attention_heads is not a multiple of num_key_value_heads")
-    if config.dtype not in list(DTYPES):  # a list: what stands in the file may have no hash
-        raise InputError(f"{path}: dtype: expected one of {', '.join(DTYPES)}, found {brief(config.dtype)}")
-    return config
 
 
 class Linear(nn.Linear):
@@ -126,23 +52,27 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = Linear(config.hidden_size, q_size, bias=True)
-        self.k_proj = Linear(config.hidden_size, kv_size, bias=True)
-        self.v_proj = Linear(config.hidden_size, kv_size, bias=True)
-        self.o_proj = Linear(q_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = Linear(q_size, config.hidden_size, bias=config.o_bias)
+        norms = [RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None for _ in range(2)]
+        self.q_norm, self.k_norm = norms
 
     def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, D) -> (T, N, H), (T, K, H), (T, K, H), rotated by their positions."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return *rope(q, k, cos, sin), v
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -202,14 +132,14 @@ class Backbone(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, segments: Segments) -> Tensor:
         x = self.embed_tokens(input_ids)  # (T, D)
         x = x.to(self.dtype or x.dtype)
-        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope, x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, segments)
         return self.norm(x)
 
 
 class Decoder(nn.Module):
-    """Qwen2 for causal language modelling, packed. Built on the meta device and filled by `conj.model.weights`."""
+    """A decoder for causal language modelling, packed. Built on the meta device and filled by `conj.model.weights`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

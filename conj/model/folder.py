@@ -1,19 +1,31 @@
-"""What a model folder says, read without its weights and without torch: for whoever starts an engine on it.
+"""What a model folder says, read once for everyone, without torch: sampling, reference, training, evaluation, audit, export.
 
-Refused: remote code, weights other than safetensors, a tokenizer with more ids than the vocabulary.
+Refused: what contradicts itself, weights that do not fit the config, remote code, weights other than safetensors, a
+tokenizer with more ids than the vocabulary. What only training cannot use is refused there, and before a run begins.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from conj import InputError
 from conj.data.files import brief
-from conj.data.model_files import INDEX, indexed_files, open_weights, read_model_json
+from conj.data.model_files import StoredTensor, read_model_json, stored_tensors
 from conj.data.options import require
 from conj.data.tokenizer import JudgeTokenizer
+from conj.model.config import ModelConfig, Untrainable, parameter_shapes, read_config
 
 DEFAULT_MAX_LENGTH = 8192
 TRAINING_MAX_LENGTH = 6400  # the published recipe's: longer pairs are not trained on, and not sampled either
+TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Of the types that are trained: its name elsewhere, an integer of its width, and the bits that are all 1 in NaN and infinity.
+FLOAT_TYPES = {
+    "F32": ("float32", "<u4", 0x7F800000),
+    "BF16": ("bfloat16", "<u2", 0x7F80),
+    "F16": ("float16", "<u2", 0x7C00),
+}
+CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +36,53 @@ class JudgeModel:
     tokenizer: JudgeTokenizer
     max_length: int  # tokens, prompt + judgment
     end_ids: list[int]  # tokens that end a judgment
+    num_heads: tuple[int, int] | None  # of queries, and of keys and values; None where the config does not say
+    untrainable: str | None  # why conj cannot train it
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderFolder:
+    """A model folder that can be trained: what the decoder is, and where each of its parameters lies."""
+
+    config: ModelConfig
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def dtype(self) -> str:
+        """That most of the weights are stored in, as torch calls it; what a config states is no more than a wish."""
+        sizes = dict.fromkeys(FLOAT_TYPES, 0)
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] += tensor.stop - tensor.start
+        return FLOAT_TYPES[max(sizes, key=sizes.get)][0]
+
+
+def read_decoder(folder: Path) -> DecoderFolder:
+    """Config and weights' headers of a model folder, once they are seen to fit together. Reads no weights, but for a head
+    of its own that is said to be the embeddings.
+
+    Raises InputError for a folder that is not whole or contradicts itself, Untrainable for what conj cannot train."""
+    require(folder.is_dir(), f"{folder}: no such model folder")
+    config = read_config(folder)
+    expected = parameter_shapes(config)
+    tensors = stored_tensors(folder, max_header_bytes=100_000 + 500 * len(expected))
+    if config.tie_word_embeddings and TIED_HEAD in tensors and EMBEDDING in tensors:
+        require(
+            _same_content(tensors[TIED_HEAD], tensors[EMBEDDING]),
+            f"{folder}: {TIED_HEAD}: expected the embeddings, as tie_word_embeddings of config.json says, found others",
+        )
+        del tensors[TIED_HEAD]
+    # Frequencies that transformers before 4.32 stored beside the weights; every reader makes them from the config.
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise InputError(f"{tensor.file}: unexpected tensor {brief(name)}; the config asks for no such parameter")
+        if tensor.shape != expected[name]:
+            raise InputError(f"{tensor.file}: {name}: expected shape {expected[name]}, found {brief(tensor.shape)}")
+        if tensor.dtype not in FLOAT_TYPES:
+            raise Untrainable(f"{tensor.file}: {name}: expected one of {', '.join(FLOAT_TYPES)}, found {tensor.dtype}")
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise InputError(f"{folder}: missing {len(missing)} tensors, first {', '.join(missing[:10])}")
+    return DecoderFolder(config=config, tensors=tensors)
 
 
 def check_model(
@@ -32,30 +91,38 @@ def check_model(
     """Reads what there is to know about a model without its weights. `chat_template` takes the place of its own. Without
     a `max_length` it is the model's, up to `most`.
 
-    Raises InputError for a folder without config, tokenizer, chat template or whole safetensors, a model that needs
-    remote code, a tokenizer with more ids than the vocabulary, or a context longer than the model's."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such model folder")
-    config = _read_config(folder / "config.json")
-    require("auto_map" not in config, f"{folder}/config.json: asks for remote code (auto_map), which is never run")
-    tokenizer = JudgeTokenizer.load(folder, chat_template)
-    last_id = max([*tokenizer.special.values(), tokenizer.plain.get_vocab_size() - 1])
-    vocab_size, context = config["vocab_size"], config["max_position_embeddings"]
-    size = f"the vocabulary {vocab_size} entries"
-    require(last_id < vocab_size, f"{folder}: the tokenizer has ids up to {last_id}, {size}")
-    _check_weights(folder)
-    max_length = min(context, most) if max_length is None else max_length
-    require(0 < max_length <= context, f"--max-length: expected 1 to {context} (the model's), found {max_length}")
-    end_ids = _end_ids(folder, config, tokenizer)
-    return JudgeModel(folder=folder, tokenizer=tokenizer, max_length=max_length, end_ids=end_ids)
-
-
-def _read_config(path: Path) -> dict:
-    config = read_model_json(path)
+    Raises InputError for a folder without config, tokenizer, chat template or whole safetensors, one that contradicts
+    itself or needs remote code, a tokenizer with more ids than the vocabulary, or a context longer than the model's."""
+    untrainable = None
+    try:
+        context = read_decoder(folder).config.context
+    except Untrainable as e:
+        untrainable, context = str(e), None
+        stored_tensors(folder)
+    config = read_model_json(folder / "config.json")
     for name in ("vocab_size", "max_position_embeddings"):
         if type(config.get(name)) is not int or config[name] < 1:
-            raise InputError(f"{path}: expected {name} to be a number from 1 up, found {brief(config.get(name))}")
-    return config
+            raise InputError(
+                f"{folder}/config.json: expected {name} to be a number from 1 up, found {brief(config.get(name))}"
+            )
+    context = context or config["max_position_embeddings"]
+    tokenizer = JudgeTokenizer.load(folder, chat_template)
+    check_vocabulary(folder, tokenizer, config["vocab_size"])
+    max_length = min(context, most) if max_length is None else max_length
+    require(0 < max_length <= context, f"--max-length: expected 1 to {context} (the model's), found {max_length}")
+    heads = (config.get("num_attention_heads"), config.get("num_key_value_heads", config.get("num_attention_heads")))
+    return JudgeModel(
+        folder=folder, tokenizer=tokenizer, max_length=max_length, end_ids=_end_ids(folder, config, tokenizer),
+        num_heads=heads if all(type(n) is int and n > 0 for n in heads) else None, untrainable=untrainable,
+    )  # fmt: skip
+
+
+def check_vocabulary(folder: Path, tokenizer: JudgeTokenizer, vocab_size: int) -> None:
+    """Raises InputError for a tokenizer with ids that the model has no row for."""
+    last_id = max([*tokenizer.special.values(), tokenizer.plain.get_vocab_size() - 1])
+    require(
+        last_id < vocab_size, f"{folder}: the tokenizer has ids up to {last_id}, the vocabulary {vocab_size} entries"
+    )
 
 
 def _end_ids(folder: Path, config: dict, tokenizer: JudgeTokenizer) -> list[int]:
@@ -70,12 +137,26 @@ def _end_ids(folder: Path, config: dict, tokenizer: JudgeTokenizer) -> list[int]
     return sorted(found)
 
 
-def _check_weights(folder: Path) -> None:
-    """vLLM reads every file that ends in .safetensors, or those that the index names."""
-    files = sorted(folder.glob("*.safetensors"))
-    require(bool(files), f"{folder}: not a model folder: no *.safetensors")
-    if (folder / INDEX).exists():
-        indexed_files(folder / INDEX)
-    for file in files:
-        with open_weights(file, "numpy"):
-            pass  # the header, and that the file is as long as the header says
+def _chunks(tensor: StoredTensor, dtype: str):
+    """A tensor's numbers in pieces, as integers of their width; what was read is not kept in memory."""
+    size = np.dtype(dtype).itemsize
+    for start in range(tensor.start, tensor.stop, CHUNK_BYTES):
+        length = min(CHUNK_BYTES, tensor.stop - start) // size
+        yield np.fromfile(tensor.file, dtype=dtype, count=length, offset=start)
+
+
+def _same_content(one: StoredTensor, other: StoredTensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(np.array_equal(a, b) for a, b in zip(_chunks(one, "u1"), _chunks(other, "u1")))
+
+
+def check_finite(tensors: dict[str, StoredTensor]) -> None:
+    """Raises InputError, naming the tensor, for a weight that is NaN or infinite. Reads all weights."""
+    for name, tensor in tensors.items():
+        _, integer, exponent = FLOAT_TYPES[tensor.dtype]
+        for chunk in _chunks(tensor, integer):
+            if count := int(np.count_nonzero((chunk & chunk.dtype.type(exponent)) == exponent)):
+                raise InputError(
+                    f"{tensor.file}: {name}: expected finite weights, found {count} that are NaN or infinite"
+                )

@@ -5,6 +5,7 @@ passes), and under "compile" the references again, fused by torch.compile (`deco
 result depends on another row.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conj.model import backends
+from conj.model.config import Rope
 from conj.model.recompute import note, recomputed
 
 
@@ -78,12 +80,37 @@ class _AddRMSNorm(torch.autograd.Function):
         return grad_x, grad_x, grad_weight.to(weight.dtype), None
 
 
-def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (T, H), of rotary position embedding (arXiv 2104.09864), computed in fp32."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions.float()[:, None] * (1.0 / theta**exponents)  # (T, H/2)
+def rope_frequencies(head_dim: int, rope: Rope, device: torch.device) -> Tensor:  # (H/2,) fp32, radians a token
+    """Rotary position embedding (arXiv 2104.09864), stretched to a longer context by YaRN (arXiv 2309.00071, section
+    3.2) or as Llama 3.1 does it: low frequencies are divided by the factor, high ones stay, between them is a ramp."""
+    exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
+    frequencies = 1.0 / rope.theta**exponents
+    if rope.kind == "default":
+        return frequencies
+    if rope.kind == "llama3":
+        rotations = rope.original_context / (2 * math.pi / frequencies)  # in the original context
+        kept = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    else:
+        bounds = [
+            head_dim * math.log(rope.original_context / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+            for rotations in (rope.beta_fast, rope.beta_slow)
+        ]
+        low, high = (math.floor(bounds[0]), math.ceil(bounds[1])) if rope.truncate else bounds
+        low, high = max(low, 0), min(high, head_dim - 1)
+        dimensions = torch.arange(head_dim // 2, device=device).float()
+        kept = 1 - (dimensions - low) / (high - low if high != low else 0.001)
+    kept = kept.clamp(0, 1)
+    return frequencies / rope.factor * (1 - kept) + frequencies * kept
+
+
+def rope_tables(positions: Tensor, head_dim: int, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, (T, H), computed in fp32."""
+    angles = positions.float()[:, None] * rope_frequencies(head_dim, rope, positions.device)  # (T, H/2)
     angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    if rope.attention_factor != 1:
+        cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -26,8 +26,7 @@ from conj.data.manifest import begin, finish, identity
 from conj.data.options import run_command
 from conj.data.packs import Group, TokenizedPairs, deal, pairs_of
 from conj.model import backends
-from conj.model.decoder import DTYPES
-from conj.model.weights import export_model
+from conj.model.export import export_model
 from conj.train.batch import Batch, batches_ahead, to_device
 from conj.train.checkpoint import Saver, find_checkpoint, load_checkpoint
 from conj.train.log import COLUMNS, step_order, summary, training_log
@@ -204,8 +203,7 @@ def main(options: DPOOptions) -> None:
         del saver  # and with it the host's copy of the state: the export wants memory too
 
         # A folder that transformers and vLLM open as it is, in the base model's dtype.
-        dtype = DTYPES[model.config.dtype]
-        export_model(model, artefact, options.model, dtype=dtype, is_writer=world.is_main)
+        export_model(model, artefact, options.model, is_writer=world.is_main)
         if world.is_main:
             counts = {
                 "train_pairs": len(plan.train),

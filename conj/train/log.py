@@ -27,7 +27,7 @@ from torch import Tensor
 from conj.data.files import dump_line, recover_jsonl, write_jsonl
 from conj.data.packs import Group, TokenizedPairs, group_tokens, pairs_of
 from conj.data.progress import progress
-from conj.model.decoder import ModelConfig, read_config
+from conj.model.config import ModelConfig, read_config
 from conj.train.options import DPOOptions
 from conj.train.plan import Plan
 from conj.train.sharding import World

@@ -22,7 +22,8 @@ KERNELS = ("triton", "compile", "torch")
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 REPORT_TO = ("tensorboard", "wandb", "trackio")
 FORWARD = [
-    f"model/{name}" for name in ("decoder", "attention", "logprob", "logprob_kernels", "ops", "kernels", "recompute")
+    f"model/{name}"
+    for name in ("config", "decoder", "attention", "logprob", "logprob_kernels", "ops", "kernels", "recompute")
 ]
 FORWARD.append("train/batch")
 

@@ -26,7 +26,7 @@ from conj.data.packs import Group, TokenizedPairs, deal, pairs_of, plan_packs, t
 from conj.data.progress import progress
 from conj.data.tokenizer import JudgeTokenizer
 from conj.model import backends
-from conj.model.weights import check_model_folder
+from conj.model.folder import check_vocabulary, read_decoder
 from conj.train.batch import batches_ahead
 from conj.train.options import ReferenceOptions, hash_forward
 from conj.train.sharding import World, build_sharded_model, distributed, ending_process, reshard
@@ -40,10 +40,10 @@ PAIR_COLUMNS = {"id": str, "prompt": list, "chosen": list, "rejected": list, "la
 def load_pairs(path: Path, model: Path, max_length: int) -> tuple[TokenizedPairs, str, list[int]]:
     """The pairs of pairs.jsonl as token ids of the model's tokenizer, that tokenizer's fingerprint, and the numbers of the pairs
     that are within `max_length` tokens and the model's context."""
-    config = check_model_folder(model)
-    tokenizer = JudgeTokenizer.load(model)
+    config, tokenizer = read_decoder(model).config, JudgeTokenizer.load(model)
+    check_vocabulary(model, tokenizer, config.vocab_size)
     pairs = tokenize_pairs(read_jsonl(path, PAIR_COLUMNS), tokenizer, config.vocab_size)
-    longest = min(max_length, config.max_position_embeddings)
+    longest = min(max_length, config.context)
     return pairs, tokenizer.fingerprint, [i for i in range(len(pairs)) if pairs.num_tokens(i) <= longest]
 
 

@@ -19,7 +19,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from conj import InputError
 from conj.model import backends
-from conj.model.decoder import DTYPES, Decoder, ModelConfig, read_config
+from conj.model.config import ModelConfig
+from conj.model.decoder import DTYPES, Decoder
+from conj.model.folder import read_decoder
 from conj.model.weights import load_weights
 
 SECONDS_TO_LEAVE = 25  # torchrun kills 30 seconds after it asked to leave
@@ -205,8 +207,9 @@ def build_sharded_model(folder: Path, world: World, dtype: str, **settings) -> D
     """`shard_model` of a model folder, filled with its weights.
 
     Reference and policy are both built here, so their arithmetic is the same and step 0 is exact."""
-    model = shard_model(read_config(folder), world, dtype, **settings)
-    load_weights(model, folder)
+    read = read_decoder(folder)
+    model = shard_model(read.config, world, dtype, **settings)
+    load_weights(model, read.tensors)
     return model
 
 
@@ -214,7 +217,7 @@ def shard_model(
     config: ModelConfig, world: World, dtype: str, *, activation_checkpointing: str = "none", cpu_offload: bool = False,
     reduce_dtype: torch.dtype = torch.float32,
 ) -> Decoder:  # fmt: skip
-    """Qwen2 with fp32 master weights (no values yet) spread over all ranks; computes in `dtype`, sums in `reduce_dtype`.
+    """A decoder with fp32 master weights (no values yet) spread over all ranks; computes in `dtype`, sums in `reduce_dtype`.
 
     One rank that holds everything has nothing to gather or to reduce, and FSDP2 would copy each weight twice and each
     gradient three times: there blocks cast their weights themselves and autograd adds the gradients up. With `cpu_offload`

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from conj.data.packs import Group, TokenizedPairs, group_tokens
-from conj.model.decoder import DTYPES, ModelConfig
+from conj.model.config import ModelConfig
+from conj.model.decoder import DTYPES
 
 
 def step_flops(pairs: TokenizedPairs, packs: list[list[Group]], config: ModelConfig) -> tuple[int, int]:
