@@ -13,102 +13,24 @@ line again. The resolved settings are written to `settings.toml` in the run fold
 """
 
 import dataclasses
-import functools
-import multiprocessing
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import tomli_w
 
-from conj import InputError
 from conj.data import manifest
-from conj.data.benchmarks import locate_data
 from conj.data.files import write_atomic
-from conj.data.options import flag, require, run_command
-from conj.data.readers import read_rows
-from conj.model.folder import check_model
+from conj.data.options import flag, run_command
+from conj.preflight import ON_ALL_RANKS, SAME_IN_A_SWEEP, check, check_costly, survey
 from conj.settings import COMMANDS, Run, as_toml, resolve, run_file_options
-from conj.train.options import check_machine
 
-ON_ALL_RANKS = ("reference", "dpo")  # under torchrun
-SAME_IN_TRAINING = ("dtype", "attention", "kernels", "model")  # a stored reference is of one forward pass
-SAME_IN_A_SWEEP = ("data", "subsets", "limit", "seed", "num_resamples")  # of the evaluation: the runs are compared
 # On a CPU, threads that spin while they wait lose a factor of ten as soon as another process wants a core.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
-
-
-def check(runs: list[Run]) -> None:
-    """Raises InputError for data, model folders and devices that cannot be used, and for stages that do not fit together,
-    before hours go into what comes before them."""
-    stages = [(stage, options) for run in runs for stage, options in run.options.items()]
-    for folder in (run.folder for run in runs):
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        require(there.is_dir() and os.access(there, os.W_OK), f"{folder}: expected a folder that can be written")
-    for name in SAME_IN_A_SWEEP:
-        found = {str(getattr(options, name)): None for stage, options in stages if stage == "evaluate"}
-        require(
-            len(found) < 2, f"[evaluate] {name}: expected the same in all runs of a sweep, found {', '.join(found)}"
-        )
-    for run in (run for run in runs if run.options.keys() >= set(ON_ALL_RANKS)):
-        for name in SAME_IN_TRAINING:
-            first, second = (str(getattr(run.options[stage], name)) for stage in ON_ALL_RANKS)
-            require(first == second, f"[dpo] {name}: expected {first}, as in [reference], found {second}")
-    for name in {name: None for _, options in stages for name in getattr(options, "data", ())}:
-        read_rows(locate_data(name)[0])  # nothing is read before the first row is asked for
-    asked = [options for _, options in stages if hasattr(options, "model")]
-    # Training takes what fits the model; a sampler that is asked for more refuses.
-    for model, most in {(o.model, o.max_length if hasattr(o, "max_new_tokens") else None): None for o in asked}:
-        check_model(model, most)
-    if trained := [(stage, options) for stage, options in stages if stage in ON_ALL_RANKS]:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            process.submit(check_machine, trained, runs[0].num_processes).result()
-
-
-def survey(runs: list[Run]) -> dict[Path, str]:
-    """What is the case of each file that the stages make: `complete`, `unfinished`, `to do`, `taken from` another run, or
-    `stale` and why. Nothing is written."""
-    found, made_by, hash_once = {}, {}, functools.cache(manifest.hash_input)
-    for run in runs:
-        keys, places = {}, {}  # of the run's files, by name: by what settings they are made; where they lie, if they do
-        for options in run.options.values():
-            for artefact, inputs in options.makes().items():
-                base = getattr(options, "model", None)
-                inputs = [places.get(p.name, p) if isinstance(p, Path) and p != base else p for p in inputs]
-                made_of = [keys.get(p.name, str(p)) if isinstance(p, Path) else p for p in inputs]
-                key = keys[artefact.name] = repr((artefact.name, manifest.describe_options(options), made_of))
-                first = made_by.setdefault(key, run)
-                state, place = _state(options, artefact, inputs, hash_once)
-                if state == "to do" and first is not run:
-                    state = f"taken from {first.folder}"
-                found[artefact], places[artefact.name] = state, place
-    return found
-
-
-def _state(options, artefact: Path, inputs: list, hash: Callable) -> tuple[str, Path]:
-    """The case of one file, and where it lies; where it is still to be made, a path at which nothing is."""
-    nowhere = artefact.with_name(f"{artefact.name} to be made")
-    try:
-        if awaited := [path for path in inputs if isinstance(path, Path) and not path.exists()]:
-            made = manifest.read_manifest(artefact)
-            if artefact.exists() and made is not None:
-                raise InputError(
-                    f"{artefact}: was made from another {awaited[0].name} than will be made now; delete it"
-                )
-            return "to do", nowhere
-        now = manifest.describe(inputs, options, hash)
-        state = manifest.state(artefact, now)
-        if state == "to do" and (there := manifest.find_complete(artefact.name, now, options)):
-            return f"taken from {there.parent}", there
-        return state, manifest.locate(artefact) if state == "complete" else nowhere
-    except InputError as e:
-        return f"stale: {e}", artefact
 
 
 def command_line(stage: str, options, num_processes: int) -> list[str]:
@@ -194,8 +116,7 @@ def main(given) -> None:
     if given.dry_run:
         dry_run(runs, found)
         return
-    for state in found.values():  # before anything is made
-        require(not state.startswith("stale: "), state.removeprefix("stale: "))
+    check_costly(runs, found)
     for run in runs:
         kept = run.folder / "settings.toml"
         before = tomllib.loads(kept.read_text("utf-8")) if kept.exists() else {}

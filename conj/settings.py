@@ -43,6 +43,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "run": Command("conj.run", "conj.settings:run_file_options"),
+    "check": Command("conj.preflight", "conj.settings:check_file_options"),
     "preprocess": Command("conj.data.preprocess", "conj.data.preprocess:PreprocessOptions"),
     "repeated": Command("conj.sample.repeated", "conj.sample.repeated:RepeatedOptions"),
     "hinted": Command("conj.sample.hinted", "conj.sample.hinted:HintedOptions"),
@@ -86,10 +87,16 @@ OF_THE_FILE = ("run_dir", "from", "nproc_per_node", "stages")  # no run of a swe
 
 
 def run_file_options() -> type:
-    """The options of `conj run`: the file, what all stages share, and every option of a stage as `--STAGE.OPTION`."""
-    files = option(help="files of settings, TOML; the later ones over the earlier", positional=True)
+    """The options of `conj run`: those of `conj check`, and how."""
     dry_run = option(False, help="print what would run, what is complete, what is stale and why", group=GROUPS["other"])
-    fields = [("settings", tuple[Path, ...], files), ("dry_run", bool, dry_run)]
+    fields, bases = [("dry_run", bool, dry_run)], (check_file_options(),)
+    return dataclasses.make_dataclass("RunFileOptions", fields, bases=bases, frozen=True, kw_only=True)
+
+
+def check_file_options() -> type:
+    """The options of `conj check`: the file, what all stages share, and every option of a stage as `--STAGE.OPTION`."""
+    files = option(help="files of settings, TOML; the later ones over the earlier", positional=True)
+    fields = [("settings", tuple[Path, ...], files)]
     for place, stage in enumerate(STAGES, 1):
         kind, group = COMMANDS[stage].load_options(), Group(f"Stage {place}: {stage}", sort_key=10 + place)
         hints = typing.get_type_hints(kind)
@@ -97,7 +104,7 @@ def run_file_options() -> type:
             if field.name not in ("run_dir", "from_runs"):
                 given = option(None, name=f"{stage}.{key(field)}", group=group, help=field.metadata["help"])
                 fields.append((f"{stage}__{field.name}", hints[field.name] | None, given))
-    return dataclasses.make_dataclass("RunFileOptions", fields, bases=(SharedOptions,), frozen=True, kw_only=True)
+    return dataclasses.make_dataclass("CheckFileOptions", fields, bases=(SharedOptions,), frozen=True, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, random_pairs
+from conftest import DECODERS, ROOT, random_pairs, write_model
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -558,20 +558,21 @@ def logps_and_gradients(folder: Path, pairs) -> tuple[Tensor, dict[str, Tensor]]
     return logps.detach(), dict(zip((name for name, _ in model.named_parameters()), found))
 
 
-@pytest.mark.parametrize("damage", [None, "sum_rows"])
-def test_the_model_on_triton_equals_the_model_on_torch(damage, untied_model, monkeypatch):
+@pytest.mark.parametrize(("kind", "damage"), [("qwen3", None), ("llama, biases", None), ("qwen2", "sum_rows")])
+def test_the_model_on_triton_equals_the_model_on_torch(kind, damage, tmp_path, monkeypatch):
     """Forward and backward of every kernel where it is used; with a gather's backward that loses a row it must fail."""
-    pairs = tokenize_pairs(random_pairs(2), JudgeTokenizer.load(untied_model), 600)
+    folder = write_model(tmp_path / "model", tied=False, **DECODERS[kind])
+    pairs = tokenize_pairs(random_pairs(2), JudgeTokenizer.load(folder), 600)
     monkeypatch.setattr(backends.current, "attention", "sdpa")
     monkeypatch.setattr(backends.current, "kernels", "torch")
-    expected_logps, expected = logps_and_gradients(untied_model, pairs)
+    expected_logps, expected = logps_and_gradients(folder, pairs)
     monkeypatch.setattr(backends.current, "kernels", "triton")
     monkeypatch.setattr(ops, "_kernels", lambda: kernels)
     monkeypatch.setitem(sys.modules, "conj.model.logprob_kernels", logprob_kernels)
     if damage:
         right = kernels.sum_rows
         monkeypatch.setattr(kernels, "sum_rows", lambda x, starts, rows: right(x, starts, rows.roll(1)))
-    logps, found = logps_and_gradients(untied_model, pairs)
+    logps, found = logps_and_gradients(folder, pairs)
     torch.testing.assert_close(logps, expected_logps, rtol=1e-5, atol=0)
     errors = [((found[name] - g).norm() / g.norm()).item() for name, g in expected.items()]
     assert (max(errors) < 1e-4) == (damage is None), max(errors)

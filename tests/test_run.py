@@ -15,7 +15,8 @@ from conj.data.files import read_jsonl, write_jsonl
 from conj.data.options import parse_options
 from conj.data.preprocess import preprocess
 from conj.data.prompts import judgment_text
-from conj.run import command_line, survey
+from conj.preflight import survey
+from conj.run import command_line
 from conj.settings import COMMANDS, STAGES, as_toml, merge, resolve, run_file_options
 from conj.train.audit.chain import check_chain
 

@@ -1,1 +1,1 @@
-"""Qwen2 by hand: its layers, kernels and weights; nothing of training."""
+"""The decoder by hand: its layers, kernels and weights; nothing of training."""

@@ -63,7 +63,7 @@ class Attention(nn.Module):
         """(T, D) -> (T, N, H), (T, K, H), (T, K, H), rotated by their positions."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = (norm(x.flatten(0, 1)).view_as(x) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         return *rope(q, k, cos, sin), v
 
 

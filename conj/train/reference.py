@@ -26,7 +26,7 @@ from conj.data.packs import Group, TokenizedPairs, deal, pairs_of, plan_packs, t
 from conj.data.progress import progress
 from conj.data.tokenizer import JudgeTokenizer
 from conj.model import backends
-from conj.model.folder import check_vocabulary, read_decoder
+from conj.model.folder import check_finite, check_vocabulary, read_decoder
 from conj.train.batch import batches_ahead
 from conj.train.options import ReferenceOptions, hash_forward
 from conj.train.sharding import World, build_sharded_model, distributed, ending_process, reshard
@@ -118,9 +118,18 @@ def compute_reference(
             now = packs[start : start + per_save]
             done = pairs_of(now)
             logps[done] = compute_logps(model, pairs, now, world)[done]
+            check_computed(logps, done, options.model)
             if world.is_main:
                 save_reference(artefact, logps, key)
             bar.update(len(done))
+
+
+def check_computed(logps: Tensor, done: list[int], model: Path) -> None:
+    """Raises InputError for a logprob that is NaN or infinite, naming the weight that is so, if one is."""
+    if not logps[done].isfinite().all():
+        pair = next(pair for pair in done if not logps[pair].isfinite().all())
+        check_finite(read_decoder(model).tensors)
+        raise InputError(f"{model}: expected finite logprobs, found {logps[pair].tolist()} of pair {pair + 1}")
 
 
 def rounding_bound(logps: Tensor, lengths: Tensor, logit_size: float, dtype: str) -> Tensor:

@@ -73,11 +73,27 @@ class EngineOptions:
         require_each(self, ("gpu_memory_utilization",), lambda value: 0 < value <= 1, "above 0 up to 1")
 
 
+def check_engine(model: JudgeModel, options: EngineOptions) -> None:
+    """Raises InputError for a model that cannot be spread as the options say, or has no room for a judgment."""
+    size = options.tensor_parallel_size
+    for what, heads in zip(("attention", "key and value"), model.num_heads or ()):
+        require(
+            heads % size == 0 or (what != "attention" and size % heads == 0),
+            f"--tensor-parallel-size: expected a divisor of the model's {heads} {what} heads, found {size}",
+        )
+    require(
+        options.max_new_tokens is None or options.max_new_tokens < model.max_length,
+        f"--max-new-tokens: expected fewer than the {model.max_length} tokens of prompt and judgment, found "
+        f"{options.max_new_tokens}",
+    )
+
+
 @contextlib.contextmanager
 def running_engine(model: JudgeModel, options: EngineOptions) -> Iterator:
     """A vLLM engine, shut down in the end so that another model can take its place.
 
     Raises InputError when vLLM is not installed, or not for `options.device`."""
+    check_engine(model, options)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(logging.ERROR)

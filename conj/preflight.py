@@ -1,0 +1,182 @@
+"""Before a run: everything that a later stage would refuse, while nothing is spent yet.
+
+    conj check mine.toml
+
+`conj run` does the same before its first stage. The cheap part comes first: settings, data, config, headers and tokenizer
+of each model, the devices. Then what takes time: every weight is read once, and the disk is asked for the room that
+checkpoints take.
+"""
+
+import functools
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from conj import InputError
+from conj.data import manifest
+from conj.data.benchmarks import locate_data
+from conj.data.options import require, run_command
+from conj.data.readers import read_rows
+from conj.model.config import parameter_shapes
+from conj.model.folder import JudgeModel, check_finite, check_model, read_decoder
+from conj.sample.engines.vllm import check_engine
+from conj.settings import Run, check_file_options, resolve
+from conj.train.options import DPOOptions, check_machine
+
+ON_ALL_RANKS = ("reference", "dpo")  # under torchrun
+SAME_IN_TRAINING = ("dtype", "attention", "kernels", "model")  # a stored reference is of one forward pass
+SAME_IN_A_SWEEP = ("data", "subsets", "limit", "seed", "num_resamples")  # of the evaluation: the runs are compared
+CHECKPOINT_BYTES = 12  # a parameter: master weight and two moments, fp32
+EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def check(runs: list[Run]) -> dict[Path, JudgeModel]:
+    """Raises InputError for data, model folders and devices that cannot be used, and for stages that do not fit together,
+    before hours go into what comes before them. Returns the models."""
+    stages = [(stage, options) for run in runs for stage, options in run.options.items()]
+    for folder in (run.folder for run in runs):
+        there = existing(folder)
+        require(there.is_dir() and os.access(there, os.W_OK), f"{folder}: expected a folder that can be written")
+    for name in SAME_IN_A_SWEEP:
+        found = {str(getattr(options, name)): None for stage, options in stages if stage == "evaluate"}
+        require(
+            len(found) < 2, f"[evaluate] {name}: expected the same in all runs of a sweep, found {', '.join(found)}"
+        )
+    for run in (run for run in runs if run.options.keys() >= set(ON_ALL_RANKS)):
+        for name in SAME_IN_TRAINING:
+            first, second = (str(getattr(run.options[stage], name)) for stage in ON_ALL_RANKS)
+            require(first == second, f"[dpo] {name}: expected {first}, as in [reference], found {second}")
+    for name in {name: None for _, options in stages for name in getattr(options, "data", ())}:
+        read_rows(locate_data(name)[0])  # nothing is read before the first row is asked for
+    models = {}
+    for stage, options in stages:
+        if getattr(options, "model", None) is not None:
+            # Training takes what fits the model; a sampler that is asked for more refuses.
+            model = check_model(options.model, None if stage in ON_ALL_RANKS else options.max_length)
+            models[options.model] = model
+            if stage in ON_ALL_RANKS:
+                require(model.untrainable is None, f"[{stage}] cannot be trained: {model.untrainable}")
+            else:
+                check_engine(model, options)
+    if trained := [(stage, options) for stage, options in stages if stage in ON_ALL_RANKS]:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            process.submit(check_machine, trained, runs[0].num_processes).result()
+    return models
+
+
+def survey(runs: list[Run]) -> dict[Path, str]:
+    """What is the case of each file that the stages make: `complete`, `unfinished`, `to do`, `taken from` another run, or
+    `stale` and why. Nothing is written."""
+    found, made_by, hash_once = {}, {}, functools.cache(manifest.hash_input)
+    for run in runs:
+        keys, places = {}, {}  # of the run's files, by name: by what settings they are made; where they lie, if they do
+        for options in run.options.values():
+            for artefact, inputs in options.makes().items():
+                base = getattr(options, "model", None)
+                inputs = [places.get(p.name, p) if isinstance(p, Path) and p != base else p for p in inputs]
+                made_of = [keys.get(p.name, str(p)) if isinstance(p, Path) else p for p in inputs]
+                key = keys[artefact.name] = repr((artefact.name, manifest.describe_options(options), made_of))
+                first = made_by.setdefault(key, run)
+                state, place = _state(options, artefact, inputs, hash_once)
+                if state == "to do" and first is not run:
+                    state = f"taken from {first.folder}"
+                found[artefact], places[artefact.name] = state, place
+    return found
+
+
+def _state(options, artefact: Path, inputs: list, hash: Callable) -> tuple[str, Path]:
+    """The case of one file, and where it lies; where it is still to be made, a path at which nothing is."""
+    nowhere = artefact.with_name(f"{artefact.name} to be made")
+    try:
+        if awaited := [path for path in inputs if isinstance(path, Path) and not path.exists()]:
+            made = manifest.read_manifest(artefact)
+            if artefact.exists() and made is not None:
+                raise InputError(
+                    f"{artefact}: was made from another {awaited[0].name} than will be made now; delete it"
+                )
+            return "to do", nowhere
+        now = manifest.describe(inputs, options, hash)
+        state = manifest.state(artefact, now)
+        if state == "to do" and (there := manifest.find_complete(artefact.name, now, options)):
+            return f"taken from {there.parent}", there
+        return state, manifest.locate(artefact) if state == "complete" else nowhere
+    except InputError as e:
+        return f"stale: {e}", artefact
+
+
+def check_costly(runs: list[Run], found: dict[Path, str]) -> None:
+    """Raises InputError for what is stale, for a weight that is NaN or infinite, and for a disk too small for the
+    checkpoints: of what is still to be made, as `found` says of the artefacts."""
+    for state in found.values():
+        require(not state.startswith("stale: "), state.removeprefix("stale: "))
+    for run in runs:
+        options = run.options.get("dpo")
+        if options is not None and found[run.folder / "model"] in ("to do", "unfinished"):
+            check_disk(run.folder, options)
+    left = {"to do", "unfinished"}
+    bases = {options.model: None for run in runs for stage, options in run.options.items()
+             if stage in ON_ALL_RANKS and left & {found[artefact] for artefact in options.makes()}}  # fmt: skip
+    for model in bases:
+        check_finite(read_decoder(model).tensors)
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def check_disk(folder: Path, options: DPOOptions) -> None:
+    """Raises InputError for a disk that has no room for training's checkpoints and model."""
+    read = read_decoder(options.model)
+    parameters = sum(rows * (columns[0] if columns else 1) for rows, *columns in parameter_shapes(read.config).values())
+    kept = options.keep_checkpoints + 1  # the new one is whole before the oldest goes
+    there = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
+    needed = parameters * (CHECKPOINT_BYTES * kept + EXPORT_BYTES[read.dtype]) - there
+    free = shutil.disk_usage(existing(folder)).free
+    require(
+        needed <= free,
+        f"{folder}: expected room for {needed / 1e9:.1f} GB ({kept} checkpoints of {CHECKPOINT_BYTES * parameters / 1e9:.1f} "
+        f"GB, and the model), found {free / 1e9:.1f} GB; fewer --dpo.keep-checkpoints take less",
+    )
+
+
+def describe(model: JudgeModel) -> str:
+    """What was read of a model folder, for who wants to see it."""
+    tokenizer = model.tokenizer
+    names = {number: name for name, number in tokenizer.special.items()}
+    lines = {
+        "context": f"{model.max_length} tokens are used",
+        "end of a judgment": ", ".join(f"{names.get(i, '')} {i}".strip() for i in model.end_ids),
+        "control tokens": len(tokenizer.special),
+    }
+    if model.untrainable is None:
+        read = read_decoder(model.folder)
+        config, rope = read.config, read.config.rope
+        stretched = (
+            "" if rope.kind == "default" else f", {rope.kind}, {rope.factor:g} times {rope.original_context} tokens"
+        )
+        lines |= {
+            "architecture": f"{config.model_type}, {config.num_hidden_layers} layers of {config.hidden_size}, "
+            f"{config.num_attention_heads} heads of {config.head_dim} and {config.num_key_value_heads} for keys and values",
+            "rope": f"theta {rope.theta:g}{stretched}",
+            "embeddings": f"{config.vocab_size}, {'tied' if config.tie_word_embeddings else 'and a head of their own'}",
+            "weights": f"{read.dtype}",
+        }
+    else:
+        lines["cannot be trained"] = model.untrainable
+    return "\n".join([str(model.folder), *(f"  {name:18} {value}" for name, value in lines.items())])
+
+
+def main(given) -> None:
+    runs = resolve(given)
+    models = check(runs)
+    check_costly(runs, survey(runs))
+    print("\n".join(map(describe, models.values())))
+    print("nothing that a stage would refuse was found")
+
+
+if __name__ == "__main__":
+    run_command(main, check_file_options(), __doc__)
