@@ -66,7 +66,7 @@ DECODERS = {  # of every architecture and rope, and of every bias
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
     "qwen3, yarn": {
         "model_type": "qwen3", "head_dim": 32, "max_position_embeddings": 1024,
-        "rope_parameters": YARN | {"factor": 16.0, "beta_fast": 8.0, "beta_slow": 0.5, "truncate": False},
+        "rope_parameters": YARN | {"factor": 16.0, "beta_fast": 8.0, "beta_slow": 0.5},
     },
     "llama": {"model_type": "llama"},
     "llama, llama3": {"model_type": "llama", "rope_parameters": LLAMA3},

@@ -1,4 +1,4 @@
-"""Model folders in and out: what fits is read and written exactly, everything else is refused in one line."""
+"""Weights in: what fits is read exactly, everything else is refused in one line."""
 
 import json
 import os
@@ -9,27 +9,11 @@ import pytest
 import torch
 from conftest import change_config, write_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from conj import InputError
-from conj.model.export import export_model
 from conj.model.folder import read_decoder
 from conj.model.weights import load_model
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_an_exported_model_opens_in_transformers_with_the_same_weights_and_tokenizer(tied, tmp_path):
-    """Sharded output is split into several files here: the index must name every tensor once."""
-    base = write_model(tmp_path / "base", tied=tied)
-    export_model(load_model(base), tmp_path / "out", base, is_writer=True, max_shard_bytes=100_000)
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    expected, found = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (base, tmp_path / "out"))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    messages = [{"role": "user", "content": "回答1 is 更好"}]
-    both = [AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "out")]
-    texts = [tokenizer.apply_chat_template(messages, tokenize=True) for tokenizer in both]
-    assert texts[0] == texts[1]
 
 
 def test_sharded_files_of_transformers_are_read(tmp_path):

@@ -62,7 +62,6 @@ class Rope:
     original_context: int = 0  # tokens, before it was stretched
     beta_fast: float = 32.0  # yarn: rotations in the original context from which a frequency is left as it is
     beta_slow: float = 1.0  # yarn: rotations below which it is divided by the factor
-    truncate: bool = True  # yarn: those bounds as whole dimensions
     attention_factor: float = 1.0  # yarn: scales queries and keys
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
@@ -235,7 +234,7 @@ def _normal(stated: dict) -> dict:
     return {key: v for key, v in rest.items() if key not in ("rope_type", "type", "rope_theta")} | {"rope_type": kind}
 
 
-YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor")
+YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
 LLAMA3 = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
 
 
@@ -243,10 +242,11 @@ def _rope(stated: dict, theta: object, context: int, path: Path) -> Rope:
     where, kind = f"{path}: rope", stated.get("rope_type", "default")
     theta = float(_number({"rope_theta": theta}, "rope_theta", path, 10_000.0, most=1e12))
     known = {"default": (), "yarn": YARN, "llama3": LLAMA3}
+    neutral = {"partial_rotary_factor": 1, "truncate": True}  # the only values that every reader knows
     if not isinstance(kind, str) or kind not in known:
         raise Untrainable(f"{path}: rope_type: expected one of {', '.join(known)}, found {brief(kind)}")
     for name in sorted(stated.keys() - {"rope_type", *known[kind]}):
-        if name != "partial_rotary_factor" or stated[name] != 1:
+        if stated[name] != neutral.get(name):
             raise Untrainable(
                 f"{where} of type {kind}: {name}: expected no such parameter, found {brief(stated[name])}"
             )
@@ -266,12 +266,10 @@ def _rope(stated: dict, theta: object, context: int, path: Path) -> Rope:
         f"{path}: max_position_embeddings: expected {common['original_context']} or, stretched, "
         f"{factor * common['original_context']:g}, as rope's factor says, found {context}; readers take one or the other",
     )
-    truncate = stated.get("truncate", True)
-    require(type(truncate) is bool, f"{where}: truncate: expected a bool, found {brief(truncate)}")
     attention_factor = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0  # arXiv 2309.00071, equation 22
     return Rope(
         **common, beta_fast=float(_number(stated, "beta_fast", where, 32.0, most=1e6)),
-        beta_slow=float(_number(stated, "beta_slow", where, 1.0, most=1e6)), truncate=truncate,
+        beta_slow=float(_number(stated, "beta_slow", where, 1.0, most=1e6)),
         attention_factor=float(_number(stated, "attention_factor", where, attention_factor, most=1e6)),
     )  # fmt: skip
 

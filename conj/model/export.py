@@ -88,7 +88,7 @@ def trained_config(base: DecoderFolder, judge: JudgeModel) -> dict:
         # transformers before 4.56 takes the ratio of this to the original length for YaRN's factor.
         "max_position_embeddings": config.context,
         "head_dim": config.head_dim, "num_key_value_heads": config.num_key_value_heads,
-        "tie_word_embeddings": config.tie_word_embeddings, "eos_token_id": judge.end_ids,
+        "tie_word_embeddings": config.tie_word_embeddings, "eos_token_id": _one_or_all(judge.end_ids),
     }  # fmt: skip
     if "sliding_window" in config.raw or config.model_type == "mistral":  # where it is missing, it is 4096
         written["sliding_window"] = None
@@ -101,7 +101,11 @@ def greedy_generation(base: Path, judge: JudgeModel) -> dict:
     for file in (base / "config.json", *([path] if path.exists() else [])):
         read = read_model_json(file)
         stated |= {name: read[name] for name in ("bos_token_id", "pad_token_id") if read.get(name) is not None}
-    return {"do_sample": False, "eos_token_id": judge.end_ids, **stated}
+    return {"do_sample": False, "eos_token_id": _one_or_all(judge.end_ids), **stated}
+
+
+def _one_or_all(ids: list[int]) -> int | list[int]:
+    return ids[0] if len(ids) == 1 else ids
 
 
 def write_tokenizer(folder: Path, base: Path, judge: JudgeModel) -> None:

@@ -95,8 +95,7 @@ def rope_frequencies(head_dim: int, rope: Rope, device: torch.device) -> Tensor:
             head_dim * math.log(rope.original_context / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
             for rotations in (rope.beta_fast, rope.beta_slow)
         ]
-        low, high = (math.floor(bounds[0]), math.ceil(bounds[1])) if rope.truncate else bounds
-        low, high = max(low, 0), min(high, head_dim - 1)
+        low, high = max(math.floor(bounds[0]), 0), min(math.ceil(bounds[1]), head_dim - 1)
         dimensions = torch.arange(head_dim // 2, device=device).float()
         kept = 1 - (dimensions - low) / (high - low if high != low else 0.001)
     kept = kept.clamp(0, 1)
