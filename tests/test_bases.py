@@ -54,7 +54,7 @@ def test_a_base_of_every_architecture_goes_from_prompts_to_the_report(toy, setti
     pytest.importorskip("vllm", reason="sampling needs vLLM; scripts/setup.sh installs it")
     architecture, rope, context = TOYS[toy]
     base, run = tmp_path / "base", tmp_path / "run"
-    sizes = ("--hidden-size", 64, "--layers", 2, "--vocab-size", 1529, "--max-position-embeddings", context)
+    sizes = ("--hidden-size", 128, "--layers", 2, "--vocab-size", 1529, "--max-position-embeddings", context)
     rope = ("--rope", json.dumps(rope)) if rope else ()
     run_script("make_random_model.py", "--tokenizer", ROOT / "demo" / "base", "--out", base, "--architecture", architecture,
                *sizes, *rope)  # fmt: skip

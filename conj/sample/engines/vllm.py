@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from conj import InputError
-from conj.data.files import first_line
-from conj.data.options import option, require, require_each
+from conj.data.options import brief_line, option, require, require_each
 from conj.model.folder import DEFAULT_MAX_LENGTH, JudgeModel
 from conj.sample.engines.completion import (
     NUM_TOP_LOGPROBS,
@@ -130,7 +129,7 @@ def running_engine(model: JudgeModel, options: EngineOptions) -> Iterator:
         with warnings.catch_warnings(action="ignore"):
             engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
     except Exception as e:  # weights that do not fit the config, too little memory: vLLM's errors share no class
-        raise InputError(f"{model.folder}: vLLM cannot start with this model: {first_line(e)}") from None
+        raise InputError(f"{model.folder}: vLLM cannot start with this model: {brief_line(str(e))}") from None
     try:
         yield engine
     finally:
