@@ -30,7 +30,7 @@ import tomli_w
 from conj import InputError
 from conj.data import manifest
 from conj.data.benchmarks import locate_data
-from conj.data.files import write_atomic
+from conj.data.files import sha256_file, write_atomic
 from conj.data.options import flag, require, run_command
 from conj.data.readers import read_rows
 from conj.model.folder import check_model
@@ -74,7 +74,7 @@ def check(runs: list[Run]) -> None:
 def survey(runs: list[Run]) -> dict[Path, str]:
     """What is the case of each file that the stages make: `complete`, `unfinished`, `to do`, `taken from` another run, or
     `stale` and why. Nothing is written."""
-    found, made_by, hash_once = {}, {}, functools.cache(manifest.hash_input)
+    found, made_by, hash_once = {}, {}, functools.cache(sha256_file)
     for run in runs:
         keys, places = {}, {}  # of the run's files, by name: by what settings they are made; where they lie, if they do
         for options in run.options.values():
@@ -91,7 +91,7 @@ def survey(runs: list[Run]) -> dict[Path, str]:
     return found
 
 
-def _state(options, artefact: Path, inputs: list, hash: Callable) -> tuple[str, Path]:
+def _state(options, artefact: Path, inputs: list, hash_file: Callable) -> tuple[str, Path]:
     """The case of one file, and where it lies; where it is still to be made, a path at which nothing is."""
     nowhere = artefact.with_name(f"{artefact.name} to be made")
     try:
@@ -102,7 +102,7 @@ def _state(options, artefact: Path, inputs: list, hash: Callable) -> tuple[str, 
                     f"{artefact}: was made from another {awaited[0].name} than will be made now; delete it"
                 )
             return "to do", nowhere
-        now = manifest.describe(inputs, options, hash)
+        now = manifest.describe(inputs, options, hash_file)
         state = manifest.state(artefact, now)
         if state == "to do" and (there := manifest.find_complete(artefact.name, now, options)):
             return f"taken from {there.parent}", there
@@ -187,8 +187,14 @@ def compare(runs: list[Run]) -> None:
     )
 
 
+def at_hand(run: Run) -> Run:
+    """The run with a model's folder for its name on the hub, and with the commits of data sets of the hub: one for all
+    stages, and for all later starts."""
+    return dataclasses.replace(run, options={stage: options.at_hand() for stage, options in run.options.items()})
+
+
 def main(given) -> None:
-    runs = resolve(given)
+    runs = [at_hand(run) for run in resolve(given)]
     check(runs)
     found = survey(runs)
     if given.dry_run:

@@ -170,7 +170,7 @@ def run_command(
         argv = sys.argv[1:] if argv is None else argv
         options = parse_options(options_class, argv, description=first_paragraph(description))
         getattr(options, "check_from", lambda: None)()
-        stage(options)
+        stage(getattr(options, "at_hand", lambda: options)())
 
 
 @contextlib.contextmanager
