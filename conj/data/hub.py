@@ -6,8 +6,8 @@
 
 A path that exists wins. A model is downloaded into the hub's cache, of which only the files are fetched that conj reads:
 no pickle, and no weights that no index names. The commit that a name led to stands in the manifests, and a run folder
-keeps to it: its later stages and starts get the same, wherever the branch has moved. A download that broke off goes on
-with the next start, and without a network the cache is enough.
+keeps to it: its later stages and starts get the same, wherever the branch has moved. Of a download that broke off the
+next start fetches the files that are missing, and without a network the cache is enough.
 """
 
 import functools
@@ -39,7 +39,7 @@ def provenance(path: str | Path) -> dict[str, str]:
     """Repository and commit of a model folder in the hub's cache, or of a data set's name; nothing for others."""
     if isinstance(path, Path):
         found = SNAPSHOT.fullmatch("/".join(path.parts[-3:]))
-        return {"repo": found[1].replace("--", "/"), "revision": found[2]} if found else {}
+        return {"repo": found[1].replace("--", "/", 1), "revision": found[2]} if found else {}
     repo, revision = split_repo(path) or ("", None)
     return {"repo": repo, "revision": revision} if revision and COMMIT.fullmatch(revision) else {}
 
@@ -79,7 +79,11 @@ def download_model(repo: str, revision: str | None) -> Path:
         weight_map = read_model_json(folder / INDEX, MAX_INDEX_BYTES).get("weight_map")
         named = set(weight_map.values() if isinstance(weight_map, dict) else ())
         weights = sorted(glob.escape(name) for name in named if str(name).endswith(".safetensors"))
-    return _fetch(repo, folder.name, weights) if weights else folder
+    if weights:
+        _fetch(repo, folder.name, weights)
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{repo}: has no weights in safetensors, and a pickle is never fetched")
+    return folder
 
 
 def _fetch(repo: str, revision: str | None, patterns: tuple | list) -> Path:
@@ -124,11 +128,11 @@ def _is_unreachable(error: Exception) -> bool:
 def _refusal(error: Exception, repo: str, revision: str | None, kind: str) -> InputError:
     """One line on why a repository is not here, and what helps."""
     from huggingface_hub import errors
-    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE, HF_HUB_OFFLINE
 
     name = f"{repo}@{revision}" if revision else repo
     what, place = ("model", "folder") if kind == "model" else ("data set", "file or folder")
-    page = f"https://huggingface.co/{'' if kind == 'model' else 'datasets/'}{repo}"
+    page = f"{ENDPOINT}/{'' if kind == 'model' else 'datasets/'}{repo}"
     get = f"`hf download {repo}{f' --revision {revision}' if revision else ''}{'' if kind == 'model' else ' --repo-type dataset'}`"
     if isinstance(error, errors.GatedRepoError):
         return InputError(f"{name}: is gated; accept its terms at {page} and log in by `hf auth login`")
@@ -146,4 +150,4 @@ def _refusal(error: Exception, repo: str, revision: str | None, kind: str) -> In
             f"{name}: no such {place} here, not whole in the cache ({HF_HUB_CACHE}), and {why}; get it by {get} where "
             "there is a network"
         )
-    return InputError(f"{name}: the download broke off: {first_line(error)}; what is there stays: start again to go on")
+    return InputError(f"{name}: the download broke off: {first_line(error)}; whole files stay: start again to go on")

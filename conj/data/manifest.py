@@ -84,7 +84,8 @@ def recorded_commit(runs: Sequence[Path], repo: str, is_model: bool = False) -> 
     """The commit of a model or a data set of the hub that a run folder was made from; of the first of `runs` that knows.
     Raises InputError where its stages were made from several."""
     for run in runs:
-        made = [made for artefact in list_artefacts(run) if (made := read_manifest(artefact))]
+        # As everywhere, a stage that failed before it made anything binds no later try.
+        made = [made for path in list_artefacts(run) if (made := read_manifest(path))["complete"] or path.exists()]
         entries = [entry for manifest in made for entry in manifest["inputs"] if entry.get("repo") == repo]
         commits = sorted({entry["revision"] for entry in entries if ("files" in entry) == is_model})
         require(

@@ -161,8 +161,8 @@ def _read_builder(name: str, part: str | None) -> Iterator[tuple[str, dict]]:
     if not split:
         split = splits[0] if len(splits) == 1 else "train"
     if split not in splits:
-        place = f"{name}:{config}/SPLIT" if config else f"{name}:SPLIT"
-        raise InputError(f"{name}: no split {split!r}; expected {place} with one of {', '.join(splits)}")
+        place = f"{repo}:{config}/SPLIT" if config else f"{repo}:SPLIT"
+        raise InputError(f"{repo}: no split {split!r}; expected {place} with one of {', '.join(splits)}")
     if Path(name).is_dir():
         for file in builder.config.data_files[split]:
             yield from _read_file(Path(file))
