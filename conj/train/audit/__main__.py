@@ -22,7 +22,7 @@ from conj.data.files import write_atomic
 from conj.data.hub import find_model
 from conj.data.manifest import locate, recorded_commit
 from conj.data.options import run_command
-from conj.train.audit.chain import Check, check_chain
+from conj.train.audit.chain import Check, check_chain, recorded_base
 from conj.train.audit.compare import compare_runs
 from conj.train.audit.replay import replay
 from conj.train.audit.second_opinion import second_opinion
@@ -55,7 +55,9 @@ def main(options: AuditOptions) -> None:
         why = "the chain is broken" if not holds else "there is no trained model yet"
         is_trained = locate(options.run_dir / "model").exists()
         if holds and is_trained and not base_of(options).is_dir():
-            holds, why = False, f"the base model {base_of(options)} is not there; name it with --model"
+            base = recorded_base(options.run_dir)
+            on_hub = f", or --model {base['repo']}@{base['revision']}" if "repo" in base else ""
+            holds, why = False, f"the base model {base_of(options)} is not there; name its folder with --model{on_hub}"
         if holds and is_trained:
             try:
                 run = read_run(options, world)
