@@ -7,6 +7,7 @@ of each model, the devices. Then what takes time: every weight is read once, and
 checkpoints take.
 """
 
+import dataclasses
 import functools
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from conj import InputError
 from conj.data import manifest
 from conj.data.benchmarks import locate_data
+from conj.data.files import sha256_file
 from conj.data.options import require, run_command
 from conj.data.readers import read_rows
 from conj.model.config import parameter_shapes
@@ -31,6 +33,12 @@ SAME_IN_TRAINING = ("dtype", "attention", "kernels", "model")  # a stored refere
 SAME_IN_A_SWEEP = ("data", "subsets", "limit", "seed", "num_resamples")  # of the evaluation: the runs are compared
 CHECKPOINT_BYTES = 12  # a parameter: master weight and two moments, fp32
 EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def at_hand(run: Run) -> Run:
+    """The run with a model's folder for its name on the hub, and with the commits of data sets of the hub: one for all
+    stages, and for all later starts."""
+    return dataclasses.replace(run, options={stage: options.at_hand() for stage, options in run.options.items()})
 
 
 def check(runs: list[Run]) -> dict[Path, JudgeModel]:
@@ -70,7 +78,7 @@ def check(runs: list[Run]) -> dict[Path, JudgeModel]:
 def survey(runs: list[Run]) -> dict[Path, str]:
     """What is the case of each file that the stages make: `complete`, `unfinished`, `to do`, `taken from` another run, or
     `stale` and why. Nothing is written."""
-    found, made_by, hash_once = {}, {}, functools.cache(manifest.hash_input)
+    found, made_by, hash_once = {}, {}, functools.cache(sha256_file)
     for run in runs:
         keys, places = {}, {}  # of the run's files, by name: by what settings they are made; where they lie, if they do
         for options in run.options.values():
@@ -87,7 +95,7 @@ def survey(runs: list[Run]) -> dict[Path, str]:
     return found
 
 
-def _state(options, artefact: Path, inputs: list, hash: Callable) -> tuple[str, Path]:
+def _state(options, artefact: Path, inputs: list, hash_file: Callable) -> tuple[str, Path]:
     """The case of one file, and where it lies; where it is still to be made, a path at which nothing is."""
     nowhere = artefact.with_name(f"{artefact.name} to be made")
     try:
@@ -98,7 +106,7 @@ def _state(options, artefact: Path, inputs: list, hash: Callable) -> tuple[str, 
                     f"{artefact}: was made from another {awaited[0].name} than will be made now; delete it"
                 )
             return "to do", nowhere
-        now = manifest.describe(inputs, options, hash)
+        now = manifest.describe(inputs, options, hash_file)
         state = manifest.state(artefact, now)
         if state == "to do" and (there := manifest.find_complete(artefact.name, now, options)):
             return f"taken from {there.parent}", there
@@ -171,7 +179,7 @@ def describe(model: JudgeModel) -> str:
 
 
 def main(given) -> None:
-    runs = resolve(given)
+    runs = [at_hand(run) for run in resolve(given)]
     models = check(runs)
     check_costly(runs, survey(runs))
     print("\n".join(map(describe, models.values())))

@@ -26,7 +26,7 @@ import tomli_w
 from conj.data import manifest
 from conj.data.files import write_atomic
 from conj.data.options import flag, run_command
-from conj.preflight import ON_ALL_RANKS, SAME_IN_A_SWEEP, check, check_costly, survey
+from conj.preflight import ON_ALL_RANKS, SAME_IN_A_SWEEP, at_hand, check, check_costly, survey
 from conj.settings import COMMANDS, Run, as_toml, resolve, run_file_options
 
 # On a CPU, threads that spin while they wait lose a factor of ten as soon as another process wants a core.
@@ -110,7 +110,7 @@ def compare(runs: list[Run]) -> None:
 
 
 def main(given) -> None:
-    runs = resolve(given)
+    runs = [at_hand(run) for run in resolve(given)]
     check(runs)
     found = survey(runs)
     if given.dry_run:

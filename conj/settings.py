@@ -28,6 +28,7 @@ from cyclopts import Group
 from conj import InputError
 from conj.data import manifest
 from conj.data.files import brief
+from conj.data.hub import name_of
 from conj.data.options import GROUPS, brief_line, key, option, parse_options, require, require_each, without_none
 
 
@@ -69,7 +70,7 @@ class SharedOptions:
 
     run_dir: Path | None = option(None, group=ALL, help="run folder")
     from_runs: tuple[Path, ...] | None = option(None, group=ALL, name="from", help=manifest.FROM_RUNS)
-    model: Path | None = option(None, group=ALL, help="base model, a Hugging Face folder")
+    model: Path | None = option(None, group=ALL, help=manifest.BASE_MODEL)
     judge: str | None = option(None, group=ALL, help="a judge that conj ships, or a judge file")
     dtype: str | None = option(None, group=ALL, help="dtype of sampling and training")
     max_length: int | None = option(None, group=ALL, help="longest prompt + judgment, tokens")
@@ -260,7 +261,7 @@ def as_toml(run: Run, before: dict | None = None) -> dict:
     shared = {"run_dir", "from_runs"}
     tables = {
         stage: {
-            key(field): _plain(value)
+            key(field): _plain(name_of(value) if isinstance(value, Path) else value)
             for field in dataclasses.fields(options)
             if field.name not in shared and (value := getattr(options, field.name)) is not None
         }

@@ -3,7 +3,7 @@
     python scripts/tamper.py --run-dir runs/demo --json out.json
 
 Every artefact, every manifest, what stages made beside them, checkpoints, and the base model: in each a byte at a place
-drawn by the seed. Prints a table, and exits with 1 if a change was not found or another link was named than the one
+drawn by the seed; a model's card, which decides nothing, aside. Prints a table, and exits with 1 if a change was not found or another link was named than the one
 that holds the byte.
 """
 
@@ -15,7 +15,9 @@ from pathlib import Path
 
 from bench_common import argument_parser, write_rows
 
+from conj.data.identity import hash_files
 from conj.data.manifest import list_artefacts, manifest_path, read_manifest
+from conj.data.model_files import deciding_files
 from conj.train.audit.chain import check_chain
 
 
@@ -24,12 +26,12 @@ def places(run: Path, base: Path) -> list[tuple[Path, str]]:
     found = []
     for artefact in list_artefacts(run):
         found.append((manifest_path(artefact), artefact.name))
-        files = sorted(artefact.rglob("*")) if artefact.is_dir() else [artefact]
+        files = [artefact / name for name in hash_files(artefact)] if artefact.is_dir() else [artefact]
         files += [run / name for name in read_manifest(artefact).get("also", {}) if (run / name).is_file()]
         found += [(path, artefact.name) for path in files if path.stat().st_size]
     found += [(path, "model") for path in sorted((run / "tensorboard").iterdir())]
     found += [(path, f"checkpoints/{path.parent.name}") for path in sorted(run.glob("checkpoints/*/rank-*"))]
-    found += [(path, "repeated.jsonl") for path in sorted(base.iterdir())]  # the first stage that read it
+    found += [(path, "repeated.jsonl") for path in deciding_files(base)]  # the first stage that read it
     return found
 
 

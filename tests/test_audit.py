@@ -11,7 +11,8 @@ from test_dpo import dpo_options, make_reference, one_ulp
 
 from conj.data import manifest
 from conj.data.files import read_jsonl, write_jsonl
-from conj.data.manifest import hash_input, list_artefacts, manifest_path, read_manifest, read_sealed, write_sealed
+from conj.data.identity import describe_input, describe_made, hash_input
+from conj.data.manifest import list_artefacts, manifest_path, read_manifest, read_sealed, write_sealed
 from conj.data.packs import pairs_of
 from conj.train import dpo
 from conj.train.audit import __main__ as audit
@@ -71,11 +72,11 @@ def reseal(run: Path) -> None:
     """Manifests that fit a changed run: what someone would do who hides a change. Only the numbers still tell."""
     for artefact in list_artefacts(run):
         made = read_manifest(artefact)
-        made["sha256"] = hash_input(artefact)
+        made |= describe_made(artefact)
         made["also"] = {name: hash_input(run / name) for name in made.get("also", {})}
         for entry in made["inputs"]:
             path = run / Path(entry["path"]).name
-            entry["sha256"] = hash_input(path if path.exists() and path.name != "base" else entry["path"])
+            entry |= describe_input(path if path.exists() and path.name != "base" else Path(entry["path"]))
         write_sealed(manifest_path(artefact), made)
 
 

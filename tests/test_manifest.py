@@ -1,13 +1,14 @@
 """Manifests: a stage is done, goes on, or is refused; and what it is made from must fit together."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_model
 
 from conj import InputError
 from conj.data import manifest
@@ -22,6 +23,7 @@ from conj.data.manifest import (
     read_manifest,
     write_sealed,
 )
+from conj.data.model_files import deciding_files
 from conj.data.options import option
 
 
@@ -180,3 +182,168 @@ def test_what_was_taken_is_made_anew_when_it_is_asked_for_otherwise_or_changed_t
     build(run / "newer", run)
     (run / "b").write_text("spoiled")
     assert build(run / "newer", run) and (run / "newer" / "b").exists()
+
+
+# ---- A model folder ----
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    """A model with all that may decide a result, and with what stands beside it."""
+    folder = write_model(tmp_path_factory.mktemp("sharded") / "base", max_shard_size="200KB")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    for name in (
+        "README.md",
+        "LICENSE",
+        ".gitattributes",
+        ".cache/huggingface/download/config.json.metadata",
+        "vocab.json",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def base(sharded, tmp_path) -> Path:
+    return Path(shutil.copytree(sharded, tmp_path / "base"))
+
+
+DECIDE = ["chat_template.jinja", "config.json", "generation_config.json", "model-00001-of-00003.safetensors"]
+DECIDE += ["model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors", "model.safetensors.index.json"]
+DECIDE += ["tokenizer.json", "tokenizer_config.json"]
+
+
+def flip(path: Path) -> None:
+    """Changes the last byte that is no white space; an index stays one that can be read."""
+    content = path.read_bytes()
+    if path.name.endswith(".index.json"):
+        path.write_bytes(content + b"\n")
+        return
+    place = len(content.rstrip()) - 1
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+
+
+def test_the_files_that_decide_results_are_these(base):
+    """And where there is no tokenizer.json, those that stand for it."""
+    assert [path.name for path in deciding_files(base)] == DECIDE
+    (base / "tokenizer.json").unlink()
+    for name in "tokenizer.model", "special_tokens_map.json", "added_tokens.json":
+        (base / name).touch()
+    instead = {"tokenizer.model", "special_tokens_map.json", "added_tokens.json"}
+    assert {path.name for path in deciding_files(base)} == {*DECIDE, *instead} - {"tokenizer.json"}
+
+
+@pytest.mark.parametrize("name", DECIDE)
+def test_a_byte_of_a_file_that_decides_makes_a_stage_stale_and_is_named(name, base, tmp_path):
+    assert stage(tmp_path, "a", [base]) and not stage(tmp_path, "a", [base])
+    flip(base / name)
+    with pytest.raises(InputError, match=rf"a: was made from other inputs \(changed: {base / name}\);"):
+        stage(tmp_path, "a", [base])
+    if name in ("chat_template.jinja", "generation_config.json"):  # one that is gone is named too
+        (base / name).unlink()
+        with pytest.raises(InputError, match=rf"changed: {base / name}\)"):
+            stage(tmp_path, "a", [base])
+
+
+def test_what_decides_nothing_leaves_every_stage_complete(base, tmp_path):
+    """A hub client's bookkeeping, a card and a licence are written anew by others, who do not ask."""
+    stage(tmp_path, "a", [base])
+    for name in (
+        "README.md",
+        "LICENSE",
+        ".gitattributes",
+        ".cache/huggingface/download/config.json.metadata",
+        "vocab.json",
+    ):
+        (base / name).write_text("another")
+    for name in "NOTICE", ".cache/new", "pytorch_model.bin", "original/consolidated.pth":
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text("new")
+    (base / "README.md").unlink()
+    for path in base.iterdir():
+        os.utime(path, (1, 1))
+    assert not stage(tmp_path, "a", [base])
+
+
+def test_a_folder_without_a_config_is_all_of_its_files(tmp_path):
+    """A README.md beside data may say which files are which split."""
+    (tmp_path / "data").mkdir()
+    for name in "README.md", "train.jsonl":
+        (tmp_path / "data" / name).write_text("{}")
+    stage(tmp_path, "a", [str(tmp_path / "data")])
+    (tmp_path / "data" / "README.md").write_text("another")
+    with pytest.raises(InputError, match=rf"changed: {tmp_path / 'data'}\)"):
+        stage(tmp_path, "a", [str(tmp_path / "data")])
+
+
+def test_links_count_as_what_they_lead_to(base, tmp_path):
+    """The hub's cache holds nothing else."""
+    stage(tmp_path, "a", [base])
+    linked = tmp_path / "models--org--base" / "snapshots" / ("0" * 40)
+    blobs = Path(shutil.copytree(base, linked.parent.parent / "blobs"))
+    linked.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (linked / path.name).symlink_to(path)
+    assert not stage(tmp_path, "a", [linked])
+    flip(blobs / "tokenizer.json")
+    with pytest.raises(InputError, match=rf"changed: org/base@{'0' * 40}/tokenizer.json\)"):
+        stage(tmp_path, "a", [linked])
+
+
+@pytest.fixture
+def made(base, tmp_path) -> Path:
+    """A run whose `model` is an artefact, and a stage that reads it."""
+    (tmp_path / "raw").write_text("data")
+    begin(tmp_path / "model", inputs=[tmp_path / "raw"], options=Options(run_dir=tmp_path))
+    shutil.copytree(base, tmp_path / "model")
+    finish(tmp_path / "model", num_rows=1, counts={}, seconds=0.0)
+    stage(tmp_path, "b", [tmp_path / "model"])
+    return tmp_path
+
+
+def remake(run: Path) -> bool:
+    return begin(run / "model", inputs=[run / "raw"], options=Options(run_dir=run))
+
+
+@pytest.mark.parametrize("name", [*DECIDE, "vocab.json", "LICENSE"])
+def test_of_a_model_that_was_made_every_file_counts(name, made):
+    """Also one that decides nothing: someone has changed what the run made. Those who read it mind what decides."""
+    assert not remake(made) and not stage(made, "b", [made / "model"])
+    flip(made / "model" / name)
+    with pytest.raises(InputError, match="model: is not what model.manifest.json describes"):
+        remake(made)
+    if name not in DECIDE:
+        assert not stage(made, "b", [made / "model"])
+        return
+    with pytest.raises(InputError, match=f"model/{name}: was changed after model.manifest.json was written"):
+        stage(made, "b", [made / "model"])
+    if name == "generation_config.json":
+        (made / "model" / name).unlink()
+        with pytest.raises(InputError, match=f"model/{name}: was changed after"):
+            stage(made, "c", [made / "model"])
+
+
+def test_the_card_of_a_model_that_was_made_may_be_written_anew(made):
+    (made / "model" / "README.md").write_text("there is more to say")
+    assert not remake(made) and not stage(made, "b", [made / "model"])
+    (made / "model" / "README.md").unlink()
+    assert not remake(made) and not stage(made, "b", [made / "model"])
+
+
+def test_a_model_is_hashed_once_when_a_stage_that_reads_it_begins(made, monkeypatch):
+    """15 GB take a minute; the comparison with its own manifest needs no second one."""
+    hashed, real = [], manifest.sha256_file
+    monkeypatch.setattr(manifest.describe, "__defaults__", (lambda path: hashed.append(path.name) or real(path),))
+    assert begin(made / "c", inputs=[made / "model"], options=Options(run_dir=made))
+    assert sorted(hashed) == DECIDE
+
+
+def test_a_manifest_of_an_earlier_version_is_one_clear_line(made):
+    content = read_manifest(made / "model")
+    del content["files"]
+    write_sealed(manifest_path(made / "model"), content)
+    with pytest.raises(
+        InputError, match="model: its manifest is of an earlier version, which named no files; make it again"
+    ):
+        stage(made, "c", [made / "model"])

@@ -270,8 +270,8 @@ def test_missing_file_is_not_looked_for_on_the_hub(name, monkeypatch):
 def test_hub_failure_is_one_line(monkeypatch):
     """No network, no such data set, a gated one: all end in one line."""
 
-    def fail(name):
-        raise ConnectionError(f"Couldn't reach {name!r} on the Hub\nmore")
+    def fail(path, **settings):
+        raise ConnectionError(f"Couldn't reach {path!r} on the Hub\nmore")
 
     monkeypatch.setattr("datasets.load_dataset_builder", fail)
     with pytest.raises(InputError, match=r"^nobody/nothing: .*Couldn't reach 'nobody/nothing' on the Hub$"):

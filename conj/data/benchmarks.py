@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conj import InputError
 from conj.data.layouts import STYLE_CELLS, recognise
-from conj.data.readers import read_rows, split_name
+from conj.data.readers import read_rows, split_name, without_revision
 
 BY_ROWS = None  # as a weight: the number of rows that are there, so that each row counts the same
 
@@ -115,11 +115,11 @@ def locate_data(name: str) -> tuple[str, str]:
         if BENCHMARKS[name].hub is None:
             raise InputError(f"{name}: is not on the hub; give its files as {name}=PATH")
         return BENCHMARKS[name].hub, name
-    stem, split = split_name(name)
+    (stem, split), bare = split_name(name), split_name(without_revision(name))[0]
     for benchmark, known in BENCHMARKS.items():
         hub, _, official = (known.hub or "").partition(":")
-        if stem == hub and split in (None, official):
-            return known.hub, benchmark
+        if bare == hub and split in (None, official):
+            return f"{stem}:{official}", benchmark
     return name, ""
 
 

@@ -13,18 +13,18 @@ import functools
 import hashlib
 import json
 import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import IO
 
 from conj import InputError
 from conj.data.files import sha256_file, write_atomic
-from conj.data.options import option
+from conj.data.hub import find_model
+from conj.data.identity import changed_since, describe_inputs, describe_made, hash_input, show_change
+from conj.data.options import option, require
+from conj.data.readers import pin_data
+from conj.data.versions import describe_code
 
 # What the stages make, in their order.
 ARTEFACTS = (
@@ -42,6 +42,7 @@ ARTEFACTS = (
 )
 
 
+BASE_MODEL = "base model: a Hugging Face folder, or ORG/NAME on the hub, with @REVISION or without"
 FROM_RUNS = "run folders to build on: what is complete there is not made again"
 
 
@@ -62,12 +63,37 @@ class RunOptions:
         complete = (locate(path) for path, manifest in made if manifest is None or manifest["complete"])
         return next((path for path in complete if path.exists()), self.run_dir / name)
 
+    def at_hand(self):
+        """These options with a model's folder for its name on the hub, and with the commits of data sets of the hub."""
+        recorded, changes = functools.partial(recorded_commit, (self.run_dir, *self.from_runs)), {}
+        if (model := getattr(self, "model", None)) is not None:
+            changes["model"] = find_model(model, functools.partial(recorded, is_model=True))
+        if data := getattr(self, "data", ()):
+            changes["data"] = tuple(pin_data(name, recorded) for name in data)
+        return dataclasses.replace(self, **changes)
+
     def check_from(self) -> None:
         """Raises InputError for a run folder to build on that is none."""
         for run in self.from_runs:
             if not run.is_dir() or run.resolve() == self.run_dir.resolve():
                 found = "the run folder itself" if run.is_dir() else "none"
                 raise InputError(f"--from {run}: expected another run's folder, found {found}")
+
+
+def recorded_commit(runs: Sequence[Path], repo: str, is_model: bool = False) -> str | None:
+    """The commit of a model or a data set of the hub that a run folder was made from; of the first of `runs` that knows.
+    Raises InputError where its stages were made from several."""
+    for run in runs:
+        # As everywhere, a stage that failed before it made anything binds no later try.
+        made = [made for path in list_artefacts(run) if (made := read_manifest(path))["complete"] or path.exists()]
+        entries = [entry for manifest in made for entry in manifest["inputs"] if entry.get("repo") == repo]
+        commits = sorted({entry["revision"] for entry in entries if ("files" in entry) == is_model})
+        require(
+            len(commits) < 2, f"{repo}: {run} was made from {' and '.join(commits)}; expected one, as {repo}@COMMIT"
+        )
+        if commits:
+            return commits[0]
+    return None
 
 
 def locate(artefact: Path) -> Path:
@@ -130,21 +156,6 @@ def read_manifest(artefact: Path) -> dict | None:
         raise InputError(f"{e}; delete it and {artefact.name}") from None
 
 
-def hash_input(path: str | Path) -> str:
-    """sha256 of a file, or of a folder's file names and hashes (hidden files aside)."""
-    path = Path(path)
-    if path.is_file():
-        return sha256_file(path)
-    files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
-    lines = "".join(f"{sha256_file(f)}  {f.relative_to(path).as_posix()}\n" for f in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def describe_inputs(inputs: Sequence[str | Path], hash: Callable = hash_input) -> list[dict]:
-    """Each input's path and hash; a text that is not on disk (a hub name, a split) is described by itself alone."""
-    return [{"path": str(p), "sha256": hash(p) if Path(p).exists() else None} for p in inputs]
-
-
 def describe_options(options) -> dict:
     """The options that affect a stage's result, as JSON. Paths are not among them: what they lead to is an input."""
     names = [f.name for f in dataclasses.fields(options) if f.metadata["affects_result"]]
@@ -152,31 +163,9 @@ def describe_options(options) -> dict:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
-def describe(inputs: Sequence[str | Path], options, hash: Callable = hash_input) -> dict:
+def describe(inputs: Sequence[str | Path], options, hash_file: Callable = sha256_file) -> dict:
     """What a manifest is about, and two are compared by."""
-    return {"inputs": describe_inputs(inputs, hash), "options": describe_options(options)}
-
-
-@functools.cache
-def describe_code() -> dict:
-    """Versions of Python and of all that is installed, and the git commit of conj (None outside a checkout)."""
-    installed = {}
-    for package in distributions():  # in the order of sys.path: of two versions the first is the one that is imported
-        if name := package.metadata["Name"]:
-            installed.setdefault(re.sub(r"[-_.]+", "-", name).lower(), package.version)
-    versions = {"python": sys.version.split()[0], **dict(sorted(installed.items()))}
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    # An environment may lie in another project's checkout, whose commit says nothing of conj.
-    commit = git("rev-parse", "HEAD") if git("ls-files", Path(__file__).name) else None
-    dirty = None if commit is None else bool(git("status", "--porcelain", "--untracked-files=no"))
-    return {"versions": versions, "git": {"commit": commit, "dirty": dirty}}
+    return {"inputs": describe_inputs(inputs, hash_file), "options": describe_options(options)}
 
 
 def state(artefact: Path, now: dict) -> str:
@@ -275,7 +264,8 @@ def _difference(before: dict, now: dict) -> str:
     """How inputs or options differ from those of a manifest; empty if they do not."""
     made_from, given = _contents(before), _contents(now)
     if made_from != given:
-        names = ", ".join(i["path"] for i, old, new in zip(now["inputs"], made_from, given) if old != new)
+        entries = zip(before["inputs"], now["inputs"], made_from, given)
+        names = ", ".join(show_change(a, b) for a, b, old, new in entries if old != new)
         return f"was made from other inputs (changed: {names or 'their number'})"
     for name in sorted(before["options"].keys() | now["options"].keys()):
         old, new = (m["options"].get(name) for m in (before, now))
@@ -300,8 +290,8 @@ def _check_chain(inputs: list[dict]) -> None:
             continue
         if not manifest["complete"]:
             raise InputError(f"{path}: was cut short; run its stage again to finish it")
-        if manifest["sha256"] != entry["sha256"]:
-            raise InputError(f"{path}: was changed after {manifest_path(path).name} was written; make it again")
+        if changed := changed_since(entry, manifest):
+            raise InputError(f"{changed}: was changed after {manifest_path(path).name} was written; make it again")
         for source in manifest["inputs"]:
             name = Path(source["path"]).name
             if name in given and source["sha256"] != given[name]:
@@ -332,7 +322,7 @@ def finish(
     `also`: files and folders that the stage made beside the artefact, hashed too. `machine`: what its bits depend on
     beside versions, if they depend on more."""
     manifest = read_manifest(artefact)
-    made = {"sha256": hash_input(artefact), "num_rows": num_rows, "counts": counts, "seconds": round(seconds, 3)}
+    made = {**describe_made(artefact), "num_rows": num_rows, "counts": counts, "seconds": round(seconds, 3)}
     made |= {"also": {str(p.relative_to(artefact.parent)): hash_input(p) for p in sorted(also)}} if also else {}
     made |= {"machine": machine} if machine else {}
     write_sealed(manifest_path(artefact), {**manifest, "complete": True, **made})

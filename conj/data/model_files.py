@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from conj.data.files import brief, first_line, listed
 
 INDEX = "model.safetensors.index.json"  # of a model whose weights are spread over several files
 SINGLE = "model.safetensors"
+CONFIG = "config.json"
+TOKENIZER, SENTENCEPIECE = ("tokenizer.json",), ("tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+OTHER_TEXTS = (CONFIG, "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+TEXT_FILES = (*OTHER_TEXTS, *TOKENIZER, *SENTENCEPIECE)  # all that conj reads but weights and their index
 # Bounds on what a model folder may hold, above the largest in use (Gemma 3: a tokenizer of 33 MB, half a million merges;
 # DeepSeek V3: an index of 9 MB; Qwen2's headers have 40 kB). They bound time and memory before anything is parsed.
 MAX_CONFIG_BYTES = 4_000_000
@@ -47,6 +52,21 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}: expected {SINGLE} alone, or {INDEX} to say which files count, found {listed(found)}"
         )
     return [folder / SINGLE]
+
+
+def deciding_files(folder: Path) -> list[Path]:
+    """The files of a model folder that decide results: configuration, tokenizer, chat template and weights.
+
+    Raises InputError as `weight_files` does."""
+    weights, names = weight_files(folder), {path.name for path in folder.iterdir() if path.is_file()}
+    texts = (folder / name for name in names if decides(name, names) and not name.endswith(".safetensors"))
+    return sorted({*texts, *weights})
+
+
+def decides(name: str, names: Collection[str]) -> bool:
+    """Whether a file of this name decides results, among others of a model folder."""
+    tokenizer = TOKENIZER if TOKENIZER[0] in names else SENTENCEPIECE
+    return name in (*OTHER_TEXTS, *tokenizer, INDEX) or name.endswith(".safetensors")
 
 
 def read_model_file(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> bytes:
@@ -165,8 +185,16 @@ def indexed_files(index: Path) -> list[Path]:
             raise InputError(f"{index}: expected a .safetensors file of this folder, found {brief(name)}")
         if not os.path.exists(path):  # not path.exists(), which raises for a name that is too long
             raise InputError(f"{index}: names {brief(name)}, which is missing")
-        # The hub's cache keeps a model's files in blobs/ and links to them from snapshots/REVISION/.
-        if path.resolve().parent not in (folder, folder.parent.parent / "blobs"):
+        if path.resolve().parent != folder and not _is_of_the_cache(path.resolve(), folder):
             raise InputError(f"{index}: expected a file of this folder, found {brief(name)}, a link out of it")
         files.append(path)
     return files
+
+
+def _is_of_the_cache(file: Path, folder: Path) -> bool:
+    """Whether `folder` is CACHE/MODEL/snapshots/COMMIT of the hub, and `file` lies where its links lead: in MODEL/blobs, or
+    from there in CACHE/blobs/XX, which all models share."""
+    model = folder.parent.parent
+    return folder.parent.name == "snapshots" and (
+        file.parent == model / "blobs" or file.parent.parent == model.parent / "blobs"
+    )

@@ -14,6 +14,7 @@ import inspect
 import math
 import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from cyclopts.config import Dict
 
 from conj import InputError, __version__
 
+SECONDS_TO_SAY_WHY = 2
 GROUPS = {  # of the help, in this order
     "required": Group("Required", sort_key=0),
     True: Group("What is made", sort_key=1),
@@ -170,7 +172,7 @@ def run_command(
         argv = sys.argv[1:] if argv is None else argv
         options = parse_options(options_class, argv, description=first_paragraph(description))
         getattr(options, "check_from", lambda: None)()
-        stage(options)
+        stage(getattr(options, "at_hand", lambda: options)())
 
 
 @contextlib.contextmanager
@@ -181,6 +183,8 @@ def bad_input_in_one_line() -> Iterator[None]:
     except InputError as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every rank sees the same bad input
             print(f"error: {e}", file=sys.stderr)
+        else:  # it ends all ranks with the first that exits, and the one that says why has to be there in time
+            time.sleep(SECONDS_TO_SAY_WHY)
         sys.exit(2)
     except OSError as e:  # a path that cannot be read or written, a full disk
         print(f"error: {e.filename or 'input/output'}: {e.strerror or e}", file=sys.stderr)

@@ -24,13 +24,13 @@ from conj.data.layouts import Preference, swapped
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require_each, run_command
 from conj.data.progress import progress
-from conj.data.readers import describe_data, read_preferences, split_name
+from conj.data.readers import DATA_PARTS, describe_data, read_preferences, split_name, without_revision
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions(RunOptions):
     data: tuple[str, ...] = option(
-        help="preference data: files, folders or hub names, each with an optional :split", affects_result=False
+        help=f"preference data: files, folders or hub names, each {DATA_PARTS}", affects_result=False
     )
     seed: int = option(2021, help="seed of the order of the two answers")
     subsets: tuple[str, ...] = option((), help="names of the subsets to keep; all if not given")
@@ -70,7 +70,7 @@ def load_prompts(
     rows, counts, found = {}, Counter(records=0), set()
     for given in data:
         name, known = resolve_data(given) if benchmark else (given, "")
-        source = Path(name).name if Path(split_name(name)[0]).exists() else name
+        source = Path(name).name if Path(split_name(name)[0]).exists() else without_revision(name)
         for record in progress(read_preferences(name, limit), desc=f"reading {source}", unit=" records"):
             counts["records"] += 1
             row = make_row(record, source, seed, known if benchmark else None)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conj import InputError
+from conj.data.hub import find_model
 from conj.data.options import option, run_command
 from conj.data.prompts import judge_messages
 from conj.data.verdicts import parse_reason, parse_strict
@@ -46,7 +47,7 @@ _running = contextlib.ExitStack()
 @functools.lru_cache(maxsize=1)
 def _start(options: EngineOptions) -> tuple[JudgeModel, object]:
     """The checked model and its engine, which stays up until one with other options is asked for."""
-    model = check_model(options.model, options.max_length)
+    model = check_model(find_model(options.model), options.max_length)
     _running.close()
     return model, _running.enter_context(running_engine(model, options))
 

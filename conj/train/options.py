@@ -11,7 +11,7 @@ from typing import Literal
 
 import conj
 from conj import InputError
-from conj.data.manifest import RunOptions
+from conj.data.manifest import BASE_MODEL, RunOptions
 from conj.data.options import option, require, require_each
 from conj.model.folder import TRAINING_MAX_LENGTH
 
@@ -65,7 +65,7 @@ def check_machine(options: Iterable[tuple[str, ComputeOptions]], num_processes: 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceOptions(RunOptions, ComputeOptions):
-    model: Path = option(help="base model, a Hugging Face folder", affects_result=False)
+    model: Path = option(help=BASE_MODEL, affects_result=False)
     max_length: int = option(
         TRAINING_MAX_LENGTH, help="tokens of prompt and judgment; pairs over it are counted and left out"
     )
@@ -82,7 +82,7 @@ class ReferenceOptions(RunOptions, ComputeOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DPOOptions(RunOptions, ComputeOptions):
-    model: Path = option(help="base model, a Hugging Face folder", affects_result=False)
+    model: Path = option(help=BASE_MODEL, affects_result=False)
     beta: float = option(0.1, help="DPO's temperature: how dear it is to leave the base model")
     nll_alpha: float = option(0.0, help="weight of the added mean negative logprob of the chosen judgment's tokens")
     learning_rate: float = option(5e-7, help="AdamW's highest learning rate")
@@ -153,7 +153,9 @@ class DPOOptions(RunOptions, ComputeOptions):
 @dataclass(frozen=True, kw_only=True)
 class AuditOptions:
     run_dir: Path = option(help="run folder; audit.json is written there", affects_result=False)
-    model: Path | None = option(None, help="base model; by default the folder that the run's manifest names")
+    model: Path | None = option(
+        None, help="base model, a folder or ORG/NAME on the hub; by default what the run's manifest names"
+    )
     device: Literal[DEVICES] = option("auto", help="auto: a GPU if one is visible")
     num_pairs: int = option(64, help="pairs whose logprobs are computed again for step 0 and --reference")
     replay: int | None = option(None, help="optimizer steps to take again and compare")

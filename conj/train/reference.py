@@ -10,6 +10,7 @@ taken up where its last save stands, and pairs over `--max-length` stay NaN.
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from conj import InputError
-from conj.data.files import read_jsonl, sha256_file, write_atomic
+from conj.data.files import listed, read_jsonl, sha256_file, write_atomic
 from conj.data.manifest import begin, finish
 from conj.data.model_files import weight_files
 from conj.data.options import run_command
@@ -80,7 +81,7 @@ def load_reference(
     found, logps = read_reference(path)
     stale = [name for name in key if found.get(name) != key[name]]
     if stale and not (elsewhere and WHERE.issuperset(stale)):
-        what = "; ".join(f"{n}: expected {key[n][:80]}, found {str(found.get(n))[:80]}" for n in stale[:3])
+        what = "; ".join(_difference(n, key[n], str(found.get(n))) for n in stale[:3])
         raise InputError(
             f"{path}: stale reference, made with another {', '.join(stale)} ({what}); delete it and its manifest, and "
             "make it again"
@@ -89,6 +90,15 @@ def load_reference(
         found = f"{logps.dtype} {tuple(logps.shape)}"
         raise InputError(f"{path}: expected float32 logprobs ({num_pairs}, 2), found {found}")
     return logps, stale
+
+
+def _difference(field: str, expected: str, found: str) -> str:
+    """How a field of a key differs; of the weights, in which files."""
+    if field == "weights":
+        with suppress(ValueError, AttributeError):  # what is no table of hashes is shown as it is
+            files = sorted(json.loads(expected).items() ^ json.loads(found).items())
+            return f"weights: {listed(list(dict.fromkeys(name for name, _ in files)))}"
+    return f"{field}: expected {expected[:80]}, found {found[:80]}"
 
 
 @torch.no_grad()
@@ -196,13 +206,14 @@ def main(options: ReferenceOptions) -> None:
         key = world.on_main(
             lambda: reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
         )
+        # First what it is made of: a finished file that another model made is refused with the name of what changed.
+        if not world.on_main(lambda: begin(artefact, inputs=inputs, options=options)):
+            return
         logps = torch.full((len(pairs), 2), torch.nan)
         if artefact.exists():
             logps, _ = load_reference(artefact, key, len(pairs))
         todo = [i for i in usable if logps[i].isnan().any()]
         packs = plan_packs(pairs, todo, max_tokens=options.max_tokens_per_pack, share="prompt")
-        if not world.on_main(lambda: begin(artefact, inputs=inputs, options=options)):
-            return
         compute_reference(artefact, options, pairs, logps, packs, key, world)
         if world.is_main:
             if not artefact.exists():  # no pair was within the length

@@ -41,7 +41,9 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    model: Path = option(help="model folder, Hugging Face layout", affects_result=False)
+    model: Path = option(
+        help="a Hugging Face folder, or ORG/NAME on the hub, with @REVISION or without", affects_result=False
+    )
     max_new_tokens: int = option(512, help="longest judgment, tokens")
     max_length: int | None = option(None, help="longest prompt + judgment, tokens; by default the model's, up to 8192")
     max_num_seqs: int = option(256, help="number of judgments written at the same time", affects_result=False)

@@ -21,12 +21,13 @@ import numpy as np
 
 from conj.data import manifest
 from conj.data.files import read_jsonl, write_atomic
+from conj.data.hub import name_of
 from conj.data.layouts import swapped
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
 from conj.data.prompts import judge_messages, judgment_text
-from conj.data.readers import describe_data
+from conj.data.readers import DATA_PARTS, describe_data
 from conj.data.verdicts import PARSERS
 from conj.model.folder import JudgeModel, check_model
 from conj.sample.engines.completion import Completion, Decoding, Request
@@ -41,7 +42,7 @@ PLAIN = "none"  # the judgments without an attack
 @dataclass(frozen=True, kw_only=True)
 class AttackOptions(RunOptions, EngineOptions):
     data: tuple[str, ...] = option(
-        help="benchmarks: files, folders, hub names, each with a :split or without", affects_result=False
+        help=f"benchmarks: files, folders, hub names, each {DATA_PARTS}", affects_result=False
     )
     subsets: tuple[str, ...] = option((), help="names of the subsets to judge; all if not given")
     limit: int | None = option(None, help="number of rows read from the head of each benchmark; all if not given")
@@ -103,7 +104,7 @@ def attack_judge(options: AttackOptions) -> None:
         path.unlink(missing_ok=True)
     manifest.begin(card, inputs=[artefact], options=dataclasses.replace(options, from_runs=()))
     figures = score_attacks(prompts, read_jsonl(artefact), options.num_resamples, options.seed)
-    markdown = render_card(str(options.model), figures)
+    markdown = render_card(name_of(options.model), figures)
     write_atomic(card, (json.dumps(figures, ensure_ascii=False, indent=2) + "\n").encode())
     write_atomic(page, markdown.encode())
     counts = {name: figure["flipped"] for name, figure in figures["attacks"].items()}

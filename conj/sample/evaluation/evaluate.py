@@ -29,7 +29,7 @@ from conj.data.layouts import swapped
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
-from conj.data.readers import describe_data
+from conj.data.readers import DATA_PARTS, describe_data
 from conj.model.folder import JudgeModel, check_model
 from conj.sample.engines.completion import Completion, Decoding, Request
 from conj.sample.engines.http import EndpointOptions, complete_by_http
@@ -47,11 +47,12 @@ NAME = re.compile(r"[\w.+-]{1,100}")  # of a judge: it becomes a part of file na
 class EvaluateOptions(RunOptions, EngineOptions, EndpointOptions):
     model: Path | None = option(
         None,
-        help="the judge's model folder, Hugging Face layout; not for judges behind an endpoint",
+        help="the judge's model, a Hugging Face folder, or ORG/NAME on the hub, with @REVISION or without; by default that "
+        "of --judge, if it names one; not for judges behind an endpoint",
         affects_result=False,
     )
     data: tuple[str, ...] = option(
-        (), help="benchmarks by name (reward-bench), NAME=PATH, or files, folders and hub names, each with an optional :split",
+        (), help=f"benchmarks by name (reward-bench), NAME=PATH, or files, folders and hub names, each {DATA_PARTS}",
         affects_result=False,
     )  # fmt: skip
     subsets: tuple[str, ...] = option((), help="names of the subsets to judge; all if not given")
@@ -101,6 +102,17 @@ class EvaluateOptions(RunOptions, EngineOptions, EndpointOptions):
             self.refuse("with --judgments no model is asked", "judge", "judge_text", "model", "name", "base_url",
                          "num_samples", "temperature", "verdict_probability", "parser")  # fmt: skip
         require_each(self, ("name",), NAME.fullmatch, "letters, digits, dots, dashes, plus signs and underscores")
+
+    def at_hand(self) -> "EvaluateOptions":
+        """As for every stage; the judge's own model where none is given, and benchmarks by name and place."""
+        located = [locate_data(name) for name in self.data]
+        given = {"data": tuple(data for data, _ in located)}
+        if self.model is None and not self.judgments and (self.judge != "con-j" or self.name):
+            judge = judge_of(self)
+            given["model"] = Path(judge.model) if judge.model and judge.backend == "vllm" else None
+        found = super(EvaluateOptions, dataclasses.replace(self, **given)).at_hand()
+        names = (f"{benchmark}={data}" if benchmark else data for data, (_, benchmark) in zip(found.data, located))
+        return dataclasses.replace(found, data=tuple(names))
 
     @property
     def takes_part(self) -> bool:

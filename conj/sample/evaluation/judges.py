@@ -1,7 +1,7 @@
 """Judges as files: what one is asked, how its verdict is read, what it runs on. judges/ beside this file holds those of the
 card's table; a file of the same form is as good.
 
-    model = "someone/judge-7b"          # hub name, for the reader; over HTTP the model that the endpoint is asked for
+    model = "someone/judge-7b"          # hub name, @REVISION too; over HTTP the model that the endpoint is asked for
     user = "{question} … {answer_1} … {answer_2}"       # or: prompt = "con-j", the card's; `system` beside it
     verdict_pattern = 'better: (A|B|neither)'           # or: parser = "strict" (the default), "released"
     verdicts = { A = 1, B = 2, neither = 0 }

@@ -11,15 +11,18 @@ Prints a line a check, writes them to `audit.json` in the run folder, and exits 
 be checked here (files that are elsewhere, another device) is listed as such and is no failure.
 """
 
+import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
 
 from conj import InputError
 from conj.data.files import write_atomic
-from conj.data.manifest import locate
+from conj.data.hub import find_model
+from conj.data.manifest import locate, recorded_commit
 from conj.data.options import run_command
-from conj.train.audit.chain import Check, check_chain
+from conj.train.audit.chain import Check, check_chain, recorded_base
 from conj.train.audit.compare import compare_runs
 from conj.train.audit.replay import replay
 from conj.train.audit.second_opinion import second_opinion
@@ -44,12 +47,17 @@ def report(checks: list[Check], run: Path) -> bool:
 def main(options: AuditOptions) -> None:
     """The checks in the order of the chain; those that run the model come last, and only on a chain that holds."""
     with distributed(options.device) as world:
+        if options.model is not None:
+            recorded = functools.partial(recorded_commit, (options.run_dir,), is_model=True)
+            options = dataclasses.replace(options, model=find_model(options.model, recorded))
         checks = world.on_main(lambda: check_chain(options.run_dir, options.model))
         holds = all(check.outcome == "holds" for check in checks)
         why = "the chain is broken" if not holds else "there is no trained model yet"
         is_trained = locate(options.run_dir / "model").exists()
         if holds and is_trained and not base_of(options).is_dir():
-            holds, why = False, f"the base model {base_of(options)} is not there; name its folder with --model"
+            base = recorded_base(options.run_dir)
+            on_hub = f", or --model {base['repo']}@{base['revision']}" if "repo" in base else ""
+            holds, why = False, f"the base model {base_of(options)} is not there; name its folder with --model{on_hub}"
         if holds and is_trained:
             try:
                 run = read_run(options, world)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from conj import InputError
-from conj.data.files import read_jsonl
-from conj.data.manifest import ARTEFACTS, hash_input, list_artefacts, locate, manifest_path, read_manifest, stage_order
+from conj.data.files import read_jsonl, sha256_file
+from conj.data.identity import describe_inputs, hash_input, show_change
+from conj.data.manifest import ARTEFACTS, list_artefacts, locate, manifest_path, read_manifest, stage_order
 from conj.data.options import require
 from conj.train.checkpoint import check_checkpoint, list_checkpoints
 
@@ -27,7 +28,8 @@ def check_chain(run: Path, base: Path | None) -> list[Check]:
     # Prompts and pairs may be one's own; nothing else comes without a manifest.
     made_here = [run / name for name in ARTEFACTS if name not in ("prompts.jsonl", "pairs.jsonl")]
     artefacts += [artefact for artefact in made_here if artefact.exists() and artefact not in artefacts]
-    here, base_then, sha256 = {a.name: a for a in artefacts}, recorded_base(run), functools.cache(hash_input)
+    here, base_then = {a.name: a for a in artefacts}, (recorded_base(run) or {}).get("path")
+    hash_file = functools.cache(sha256_file)  # of an input that several were made from
 
     def find(path: Path) -> Path:
         """Where an input lies now: the run, those beside it, and its base may have been moved since."""
@@ -48,13 +50,18 @@ def check_chain(run: Path, base: Path | None) -> list[Check]:
                 away.append(name)  # deleted, as a whole: it takes three times the model's room
                 continue
             require((folder / name).exists(), f"{name} is missing")
-            require(sha256(folder / name) == expected, f"{name} was changed: its sha256 is not the manifest's")
+            require(
+                hash_input(folder / name, hash_file) == expected,
+                f"{name} was changed: its sha256 is not the manifest's",
+            )
         for entry in made["inputs"]:
             path = find(Path(entry["path"]))
             if entry["sha256"] is None or not path.exists():
                 away.append(entry["path"])
-            elif sha256(path) != entry["sha256"]:
-                raise InputError(f"was made from another {path} than the one that stands there now")
+                continue
+            [now] = describe_inputs([path if "files" in entry else str(path)], hash_file)
+            if now["sha256"] != entry["sha256"]:
+                raise InputError(f"was made from another {show_change(entry, now)} than the one that stands there now")
         num_rows = len(read_jsonl(folder / artefact.name)) if artefact.suffix == ".jsonl" else made["num_rows"]
         require(num_rows == made["num_rows"], f"expected {made['num_rows']} rows, found {num_rows}")
         not_here = f"; not here, so not compared: {', '.join(away)}" if away else ""
@@ -91,10 +98,10 @@ def check(name: str, find: Callable[[], str]) -> Check:
         return Check(name, "BROKEN", str(e))
 
 
-def recorded_base(run: Path) -> str | None:
-    """The base model's folder as the run's manifests name it: the last input of the training stages."""
+def recorded_base(run: Path) -> dict | None:
+    """The base model as the run's manifests name it: the last input of the training stages."""
     for name in ("model", "reference.safetensors"):
         with suppress(InputError):  # found by the check of that artefact
             if made := read_manifest(run / name):
-                return made["inputs"][-1]["path"]
+                return made["inputs"][-1]
     return None

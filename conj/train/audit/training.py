@@ -39,7 +39,7 @@ class TrainedRun:
 
 
 def base_of(options: AuditOptions) -> Path:
-    return options.model or Path(recorded_base(options.run_dir))
+    return options.model or Path(recorded_base(options.run_dir)["path"])
 
 
 def read_run(options: AuditOptions, world: World) -> TrainedRun:

@@ -1,0 +1,82 @@
+"""What a file or a folder is, by its content: manifests name inputs and artefacts by it.
+
+A folder that is made is all of its files. A model folder that is read is the files that decide results, each by its own
+hash: a card that is rewritten or a hub client's bookkeeping changes no judgment, and what does change is named.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from conj import InputError
+from conj.data.files import sha256_file
+from conj.data.hub import provenance
+from conj.data.model_files import CONFIG, decides, deciding_files
+
+CARD = "README.md"  # of a model: a text that is written anew when there is more to say, and decides nothing
+
+
+def hash_files(folder: Path, hash_file: Callable[[Path], str] = sha256_file) -> dict[str, str]:
+    """sha256 of each file below a folder, by its path in it; hidden ones and a model's card aside."""
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    shown = {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.parts)}
+    if is_model(folder):
+        shown.pop(Path(CARD), None)
+    return {name.as_posix(): hash_file(path) for name, path in shown.items()}
+
+
+def is_model(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def hash_listing(files: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{sha256}  {name}\n" for name, sha256 in files.items()).encode()).hexdigest()
+
+
+def hash_input(path: str | Path, hash_file: Callable[[Path], str] = sha256_file) -> str:
+    """sha256 of a file, or of a folder's file names and hashes."""
+    path = Path(path)
+    return hash_file(path) if path.is_file() else hash_listing(hash_files(path, hash_file))
+
+
+def describe_made(artefact: Path) -> dict:
+    """What a manifest says of an artefact's content; of a folder each file's, so that those who read some of them compare
+    these alone."""
+    if artefact.is_file():
+        return {"sha256": sha256_file(artefact)}
+    files = hash_files(artefact)
+    return {"sha256": hash_listing(files), "files": files}
+
+
+def describe_input(path: str | Path, hash_file: Callable[[Path], str] = sha256_file) -> dict:
+    """What a manifest says of an input: its path and hash, of a model the hashes of the files that decide results, and the
+    repository and commit of what is from the hub. A text that is not on disk (a data set of the hub, a split) is described
+    by itself alone."""
+    if isinstance(path, Path) and is_model(path):
+        files = {file.name: hash_file(file) for file in deciding_files(path)}
+        return {"path": str(path), "sha256": hash_listing(files), "files": files} | provenance(path)
+    sha256 = hash_input(path, hash_file) if Path(path).exists() else None
+    return {"path": str(path), "sha256": sha256} | (provenance(path) if sha256 is None else {})
+
+
+def describe_inputs(inputs: Sequence[str | Path], hash_file: Callable[[Path], str] = sha256_file) -> list[dict]:
+    return [describe_input(path, hash_file) for path in inputs]
+
+
+def show_change(before: dict, now: dict) -> str:
+    """The name of an input that is not the same any more; of a model the names of the files that are not."""
+    old, new = (entry.get("files") for entry in (before, now))
+    if old is None or new is None:
+        return now["path"]
+    place = f"{now['repo']}@{now['revision']}" if "repo" in now else now["path"]
+    return ", ".join(f"{place}/{name}" for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name))
+
+
+def changed_since(entry: dict, made: dict) -> str:
+    """What of an input is not what the manifest of its own stage says; empty if all is."""
+    if "files" not in entry:
+        return "" if entry["sha256"] == made["sha256"] else entry["path"]
+    if "files" not in made:
+        raise InputError(f"{entry['path']}: its manifest is of an earlier version, which named no files; make it again")
+    decide = {name: sha256 for name, sha256 in made["files"].items() if decides(name, made["files"])}
+    return show_change(entry | {"files": decide}, entry)
