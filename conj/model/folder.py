@@ -39,10 +39,9 @@ def check_model(
     config = _read_config(folder / "config.json")
     require("auto_map" not in config, f"{folder}/config.json: asks for remote code (auto_map), which is never run")
     tokenizer = JudgeTokenizer.load(folder, chat_template)
-    last_id = max([*tokenizer.special.values(), tokenizer.plain.get_vocab_size() - 1])
     vocab_size, context = config["vocab_size"], config["max_position_embeddings"]
     size = f"the vocabulary {vocab_size} entries"
-    require(last_id < vocab_size, f"{folder}: the tokenizer has ids up to {last_id}, {size}")
+    require(tokenizer.last_id < vocab_size, f"{folder}: the tokenizer has ids up to {tokenizer.last_id}, {size}")
     _check_weights(folder)
     max_length = min(context, most) if max_length is None else max_length
     require(0 < max_length <= context, f"--max-length: expected 1 to {context} (the model's), found {max_length}")
@@ -62,7 +61,7 @@ def _end_ids(folder: Path, config: dict, tokenizer: JudgeTokenizer) -> list[int]
     """Tokens that end a judgment: the tokenizer's, and those that the model's configuration names."""
     path = folder / "generation_config.json"
     generation = read_model_json(path) if path.exists() else {}
-    found = {tokenizer.special[tokenizer.eos]}
+    found = set(tokenizer.end_ids)
     for eos in (config.get("eos_token_id"), generation.get("eos_token_id")):
         found |= {i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int}
     if outside := [i for i in sorted(found) if not 0 <= i < config["vocab_size"]]:
