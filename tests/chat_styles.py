@@ -97,3 +97,17 @@ def write_style(folder: Path, style: str, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, **STYLES[style] | {"tokenizer_class": "PreTrainedTokenizerFast"} | changes)
     return folder
+
+
+def official(folder: Path):
+    """The tokenizer of `transformers`."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def filled_first(folder: Path, messages: list[dict], **settings) -> list[int]:
+    """The official ids: the template is filled, then encoded."""
+    reference = official(folder)
+    text = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings)
+    return reference(text, add_special_tokens=False).input_ids
