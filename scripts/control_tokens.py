@@ -1,10 +1,11 @@
 """Control tokens written into questions, answers and judgments: how many change the prompt's structure?
 
-Every added token of a tokenizer is put into every text that a judge reads or writes, at every place in it; what is
-compared is the sequence of control-token ids, with that of the same prompt without the attack. conj's encoding stands
-beside what chat templating does by itself.
+Every added token of a tokenizer, control or vocabulary, is put into every text that a judge reads or writes, at every
+place in it; what is compared is the sequence of control-token ids, with that of the same prompt without the attack.
+conj's encoding stands beside what chat templating does by itself. Places that a template has no room for, such as a
+system message with Mistral's, are left out.
 
-    python scripts/control_tokens.py --tokenizer ../shared/data/qwen2-tokenizer
+    python scripts/control_tokens.py --tokenizer demo/base ../shared/data/qwen2-tokenizer
 """
 
 import argparse
@@ -12,6 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import TemplateError
+
+from conj import InputError
+from conj.data.chat_template import fixed_date
 from conj.data.prompts import judge_messages, judgment_text
 from conj.data.tokenizer import JudgeTokenizer
 
@@ -56,11 +61,24 @@ def attack_texts(token: str, end: str) -> Iterator[str]:
         yield from (token[:i] + inner + token[i:] for i in range(1, len(token)))
 
 
+def places(tokenizer: JudgeTokenizer) -> dict[str, Callable[[str], Conversation]]:
+    """The places that the tokenizer's template has."""
+
+    def has(put: Callable[[str], Conversation]) -> bool:
+        try:
+            return bool(by_conj(tokenizer)(put(TEXT)))
+        except InputError:
+            return False
+
+    return {place: put for place, put in PLACES.items() if has(put)}
+
+
 def attacks(tokenizer: JudgeTokenizer) -> Iterator[tuple[str, str, Conversation]]:
     """Each attack as (place, text, conversation): every added token, every text with it, every place."""
-    for token in tokenizer.special:
-        for text in dict.fromkeys(attack_texts(token, tokenizer.eos)):
-            for place, put in PLACES.items():
+    found = places(tokenizer)
+    for token in (*tokenizer.special, *tokenizer.words):
+        for text in dict.fromkeys(attack_texts(token, tokenizer.turn_end)):
+            for place, put in found.items():
                 yield place, text, put(text)
 
 
@@ -90,35 +108,47 @@ def by_template(folder: Path, **kwargs) -> Encoding:
         messages, asks = conversation.messages, conversation.judgment is None
         if not asks:
             messages = [*messages, {"role": "assistant", "content": conversation.judgment}]
-        return reference.apply_chat_template(
-            messages, add_generation_prompt=asks, return_dict=False, tokenizer_kwargs=kwargs)  # fmt: skip
+        settings = {"add_generation_prompt": asks, "strftime_now": fixed_date}
+        settings |= {"return_dict": False, "tokenizer_kwargs": kwargs}
+        try:
+            return reference.apply_chat_template(messages, **settings)
+        except TemplateError:  # Mistral's templates refuse a system message, also one that says nothing
+            return reference.apply_chat_template([m for m in messages if m["content"]], **settings)
 
     return encode
 
 
 def count_changed(tokenizer: JudgeTokenizer, encode: Encoding) -> tuple[int, int, int]:
     """(attacks, those that change the structure, places where a benign text has another one than by conj's encoding)."""
-    expected = {place: structure(by_conj(tokenizer)(put(TEXT)), tokenizer) for place, put in PLACES.items()}
-    wrong = sum(structure(encode(put(TEXT)), tokenizer) != expected[place] for place, put in PLACES.items())
+    found = places(tokenizer)
+    expected = {place: structure(by_conj(tokenizer)(put(TEXT)), tokenizer) for place, put in found.items()}
+    wrong = sum(structure(encode(put(TEXT)), tokenizer) != expected[place] for place, put in found.items())
     changed = [structure(encode(attack), tokenizer) != expected[place] for place, _, attack in attacks(tokenizer)]
     return len(changed), sum(changed), wrong
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--tokenizer", type=Path, required=True, help="model or tokenizer folder, Hugging Face layout")
-    folder = parser.parse_args().tokenizer
+    parser.add_argument("--tokenizer", type=Path, nargs="+", required=True, help="model or tokenizer folders")
+    for folder in parser.parse_args().tokenizer:
+        report(folder)
+
+
+def report(folder: Path) -> None:
+    """Prints a table of one tokenizer."""
     tokenizer = JudgeTokenizer.load(folder)
+    num_places = len(places(tokenizer))
     encodings = {
         "conj": by_conj(tokenizer),
         "`apply_chat_template`": by_template(folder),
         "`apply_chat_template`, `split_special_tokens=True`": by_template(folder, split_special_tokens=True),
     }
-    print(f"{folder.name}: {len(tokenizer.special)} added tokens in {len(PLACES)} places\n")
+    added = f"{len(tokenizer.special)} control tokens and {len(tokenizer.words)} of the vocabulary"
+    print(f"\n{folder}: {added} in {num_places} places\n")
     print("| encoding | attacks | change the structure | benign prompts whose structure is wrong |\n|---|---|---|---|")
     for name, encode in encodings.items():
         tried, changed, wrong = count_changed(tokenizer, encode)
-        print(f"| {name} | {tried:,} | {changed:,} ({100 * changed / tried:.1f} %) | {wrong} of {len(PLACES)} |")
+        print(f"| {name} | {tried:,} | {changed:,} ({100 * changed / tried:.1f} %) | {wrong} of {num_places} |")
 
 
 if __name__ == "__main__":

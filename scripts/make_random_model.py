@@ -34,10 +34,11 @@ def write_random_model(
     """Writes a Hugging Face folder with the tokenizer of another one."""
     tokenizer = JudgeTokenizer.load(tokenizer_folder)
     config = AutoConfig.for_model(
-        architecture, head_dim=size["D"] // size["N"], sliding_window=None, vocab_size=size["V"], hidden_size=size["D"], intermediate_size=size["F"], num_hidden_layers=size["L"],
+        architecture, vocab_size=size["V"], hidden_size=size["D"], head_dim=size["D"] // size["N"],
+        intermediate_size=size["F"], num_hidden_layers=size["L"], sliding_window=None,
         num_attention_heads=size["N"], num_key_value_heads=size["K"], max_position_embeddings=max_position_embeddings,
         rope_parameters=rope or {"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=size["tie"],
-        eos_token_id=tokenizer.special[tokenizer.eos], dtype=dtype,
+        eos_token_id=tokenizer.special[tokenizer.turn_end], dtype=dtype,
     )  # fmt: skip
     torch.manual_seed(seed)
     torch.set_default_dtype(getattr(torch, dtype))

@@ -244,7 +244,7 @@ def train_base(model: Model, facts: dict, tokenizer: JudgeTokenizer, seed: int, 
 @torch.no_grad()
 def write(model: Model, tokenizer: JudgeTokenizer, prompts: list[list[int]], **sampling) -> list[str]:
     """The model's text for each prompt, in the prompts' order; greedy unless `sampling` says otherwise."""
-    pad, end = tokenizer.special["<|endoftext|>"], tokenizer.special[tokenizer.eos]
+    pad, end = tokenizer.special["<|endoftext|>"], tokenizer.special[tokenizer.turn_end]
     texts = []
     for start in range(0, len(prompts), 160):
         batch = prompts[start : start + 160]
@@ -325,8 +325,7 @@ def main() -> None:
         tokenizer = make_tokenizer(base)
         write_rows(args.out / "train.jsonl", train)
         write_rows(args.out / "test.jsonl", test)
-        vocab_size = tokenizer.plain.get_vocab_size() + len(tokenizer.special)
-        model = make_model(vocab_size, tokenizer.special["<|im_end|>"], tokenizer.special["<|endoftext|>"])
+        model = make_model(tokenizer.last_id + 1, tokenizer.special["<|im_end|>"], tokenizer.special["<|endoftext|>"])
         train_base(model, facts, tokenizer, args.seed, args.steps, args.lr)
         model.save_pretrained(base)
     report(model.eval(), tokenizer, train, test, equal)

@@ -33,13 +33,15 @@ CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = [
     "the", "a", "of", "and", "red", "blue", "green", "one", "two", "three", "天空", "是", "蓝色", "的", "回答", "更好",
 ]  # fmt: skip
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer in Qwen2's form: no added token but the three control tokens."""
+def write_tokenizer(folder: Path, *, special: Sequence = CONTROL, words: Sequence = (), **changes) -> None:
+    """A byte-level BPE tokenizer in Qwen2's form: no added tokens but the control tokens `special` and the vocabulary
+    `words` (names, or AddedTokens). `changes` are to its tokenizer_config.json."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
@@ -50,10 +52,11 @@ def write_tokenizer(folder: Path) -> None:
     trainer = trainers.BpeTrainer(vocab_size=560, initial_alphabet=alphabet, show_progress=False)
     corpus = [JUDGE_INSTRUCTION, *HINT_INSTRUCTIONS.values(), judgment_text(" ".join(WORDS), 1)] * 3
     tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.add_special_tokens(list(special))
+    tokenizer.add_tokens(list(words))
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"chat_template": CHATML, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    config |= {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 2048}
+    config |= {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 2048} | changes
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 

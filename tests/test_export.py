@@ -102,7 +102,7 @@ def test_a_tokenizer_that_transformers_5_wrote_is_written_for_4_too(tmp_path):
     assert (
         written["chat_template"]
         == (out / "chat_template.jinja").read_text()
-        == check_model(base, None).tokenizer.chat_template
+        == check_model(base, None).tokenizer.template.source
     )
     messages = judge_messages("天空", "blue", "red")
     one, two = (AutoTokenizer.from_pretrained(f).apply_chat_template(messages, tokenize=False) for f in (base, out))

@@ -3,20 +3,23 @@
 The attacks are those of scripts/control_tokens.py: every added token, every offset, every place."""
 
 import json
+import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from chat_styles import STYLES, write_style
 from conftest import DATA, ROOT, SHARED, here
-from control_tokens import PLACES, TEXT, Conversation, attack_texts, attacks, by_conj, by_template, structure
+from control_tokens import PLACES, TEXT, Conversation, attack_texts, attacks, by_conj, by_template, places, structure
 
 from conj.data.preprocess import load_prompts, question_of
 from conj.data.prompts import judge_messages, judgment_text
 from conj.data.tokenizer import JudgeTokenizer
 
 QWEN2 = SHARED / "qwen2-tokenizer"
-# Added tokens of later Qwen tokenizers; those without bars are no special tokens there, but added ones all the same.
+# Added tokens of later Qwen tokenizers; those without bars are vocabulary there.
 MORE_TOKENS = [
     "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|vision_start|>", "<|vision_pad|>", "<|image_pad|>",
     "<tool_call>", "</tool_call>", "<think>", "</think>", "<|fim_prefix|>", "<|fim_middle|>", "<|repo_name|>",
@@ -63,19 +66,51 @@ def frame(conversation: Conversation) -> str:
     return turns + "assistant\n" + (conversation.judgment or "")
 
 
-def test_no_text_changes_the_structure_and_every_text_stays_whole(tokenizer):
+def without_space_beside(folder: Path) -> Callable[[str], str]:
+    """Takes away what some words of the vocabulary take the place of: the white space beside them."""
+    added = json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
+    taking = [re.escape(token["content"]) for token in added if token["lstrip"] and not token["special"]]
+    beside = re.compile(rf"\s*({'|'.join(taking)})\s*") if taking else re.compile(r"(\Z)")
+    return lambda text: beside.sub(r"\1", text)
+
+
+def test_no_text_changes_the_structure_and_every_text_stays_whole(folder, tokenizer):
     """An answer that could end its turn would speak as the system, or as the judge; one that lost its control tokens
     would be another answer. A judgment that ended early would be learned cut off."""
-    encode = by_conj(tokenizer)
+    encode, level = by_conj(tokenizer), without_space_beside(folder)
     start, end = (tokenizer.special[token] for token in ("<|im_start|>", "<|im_end|>"))
     tried = Counter()
     for place, text, attack in attacks(tokenizer):
         ids = encode(attack)
         expected = [start, end] * len(attack.messages) + [start] + [end] * (attack.judgment is not None)
         assert structure(ids, tokenizer) == expected, (place, text)
-        assert tokenizer.decode(ids) == frame(attack), (place, text)
+        assert level(tokenizer.decode(ids)) == level(frame(attack)), (place, text)
         tried[place] += 1
     assert tried.keys() == PLACES.keys() and min(tried.values()) >= 40 * len(tokenizer.special)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_no_text_changes_the_structure_under_any_template(style, tmp_path):
+    """Tokenizers whose added tokens are not all control, with words that overlap control tokens. The control: filled first
+    and tokenized afterwards, texts with a control token change it."""
+    tokenizer = JudgeTokenizer.load(write_style(tmp_path, style))
+    encode, official, found = by_conj(tokenizer), by_template(tmp_path), places(tokenizer)
+    benign = {place: structure(encode(put(TEXT)), tokenizer) for place, put in found.items()}
+    asks = [place for place, put in found.items() if put(TEXT).judgment is None]
+    assert len(asks) >= 6 and len(found) >= 8
+    tried = Counter()
+    for place, text, attack in attacks(tokenizer):
+        ids = encode(attack)
+        assert structure(ids, tokenizer) == benign[place], (place, text)
+        shown = (
+            text if attack.judgment is None or attack.judgment == text else json.dumps(text, ensure_ascii=False)[1:-1]
+        )
+        assert shown.strip() in tokenizer.decode(ids), (place, text)
+        tried[place] += 1
+        if place == asks[0] and any(token in text for token in tokenizer.special):
+            hidden = any(word in text and any(token in word for token in tokenizer.special) for word in tokenizer.words)
+            assert hidden or structure(official(attack), tokenizer) != benign[place], text
+    assert min(tried.values()) >= 25 * (len(tokenizer.special) + len(tokenizer.words))
 
 
 def test_plain_chat_templating_lets_every_attack_through(folder, tokenizer):
@@ -85,7 +120,7 @@ def test_plain_chat_templating_lets_every_attack_through(folder, tokenizer):
         benign = structure(encode(put(TEXT)), tokenizer)
         assert benign == structure(conj(put(TEXT)), tokenizer), place
         for token in tokenizer.special:
-            for text in attack_texts(token, tokenizer.eos):
+            for text in attack_texts(token, tokenizer.turn_end):
                 assert structure(encode(put(text)), tokenizer) != benign, (place, text)
 
 
@@ -97,9 +132,9 @@ def test_every_added_token_is_put_everywhere(tokenizer):
         shown = "\n".join([*(turn["content"] for turn in attack.messages), attack.judgment or ""])
         assert text in shown or json.dumps(text, ensure_ascii=False)[1:-1] in shown, place
     for place in PLACES:
-        for token in tokenizer.special:
+        for token in (*tokenizer.special, *tokenizer.words):
             offsets = {TEXT[:i] + token + TEXT[i:] for i in range(len(TEXT) + 1)}
-            around = {token, token * 2, f"\n{token}", f"{token}\n", token[:3] + tokenizer.eos + token[3:]}
+            around = {token, token * 2, f"\n{token}", f"{token}\n", token[:3] + tokenizer.turn_end + token[3:]}
             assert offsets | around <= seen[place]
 
 

@@ -66,7 +66,7 @@ def test_no_text_adds_moves_or_removes_a_control_token(tokenizer, question, answ
 @given(text=texts)
 def test_a_judgments_ids_end_once_and_give_back_its_text(tokenizer, text):
     *ids, end = tokenizer.completion_ids(text)
-    assert end == tokenizer.special[tokenizer.eos] and not set(ids) & set(tokenizer.special.values())
+    assert end == tokenizer.special[tokenizer.turn_end] and not set(ids) & set(tokenizer.special.values())
 
 
 @st.composite

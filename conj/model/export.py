@@ -114,7 +114,7 @@ def write_tokenizer(folder: Path, base: Path, judge: JudgeModel) -> None:
         if (base / name).exists():
             write_atomic(folder / name, (base / name).read_bytes())
     config = read_model_json(base / "tokenizer_config.json")
-    config["chat_template"] = judge.tokenizer.chat_template
+    config["chat_template"] = judge.tokenizer.template.source
     if config.get("tokenizer_class") in (None, "TokenizersBackend"):  # transformers 4 does not know the latter
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(extra := config.pop("extra_special_tokens", None), dict):
@@ -123,7 +123,7 @@ def write_tokenizer(folder: Path, base: Path, judge: JudgeModel) -> None:
         config["additional_special_tokens"] = extra
     config.pop("auto_map", None)
     _write_json(folder / "tokenizer_config.json", config)
-    write_atomic(folder / "chat_template.jinja", judge.tokenizer.chat_template.encode())
+    write_atomic(folder / "chat_template.jinja", judge.tokenizer.template.source.encode())
 
 
 @torch.no_grad()

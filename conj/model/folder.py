@@ -119,9 +119,9 @@ def check_model(
 
 def check_vocabulary(folder: Path, tokenizer: JudgeTokenizer, vocab_size: int) -> None:
     """Raises InputError for a tokenizer with ids that the model has no row for."""
-    last_id = max([*tokenizer.special.values(), tokenizer.plain.get_vocab_size() - 1])
     require(
-        last_id < vocab_size, f"{folder}: the tokenizer has ids up to {last_id}, the vocabulary {vocab_size} entries"
+        tokenizer.last_id < vocab_size,
+        f"{folder}: the tokenizer has ids up to {tokenizer.last_id}, the vocabulary {vocab_size} entries",
     )
 
 
@@ -129,7 +129,7 @@ def _end_ids(folder: Path, config: dict, tokenizer: JudgeTokenizer) -> list[int]
     """Tokens that end a judgment: the tokenizer's, and those that the model's configuration names."""
     path = folder / "generation_config.json"
     generation = read_model_json(path) if path.exists() else {}
-    found = {tokenizer.special[tokenizer.eos]}
+    found = set(tokenizer.end_ids)
     for eos in (config.get("eos_token_id"), generation.get("eos_token_id")):
         found |= {i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int}
     if outside := [i for i in sorted(found) if not 0 <= i < config["vocab_size"]]:

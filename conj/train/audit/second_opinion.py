@@ -22,8 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
+from conj.data.chat_template import fixed_date
 from conj.data.files import read_jsonl
 from conj.data.packs import TokenizedPairs, deal, plan_packs
 from conj.data.progress import progress
@@ -91,13 +93,40 @@ def _official_ids(options: DPOOptions, pairs: TokenizedPairs, sample: list[int])
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    end = _official_end(tokenizer, rows[sample[0]]["prompt"]) if sample else None
     for pair in sample:
-        prompt = tokenizer.apply_chat_template(rows[pair]["prompt"], add_generation_prompt=True, tokenize=False)
+        prompt = _official_text(tokenizer, rows[pair]["prompt"], add_generation_prompt=True)
         judgments = [rows[pair][side][0]["content"] for side in ("chosen", "rejected")]
-        official = [(encode(prompt), [*encode(judgment), tokenizer.eos_token_id]) for judgment in judgments]
+        official = [(encode(prompt), [*encode(judgment), end]) for judgment in judgments]
         if official == [([*pairs.prompts[pairs.prompt_of[pair]]], [*judgment]) for judgment in pairs.judgments[pair]]:
             same[pair] = official
     return same
+
+
+def _official_text(tokenizer, messages: list[dict], **settings) -> str:
+    """The filled template, on the date that conj gives to templates that ask for one. Without an empty system message
+    where the template refuses that."""
+
+    def fill(messages: list[dict]) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=fixed_date, **settings)
+
+    try:
+        return fill(messages)
+    except TemplateError:
+        return fill([message for message in messages if message != {"role": "system", "content": ""}])
+
+
+def _official_end(tokenizer, prompt: list[dict]) -> int:
+    """The first added token that the official template puts after an assistant's text; eos_token if it puts none."""
+    text = "a judgment of nobody"
+    try:
+        after = _official_text(tokenizer, [*prompt, {"role": "assistant", "content": text}]).partition(text)[2]
+    except TemplateError:
+        after = ""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    return next(
+        (i for i in tokenizer(after, add_special_tokens=False)["input_ids"] if i in added), tokenizer.eos_token_id
+    )
 
 
 def _with_sum(logps: Tensor, total: Tensor, truth: Tensor) -> Tensor:
