@@ -30,6 +30,7 @@ import tomli_w
 from conj import InputError
 from conj.data import manifest
 from conj.data.benchmarks import locate_data
+from conj.data.card import write_card
 from conj.data.files import write_atomic
 from conj.data.options import flag, require, run_command
 from conj.data.readers import read_rows
@@ -201,6 +202,7 @@ def main(given) -> None:
         before = tomllib.loads(kept.read_text("utf-8")) if kept.exists() else {}
         write_atomic(kept, tomli_w.dumps(as_toml(run, before)).encode())
         run_stages(run, found)
+        write_card(run.folder)  # also where every stage was complete
     if "evaluate" in runs[0].options:
         if len(runs) > 1:
             compare(runs)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from bench_common import argument_parser, write_rows
 
+from conj.data.card import CARD
 from conj.data.manifest import list_artefacts, manifest_path, read_manifest
-from conj.train.audit.chain import check_chain
+from conj.train.audit.chain import check_card, check_chain
 
 
 def places(run: Path, base: Path) -> list[tuple[Path, str]]:
@@ -26,7 +27,7 @@ def places(run: Path, base: Path) -> list[tuple[Path, str]]:
         found.append((manifest_path(artefact), artefact.name))
         files = sorted(artefact.rglob("*")) if artefact.is_dir() else [artefact]
         files += [run / name for name in read_manifest(artefact).get("also", {}) if (run / name).is_file()]
-        found += [(path, artefact.name) for path in files if path.stat().st_size]
+        found += [(path, CARD if path == run / CARD else artefact.name) for path in files if path.stat().st_size]
     found += [(path, "model") for path in sorted((run / "tensorboard").iterdir())]
     found += [(path, f"checkpoints/{path.parent.name}") for path in sorted(run.glob("checkpoints/*/rank-*"))]
     found += [(path, "repeated.jsonl") for path in sorted(base.iterdir())]  # the first stage that read it
@@ -50,7 +51,7 @@ def main() -> None:
             whole = path.read_bytes()
             place = rng.randrange(len(whole))
             path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << rng.randrange(8))]) + whole[place + 1 :])
-            broken = [check for check in check_chain(run, base) if check.outcome == "BROKEN"]
+            broken = [c for c in (*check_chain(run, base), *check_card(run)) if c.outcome == "BROKEN"]
             path.write_bytes(whole)
             name, said = (broken[0].name, broken[0].found.replace(folder, "…")) if broken else ("none", "")
             rows.append({"changed": str(path.relative_to(folder)), "byte": place, "found": name, "named": name == link})

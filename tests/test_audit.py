@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_dpo import dpo_options, make_reference, one_ulp
 
 from conj.data import manifest
+from conj.data.card import write_card
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.manifest import hash_input, list_artefacts, manifest_path, read_manifest, read_sealed, write_sealed
 from conj.data.packs import pairs_of
@@ -68,7 +69,7 @@ def broken(checks: dict[str, Check]) -> list[str]:
 
 
 def reseal(run: Path) -> None:
-    """Manifests that fit a changed run: what someone would do who hides a change. Only the numbers still tell."""
+    """Manifests and a card that fit a changed run: what someone would do who hides a change. Only the numbers still tell."""
     for artefact in list_artefacts(run):
         made = read_manifest(artefact)
         made["sha256"] = hash_input(artefact)
@@ -77,13 +78,21 @@ def reseal(run: Path) -> None:
             path = run / Path(entry["path"]).name
             entry["sha256"] = hash_input(path if path.exists() and path.name != "base" else entry["path"])
         write_sealed(manifest_path(artefact), made)
+    write_card(run)
 
 
 def test_an_undisturbed_run_holds_in_every_check(run, capsys):
     holds, checks = audited(run, replay=5, reference=True)
     assert holds and {check.outcome for check in checks.values()} == {"holds"}
     names = ["pairs.jsonl", "reference.safetensors", "model", "checkpoints/step-00000003", "checkpoints/step-00000006"]
-    names += ["checkpoints/step-00000008", "reference key", "step 0", "data order", "exported weights"]
+    names += [
+        "checkpoints/step-00000008",
+        "model/README.md",
+        "reference key",
+        "step 0",
+        "data order",
+        "exported weights",
+    ]
     names += ["replay of steps 4 to 8", "ids by transformers", "reference by transformers", "loss by transformers"]
     assert list(checks) == names
     assert checks["replay of steps 4 to 8"].found == "log and 2 checkpoints bit for bit"
@@ -117,6 +126,7 @@ TAMPERED = {  # file: the first broken link
     "model/model.safetensors": "model",
     "model/config.json": "model",
     "model/tokenizer.json": "model",
+    "model/README.md": "model/README.md",
     "model.manifest.json": "model",
     "checkpoints/step-00000003/rank-00000.safetensors": "checkpoints/step-00000003",
     "checkpoints/step-00000006/manifest.json": "model",
@@ -183,6 +193,7 @@ def test_a_deleted_manifest_or_log_is_found(name, run):
 def edit_manifest(run: Path, **options) -> None:
     made = read_manifest(run / "model")
     write_sealed(manifest_path(run / "model"), made | {"options": made["options"] | options})
+    write_card(run)
 
 
 def test_a_learning_rate_other_than_the_one_stated_is_found_at_the_first_step(run):

@@ -131,11 +131,13 @@ def read_manifest(artefact: Path) -> dict | None:
 
 
 def hash_input(path: str | Path) -> str:
-    """sha256 of a file, or of a folder's file names and hashes (hidden files aside)."""
+    """sha256 of a file, or of a folder's file names and hashes (hidden files aside, and a model's card, which is written
+    anew with each report)."""
     path = Path(path)
     if path.is_file():
         return sha256_file(path)
-    files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
+    card = path / "README.md" if (path / "config.json").exists() else None
+    files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith(".") and f != card)
     lines = "".join(f"{sha256_file(f)}  {f.relative_to(path).as_posix()}\n" for f in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -325,16 +327,18 @@ def finish(
     seconds: float,
     also: Sequence[Path] = (),
     machine: dict | None = None,
+    base_card: dict | None = None,
 ) -> None:
     """Closes the stage: hash, number of rows, what was counted on the way, wall time in seconds. Prints the counts,
     lists of ids aside.
 
     `also`: files and folders that the stage made beside the artefact, hashed too. `machine`: what its bits depend on
-    beside versions, if they depend on more."""
+    beside versions, if they depend on more. `base_card`: what the card of the base model states."""
     manifest = read_manifest(artefact)
     made = {"sha256": hash_input(artefact), "num_rows": num_rows, "counts": counts, "seconds": round(seconds, 3)}
     made |= {"also": {str(p.relative_to(artefact.parent)): hash_input(p) for p in sorted(also)}} if also else {}
     made |= {"machine": machine} if machine else {}
+    made |= {"base_card": base_card} if base_card else {}
     write_sealed(manifest_path(artefact), {**manifest, "complete": True, **made})
     if lock := _held.pop(artefact, None):
         lock.close()

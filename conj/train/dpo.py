@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conj.data.card import read_base_card, write_card
 from conj.data.manifest import begin, finish, identity
 from conj.data.options import run_command
 from conj.data.packs import Group, TokenizedPairs, deal, pairs_of
@@ -215,7 +216,11 @@ def main(options: DPOOptions) -> None:
             logs = [path for name in ("metrics.jsonl", "tensorboard") if (path := options.run_dir / name).exists()]
             also = [*logs, *checkpoints.glob("*/manifest.json")]
             seconds = time.perf_counter() - started
-            finish(artefact, num_rows=len(steps), counts=counts, seconds=seconds, also=also, machine=world.describe())
+            finish(
+                artefact, num_rows=len(steps), counts=counts, seconds=seconds, also=also, machine=world.describe(),
+                base_card=read_base_card(options.model),
+            )  # fmt: skip
+            write_card(options.run_dir)
 
 
 if __name__ == "__main__":
