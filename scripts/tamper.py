@@ -30,7 +30,8 @@ def places(run: Path, base: Path) -> list[tuple[Path, str]]:
         found += [(path, CARD if path == run / CARD else artefact.name) for path in files if path.stat().st_size]
     found += [(path, "model") for path in sorted((run / "tensorboard").iterdir())]
     found += [(path, f"checkpoints/{path.parent.name}") for path in sorted(run.glob("checkpoints/*/rank-*"))]
-    found += [(path, "repeated.jsonl") for path in sorted(base.iterdir())]  # the first stage that read it
+    # The first stage that read it; its card is no part of it.
+    found += [(path, "repeated.jsonl") for path in sorted(base.iterdir()) if path.name != "README.md"]
     return found
 
 

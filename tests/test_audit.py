@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_dpo import dpo_options, make_reference, one_ulp
 
 from conj.data import manifest
-from conj.data.card import write_card
+from conj.data.card import CARD, write_card
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.manifest import hash_input, list_artefacts, manifest_path, read_manifest, read_sealed, write_sealed
 from conj.data.packs import pairs_of
@@ -259,6 +259,29 @@ def test_weights_that_are_not_the_last_checkpoints_are_named(run):
     reseal(run)
     _, checks = audited(run)
     assert "model.norm.weight is not step-00000008's" in checks["exported weights"].found
+
+
+def test_the_card_gets_the_audits_result_unless_it_was_edited(run):
+    """An edited card is left as it is: it is what there is to look into."""
+    before = (run / CARD).read_text()
+    assert "Not audited." in before
+    assert audited(run)[0]
+    card = (run / CARD).read_text()
+    assert (
+        "Not audited." not in card
+        and "the run holds" in card
+        and "| holds | pairs.jsonl, reference.safetensors" in card
+    )
+    assert audited(run)[0]
+    edited = card.replace("| optimizer steps | 8 |", "| optimizer steps | 9 |")
+    (run / CARD).write_text(edited)
+    holds, checks = audited(run)
+    assert not holds and broken(checks) == [CARD] and "expected '| optimizer steps | 8 |', found" in checks[CARD].found
+    assert checks["step 0"].outcome == "holds" and (run / CARD).read_text() == edited
+    write_card(run)
+    assert "**broken**" in (run / CARD).read_text()
+    flip(run / "pairs.jsonl.manifest.json")
+    assert audited(run)[1][CARD].outcome == "unchecked"
 
 
 # ---- Two runs ----

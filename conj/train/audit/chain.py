@@ -4,12 +4,13 @@ import functools
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import zip_longest
+from os.path import commonprefix
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from conj import InputError
 from conj.data.card import CARD, owns_model, render_card, trained_by
-from conj.data.files import brief, read_jsonl
+from conj.data.files import read_jsonl
 from conj.data.manifest import ARTEFACTS, hash_input, list_artefacts, locate, manifest_path, read_manifest, stage_order
 from conj.data.options import require
 from conj.train.checkpoint import check_checkpoint, list_checkpoints
@@ -120,12 +121,13 @@ def check_card(run: Path) -> list[Check]:
 
 
 def _first_difference(expected: bytes, found: bytes) -> tuple[int, str, str]:
-    """The first line in which two texts differ: its number, and what stands there, cut where it is long."""
+    """The first line in which two texts differ: its number, and what stands there, around the place."""
     lines = zip_longest(
         *(text.decode("utf-8", "replace").split("\n") for text in (expected, found)), fillvalue="no line"
     )
     number, pair = next((i, pair) for i, pair in enumerate(lines, 1) if pair[0] != pair[1])
-    return number, *map(brief, pair)
+    start = max(0, len(commonprefix(pair)) - 60)
+    return number, *(repr(line[start : start + 120]) for line in pair)
 
 
 def recorded_base(run: Path) -> str | None:
