@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import zip_longest
-from os.path import commonprefix
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -126,7 +125,8 @@ def _first_difference(expected: bytes, found: bytes) -> tuple[int, str, str]:
         *(text.decode("utf-8", "replace").split("\n") for text in (expected, found)), fillvalue="no line"
     )
     number, pair = next((i, pair) for i, pair in enumerate(lines, 1) if pair[0] != pair[1])
-    start = max(0, len(commonprefix(pair)) - 60)
+    same = next((i for i, (one, other) in enumerate(zip(*pair)) if one != other), min(map(len, pair)))
+    start = max(0, same - 60)
     return number, *(repr(line[start : start + 120]) for line in pair)
 
 
