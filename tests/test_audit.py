@@ -261,6 +261,13 @@ def test_weights_that_are_not_the_last_checkpoints_are_named(run):
     assert "model.norm.weight is not step-00000008's" in checks["exported weights"].found
 
 
+def test_a_card_that_a_kill_kept_from_being_written_is_written_by_the_same_command(run, trained):
+    (run / CARD).rename(run / ".card")
+    base, settings = trained[1], {"max_steps": STEPS, "save_every": 3, "keep_checkpoints": 9, "num_train_epochs": 2}
+    dpo.main(dpo_options(run, base, **settings))
+    assert audited(run)[1][CARD].outcome == "holds" and not (run / ".card").exists()
+
+
 def test_the_card_gets_the_audits_result_unless_it_was_edited(run):
     """An edited card is left as it is: it is what there is to look into."""
     before = (run / CARD).read_text()

@@ -366,6 +366,9 @@ def test_the_snippets_load_the_repository_after_a_push(tmp_path):
     run = trained_run(tmp_path / "run")
     assert all('\nfolder = "."\n' in code for code in snippets(render_card(run)))
     assert all('\nfolder = "me/my-judge"\n' in code for code in snippets(render_card(run, name="me/my-judge")))
+    of_branch, by_vllm = snippets(render_card(run, name="me/my-judge", revision="beta"))
+    assert of_branch.count('from_pretrained(folder, revision="beta"') == 2
+    assert 'LLM(model=folder, revision="beta", tokenizer_revision="beta")' in by_vllm
 
 
 # ---- The hub ----
@@ -404,6 +407,10 @@ def test_a_second_push_to_a_branch_takes_away_weights_that_are_no_more(tmp_path)
         done = push(run, hub, tmp_path, "--revision", "beta")
         assert done.returncode == 0, done.stderr
         assert hub.files["me/my-judge"]["main"] == old and hub.commits == ["beta"]
+        assert (
+            hub.files["me/my-judge"]["beta"]["README.md"]
+            == render_card(run, name="me/my-judge", revision="beta").encode()
+        )
         assert set(hub.files["me/my-judge"]["beta"]) == {"notes.md", "README.md", "config.json", "model.safetensors"}
 
 

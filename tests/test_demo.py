@@ -12,7 +12,7 @@ from conftest import ROOT, SHARED
 
 from conj.data.card import CARD, render_card
 from conj.data.files import read_jsonl
-from conj.data.manifest import read_manifest
+from conj.data.manifest import hash_input, read_manifest
 from conj.data.markdown import with_interval
 
 TRAIN, TEST = (ROOT / "demo" / f"{name}.jsonl" for name in ("train", "test"))
@@ -70,18 +70,18 @@ def test_a_second_run_finds_everything_complete_and_writes_the_card_anew(demo):
 
 
 def run_snippet(demo: Path, place: int, changes: dict[str, str]) -> str:
-    """What a snippet of the model's card prints, pasted into a file of the model's folder and run there, by an environment
-    that knows nothing of conj. `changes`: what a user puts in place of the example."""
+    """What a snippet of the model's card prints, pasted into a file and run in the model's folder as the card says, in an
+    environment that knows nothing of conj. `changes`: what a user puts in place of the example."""
     code = re.findall(r"```python\n(.*?)```", (demo / CARD).read_text("utf-8"), re.S)[place]
     for name, text in changes.items():
         code, count = re.subn(rf"^{name} = .*$", f"{name} = {text!r}", code, flags=re.M)
         assert count == 1
-    file = demo / "model" / ".snippet.py"  # hidden: not a part of the model
+    file = demo / "judge.py"
     file.write_text(code, "utf-8")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
-        [sys.executable, file.name], capture_output=True, text=True, env=env, cwd=file.parent, timeout=300
+        [sys.executable, "../judge.py"], capture_output=True, text=True, env=env, cwd=demo / "model", timeout=300
     )
     file.unlink()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -100,6 +100,7 @@ def test_the_cards_snippet_for_transformers_runs_as_pasted(demo):
     """As it stands it asks what the tiny judge knows nothing about: it runs, and says whether there is a verdict."""
     assert "\nbetter answer: " in run_snippet(demo, 0, {})
     assert run_snippet(demo, 0, TOWN).endswith("\nbetter answer: 2\n")
+    assert hash_input(demo / "model") == read_manifest(demo / "model")["sha256"]
 
 
 @pytest.mark.slow

@@ -72,9 +72,9 @@ def write_card(run: Path) -> None:
         os.replace(run / ".card", run / CARD)
 
 
-def render_card(run: Path, *, name: str = ".", with_audit: bool = True) -> str:
-    """The card of the run's trained model. `name`: what the snippets load, the folder they stand in or the hub's name;
-    `with_audit`: show the result of audit.json, if there is one of this model.
+def render_card(run: Path, *, name: str = ".", revision: str | None = None, with_audit: bool = True) -> str:
+    """The card of the run's trained model. `name`: what the snippets load, the folder they are run in or the hub's name,
+    there of a `revision`; `with_audit`: show the result of audit.json, if there is one of this model.
 
     Raises InputError where training is not complete, or where what the card is made of cannot be read."""
     stages, missing = trained_by(run)
@@ -85,7 +85,7 @@ def render_card(run: Path, *, name: str = ".", with_audit: bool = True) -> str:
     stages |= {f"judgments_{judge}": made for judge, made in judged_by(run, model).items()}
     page = {
         "front_matter": yaml.safe_dump(front_matter(stages, base), allow_unicode=True, sort_keys=False),
-        "base": base, "folder": name, "max_new_tokens": longest_judgment(stages),
+        "base": base, "folder": name, "revision": revision, "max_new_tokens": longest_judgment(stages),
         "messages": prompt_messages(), "code": prompt_code(), "reason_key": REASON_KEY, "verdict_key": VERDICT_KEY,
         "stages": [{"name": stage_of(name), "judge": name.partition("_")[2]} | made for name, made in stages.items()],
         "missing": missing,

@@ -37,7 +37,7 @@ def push(options: PushOptions) -> None:
     require(owns_model(options.run_dir), f"{folder}: lies in another run; give --run-dir {there}")
     whole = hash_input(folder) == model["sha256"]
     require(whole, f"{folder}: was changed after training: its sha256 is not its manifest's")
-    card = render_card(options.run_dir, name=options.repo_id)
+    card = render_card(options.run_dir, name=options.repo_id, revision=options.revision)
     print(upload(folder, card, options))
 
 

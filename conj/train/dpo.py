@@ -167,6 +167,7 @@ def main(options: DPOOptions) -> None:
 
         # Is it done already? If not: model, optimizer, and where an earlier run of the same inputs and options stopped.
         if not world.on_main(lambda: begin(artefact, inputs=inputs, options=options)):
+            world.on_main(lambda: write_card(options.run_dir))  # a kill may have come between the model and its card
             return
         run_identity = world.on_main(lambda: identity(artefact))
         checkpoint = world.on_main(lambda: find_checkpoint(checkpoints, run_identity))
