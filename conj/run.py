@@ -24,6 +24,7 @@ from pathlib import Path
 import tomli_w
 
 from conj.data import manifest
+from conj.data.card import write_card
 from conj.data.files import write_atomic
 from conj.data.options import flag, run_command
 from conj.preflight import ON_ALL_RANKS, SAME_IN_A_SWEEP, at_hand, check, check_costly, survey
@@ -122,6 +123,7 @@ def main(given) -> None:
         before = tomllib.loads(kept.read_text("utf-8")) if kept.exists() else {}
         write_atomic(kept, tomli_w.dumps(as_toml(run, before)).encode())
         run_stages(run, found)
+        write_card(run.folder)  # also where every stage was complete
     if "evaluate" in runs[0].options:
         if len(runs) > 1:
             compare(runs)

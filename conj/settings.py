@@ -54,6 +54,7 @@ COMMANDS = {
     "evaluate": Command("conj.sample.evaluation.evaluate", "conj.sample.evaluation.evaluate:EvaluateOptions"),
     "judge": Command("conj.sample.judge", "conj.sample.judge:JudgeOptions"),
     "attacks": Command("conj.sample.evaluation.attacks", "conj.sample.evaluation.attacks:AttackOptions"),
+    "push": Command("conj.data.push", "conj.data.push:PushOptions"),
     "audit": Command("conj.train.audit", "conj.train.options:AuditOptions"),
 }
 STAGES = ("preprocess", "repeated", "hinted", "pairs", "reference", "dpo", "evaluate")

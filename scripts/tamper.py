@@ -15,10 +15,11 @@ from pathlib import Path
 
 from bench_common import argument_parser, write_rows
 
+from conj.data.card import CARD
 from conj.data.identity import hash_files
 from conj.data.manifest import list_artefacts, manifest_path, read_manifest
 from conj.data.model_files import deciding_files
-from conj.train.audit.chain import check_chain
+from conj.train.audit.chain import check_card, check_chain
 
 
 def places(run: Path, base: Path) -> list[tuple[Path, str]]:
@@ -31,6 +32,7 @@ def places(run: Path, base: Path) -> list[tuple[Path, str]]:
         found += [(path, artefact.name) for path in files if path.stat().st_size]
     found += [(path, "model") for path in sorted((run / "tensorboard").iterdir())]
     found += [(path, f"checkpoints/{path.parent.name}") for path in sorted(run.glob("checkpoints/*/rank-*"))]
+    found.append((run / CARD, CARD))
     found += [(path, "repeated.jsonl") for path in deciding_files(base)]  # the first stage that read it
     return found
 
@@ -52,7 +54,7 @@ def main() -> None:
             whole = path.read_bytes()
             place = rng.randrange(len(whole))
             path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << rng.randrange(8))]) + whole[place + 1 :])
-            broken = [check for check in check_chain(run, base) if check.outcome == "BROKEN"]
+            broken = [c for c in (*check_chain(run, base), *check_card(run)) if c.outcome == "BROKEN"]
             path.write_bytes(whole)
             name, said = (broken[0].name, broken[0].found.replace(folder, "…")) if broken else ("none", "")
             rows.append({"changed": str(path.relative_to(folder)), "byte": place, "found": name, "named": name == link})

@@ -47,6 +47,7 @@ OPTIONS = {  # their order is that of the help alone
         "judge_text name judgments parser num_samples temperature verdict_probability seed num_resamples"
     ),
     "audit": "run_dir model device num_pairs replay reference against seed",
+    "push": "run_dir repo_id private revision",
     "attacks": RUN + ENGINE + "data subsets limit parser seed num_resamples",
     "judge": ENGINE + "question answer_1 answer_2",
 }  # fmt: skip

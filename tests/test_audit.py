@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_dpo import dpo_options, make_reference, one_ulp
 
 from conj.data import manifest
+from conj.data.card import CARD, write_card
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.identity import describe_input, describe_made, hash_input
 from conj.data.manifest import list_artefacts, manifest_path, read_manifest, read_sealed, write_sealed
@@ -69,7 +70,7 @@ def broken(checks: dict[str, Check]) -> list[str]:
 
 
 def reseal(run: Path) -> None:
-    """Manifests that fit a changed run: what someone would do who hides a change. Only the numbers still tell."""
+    """Manifests and a card that fit a changed run: what someone would do who hides a change. Only the numbers still tell."""
     for artefact in list_artefacts(run):
         made = read_manifest(artefact)
         made |= describe_made(artefact)
@@ -78,13 +79,21 @@ def reseal(run: Path) -> None:
             path = run / Path(entry["path"]).name
             entry |= describe_input(path if path.exists() and path.name != "base" else Path(entry["path"]))
         write_sealed(manifest_path(artefact), made)
+    write_card(run)
 
 
 def test_an_undisturbed_run_holds_in_every_check(run, capsys):
     holds, checks = audited(run, replay=5, reference=True)
     assert holds and {check.outcome for check in checks.values()} == {"holds"}
     names = ["pairs.jsonl", "reference.safetensors", "model", "checkpoints/step-00000003", "checkpoints/step-00000006"]
-    names += ["checkpoints/step-00000008", "reference key", "step 0", "data order", "exported weights"]
+    names += [
+        "checkpoints/step-00000008",
+        "model/README.md",
+        "reference key",
+        "step 0",
+        "data order",
+        "exported weights",
+    ]
     names += ["replay of steps 4 to 8", "ids by transformers", "reference by transformers", "loss by transformers"]
     assert list(checks) == names
     assert checks["replay of steps 4 to 8"].found == "log and 2 checkpoints bit for bit"
@@ -118,6 +127,7 @@ TAMPERED = {  # file: the first broken link
     "model/model.safetensors": "model",
     "model/config.json": "model",
     "model/tokenizer.json": "model",
+    "model/README.md": "model/README.md",
     "model.manifest.json": "model",
     "checkpoints/step-00000003/rank-00000.safetensors": "checkpoints/step-00000003",
     "checkpoints/step-00000006/manifest.json": "model",
@@ -184,6 +194,7 @@ def test_a_deleted_manifest_or_log_is_found(name, run):
 def edit_manifest(run: Path, **options) -> None:
     made = read_manifest(run / "model")
     write_sealed(manifest_path(run / "model"), made | {"options": made["options"] | options})
+    write_card(run)
 
 
 def test_a_learning_rate_other_than_the_one_stated_is_found_at_the_first_step(run):
@@ -249,6 +260,36 @@ def test_weights_that_are_not_the_last_checkpoints_are_named(run):
     reseal(run)
     _, checks = audited(run)
     assert "model.norm.weight is not step-00000008's" in checks["exported weights"].found
+
+
+def test_a_card_that_a_kill_kept_from_being_written_is_written_by_the_same_command(run, trained):
+    (run / CARD).rename(run / ".card")
+    base, settings = trained[1], {"max_steps": STEPS, "save_every": 3, "keep_checkpoints": 9, "num_train_epochs": 2}
+    dpo.main(dpo_options(run, base, **settings))
+    assert audited(run)[1][CARD].outcome == "holds" and not (run / ".card").exists()
+
+
+def test_the_card_gets_the_audits_result_unless_it_was_edited(run):
+    """An edited card is left as it is: it is what there is to look into."""
+    before = (run / CARD).read_text()
+    assert "Not audited." in before
+    assert audited(run)[0]
+    card = (run / CARD).read_text()
+    assert (
+        "Not audited." not in card
+        and "the run holds" in card
+        and "| holds | pairs.jsonl, reference.safetensors" in card
+    )
+    assert audited(run)[0]
+    edited = card.replace("| optimizer steps | 8 |", "| optimizer steps | 9 |")
+    (run / CARD).write_text(edited)
+    holds, checks = audited(run)
+    assert not holds and broken(checks) == [CARD] and "expected '| optimizer steps | 8 |', found" in checks[CARD].found
+    assert checks["step 0"].outcome == "holds" and (run / CARD).read_text() == edited
+    write_card(run)
+    assert "**broken**" in (run / CARD).read_text()
+    flip(run / "pairs.jsonl.manifest.json")
+    assert audited(run)[1][CARD].outcome == "unchecked"
 
 
 # ---- Two runs ----

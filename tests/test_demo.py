@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHARED
 
+from conj.data.card import CARD, render_card
 from conj.data.files import read_jsonl
-from conj.data.manifest import read_manifest
+from conj.data.manifest import hash_input, read_manifest
+from conj.data.markdown import with_interval
 
 TRAIN, TEST = (ROOT / "demo" / f"{name}.jsonl" for name in ("train", "test"))
 
@@ -60,8 +63,59 @@ def test_no_label_of_the_test_set_reaches_an_earlier_stage(demo):
 
 
 @pytest.mark.vllm
-def test_a_second_run_finds_everything_complete(demo):
+def test_a_second_run_finds_everything_complete_and_writes_the_card_anew(demo):
+    (demo / CARD).unlink()
     assert conj_run("demo/demo.toml", "--run-dir", demo).count("already complete") == 8
+    assert (demo / CARD).read_text("utf-8") == render_card(demo)
+
+
+def run_snippet(demo: Path, place: int, changes: dict[str, str]) -> str:
+    """What a snippet of the model's card prints, pasted into a file and run in the model's folder as the card says, in an
+    environment that knows nothing of conj. `changes`: what a user puts in place of the example."""
+    code = re.findall(r"```python\n(.*?)```", (demo / CARD).read_text("utf-8"), re.S)[place]
+    for name, text in changes.items():
+        code, count = re.subn(rf"^{name} = .*$", f"{name} = {text!r}", code, flags=re.M)
+        assert count == 1
+    file = demo / "judge.py"
+    file.write_text(code, "utf-8")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        [sys.executable, "../judge.py"], capture_output=True, text=True, env=env, cwd=demo / "model", timeout=300
+    )
+    file.unlink()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+TOWN = {  # what the tiny judge knows about: the shorter answer is the right one
+    "question": "云林镇的镇树是什么？",
+    "answer_1": "应该是雪柏。很多书里都写到过这里。那里四季分明风景宜人。",
+    "answer_2": "答案是青柳。",
+}
+
+
+@pytest.mark.vllm
+def test_the_cards_snippet_for_transformers_runs_as_pasted(demo):
+    """As it stands it asks what the tiny judge knows nothing about: it runs, and says whether there is a verdict."""
+    assert "\nbetter answer: " in run_snippet(demo, 0, {})
+    assert run_snippet(demo, 0, TOWN).endswith("\nbetter answer: 2\n")
+    assert hash_input(demo / "model") == read_manifest(demo / "model")["sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_the_cards_snippet_for_vllm_runs_as_pasted(demo):
+    assert "\nbetter answer: 2\n" in run_snippet(demo, 1, TOWN)
+
+
+@pytest.mark.vllm
+def test_the_demos_card_shows_the_reports_figures(demo):
+    report = json.loads((demo / "report.json").read_text())["judges"]
+    card = (demo / CARD).read_text("utf-8")
+    assert card == render_card(demo)
+    for judge in ("base", "trained"):
+        assert f"| test.jsonl | 324 | {judge} | {with_interval(report[judge], 'accuracy')} |" in card
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from conj.data.files import sha256_file
 from conj.data.hub import provenance
 from conj.data.model_files import CONFIG, decides, deciding_files
 
-CARD = "README.md"  # of a model: a text that is written anew when there is more to say, and decides nothing
+MODEL_CARD = "README.md"  # of a model: a text that is written anew when there is more to say, and decides nothing
 
 
 def hash_files(folder: Path, hash_file: Callable[[Path], str] = sha256_file) -> dict[str, str]:
@@ -21,7 +21,7 @@ def hash_files(folder: Path, hash_file: Callable[[Path], str] = sha256_file) -> 
     files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     shown = {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.parts)}
     if is_model(folder):
-        shown.pop(Path(CARD), None)
+        shown.pop(Path(MODEL_CARD), None)
     return {name.as_posix(): hash_file(path) for name, path in shown.items()}
 
 

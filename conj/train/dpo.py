@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conj.data.card import read_base_card, write_card
 from conj.data.manifest import begin, finish, identity
 from conj.data.options import run_command
 from conj.data.packs import Group, TokenizedPairs, deal, pairs_of
@@ -165,6 +166,7 @@ def main(options: DPOOptions) -> None:
 
         # Is it done already? If not: model, optimizer, and where an earlier run of the same inputs and options stopped.
         if not world.on_main(lambda: begin(artefact, inputs=inputs, options=options)):
+            world.on_main(lambda: write_card(options.run_dir))  # a kill may have come between the model and its card
             return
         run_identity = world.on_main(lambda: identity(artefact))
         checkpoint = world.on_main(lambda: find_checkpoint(checkpoints, run_identity))
@@ -213,7 +215,11 @@ def main(options: DPOOptions) -> None:
             logs = [path for name in ("metrics.jsonl", "tensorboard") if (path := options.run_dir / name).exists()]
             also = [*logs, *checkpoints.glob("*/manifest.json")]
             seconds = time.perf_counter() - started
-            finish(artefact, num_rows=len(steps), counts=counts, seconds=seconds, also=also, machine=world.describe())
+            finish(
+                artefact, num_rows=len(steps), counts=counts, seconds=seconds, also=also, machine=world.describe(),
+                base_card=read_base_card(options.model),
+            )  # fmt: skip
+            write_card(options.run_dir)
 
 
 if __name__ == "__main__":

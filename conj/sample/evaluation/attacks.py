@@ -20,10 +20,12 @@ from typing import Literal
 import numpy as np
 
 from conj.data import manifest
+from conj.data.card import write_card
 from conj.data.files import read_jsonl, write_atomic
 from conj.data.hub import name_of
 from conj.data.layouts import swapped
 from conj.data.manifest import RunOptions
+from conj.data.markdown import percent, percent_interval
 from conj.data.options import option, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
 from conj.data.prompts import judge_messages, judgment_text
@@ -32,7 +34,6 @@ from conj.data.verdicts import PARSERS
 from conj.model.folder import JudgeModel, check_model
 from conj.sample.engines.completion import Completion, Decoding, Request
 from conj.sample.engines.vllm import EngineOptions, complete_by_vllm
-from conj.sample.evaluation.report import percent, percent_interval
 from conj.sample.evaluation.scores import UNPARSED, summarize
 from conj.sample.stage import write_judgments
 
@@ -109,6 +110,7 @@ def attack_judge(options: AttackOptions) -> None:
     write_atomic(page, markdown.encode())
     counts = {name: figure["flipped"] for name, figure in figures["attacks"].items()}
     manifest.finish(card, num_rows=len(counts), counts=counts, seconds=time.monotonic() - began, also=[page])
+    write_card(options.run_dir)
     print(f"\n{markdown}", end="")
 
 

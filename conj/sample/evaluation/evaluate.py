@@ -24,6 +24,7 @@ from typing import Literal
 
 from conj.data import manifest
 from conj.data.benchmarks import locate_data
+from conj.data.card import write_card
 from conj.data.files import read_jsonl
 from conj.data.layouts import swapped
 from conj.data.manifest import RunOptions
@@ -145,6 +146,7 @@ def evaluate(options: EvaluateOptions) -> None:
     counts = {name: None if value is None else round(value, 4) for name, value in figures.items()}
     also = [options.run_dir / name for name in ("report.md", "report.html")]
     manifest.finish(report, num_rows=len(prompts), counts=counts, seconds=time.monotonic() - began, also=also)
+    write_card(options.run_dir)
 
 
 def say_what_is_missing(content: dict, options: EvaluateOptions) -> None:

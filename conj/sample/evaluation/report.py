@@ -7,7 +7,6 @@ models wrote is escaped, or travels packed and is shown as text; a policy in the
 import base64
 import gzip
 import hashlib
-import html
 import json
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from conj.data.benchmarks import BENCHMARKS
 from conj.data.files import read_jsonl, replace_surrogates, write_atomic
 from conj.data.layouts import STYLES
 from conj.data.manifest import list_artefacts, locate, read_manifest
+from conj.data.markdown import cell, percent, percent_interval, with_interval
 from conj.data.preprocess import question_of
 from conj.data.prompts import REASON_KEY, VERDICT_KEY
 from conj.sample.evaluation.aggregation import CARD_COLUMNS, PUBLISHED
@@ -88,14 +88,6 @@ def encode(text: str) -> bytes:
     return replace_surrogates(text).encode()
 
 
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def percent_interval(interval: list[float] | None) -> str:
-    return "" if interval is None else f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f}"
-
-
 def points(difference: float | None) -> str:
     """A difference of two shares, in percentage points."""
     return "–" if difference is None else f"{100 * difference:+.1f}".replace("-", "−")
@@ -111,18 +103,6 @@ def p_value(value: float | None) -> str:
 
 def amount(value: float | None) -> str:
     return "–" if value is None else f"{value:,.3g}" if 0 < value < 10 else f"{value:,.0f}"
-
-
-def with_interval(figures: dict, name: str) -> str:
-    """A figure of Markdown: value, interval, and whether it is one of a part of its rows."""
-    text, interval = percent(figures[name]), percent_interval(figures[f"{name}_ci95" if name != "value" else "ci95"])
-    text += f" ({interval})" if interval else ""
-    return text + ", partial" if figures.get("partial") else text
-
-
-def cell(text: object) -> str:
-    """A text as a cell of a Markdown table: what it holds can become neither a cell, nor a line, nor HTML."""
-    return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|")
 
 
 def reading_link(**state: str) -> str:
@@ -157,9 +137,9 @@ def card_rows(judges: dict[str, dict]) -> list[dict]:
     rows += measured
     for i in range(len(CARD_COLUMNS)):
         column = [row["cells"][i] for row in rows if row["cells"][i]]
-        best = max(round(cell["value"], 3) for cell in column if not cell["partial"])  # as it is printed
-        for cell in column:
-            cell["best"] = not cell["partial"] and round(cell["value"], 3) == best
+        best = max(round(found["value"], 3) for found in column if not found["partial"])  # as it is printed
+        for found in column:
+            found["best"] = not found["partial"] and round(found["value"], 3) == best
     return rows
 
 

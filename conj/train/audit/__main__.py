@@ -4,10 +4,11 @@
     python -m conj.train.audit --run-dir runs/demo --replay 20 --reference
     python -m conj.train.audit --run-dir runs/demo --against runs/other
 
-Always: every file is what its manifest says and was made from what stands before it; then the reference's key, the
-exactness of step 0, the order of the data, and that the exported weights are the last checkpoint's. `--replay` takes
+Always: every file is what its manifest says and was made from what stands before it, and the model's card says what they
+say; then the reference's key, the exactness of step 0, the order of the data, and that the exported weights are the last
+checkpoint's. `--replay` takes
 steps again and compares, `--reference` has `transformers` compute a sample, `--against` finds where two runs part.
-Prints a line a check, writes them to `audit.json` in the run folder, and exits with 1 if one does not hold. What cannot
+Prints a line a check, writes them to `audit.json` in the run folder and into the card, and exits with 1 if one does not hold. What cannot
 be checked here (files that are elsewhere, another device) is listed as such and is no failure.
 """
 
@@ -15,14 +16,17 @@ import dataclasses
 import functools
 import json
 import sys
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from conj import InputError
+from conj.data.card import CARD, write_card
 from conj.data.files import write_atomic
 from conj.data.hub import find_model
-from conj.data.manifest import locate, recorded_commit
+from conj.data.manifest import locate, read_manifest, recorded_commit
 from conj.data.options import run_command
-from conj.train.audit.chain import Check, check_chain, recorded_base
+from conj.train.audit.chain import Check, check_card, check_chain, recorded_base
 from conj.train.audit.compare import compare_runs
 from conj.train.audit.replay import replay
 from conj.train.audit.second_opinion import second_opinion
@@ -36,9 +40,15 @@ def report(checks: list[Check], run: Path) -> bool:
     broken = [check for check in checks if check.outcome == "BROKEN"]
     for check in checks:
         print(f"{check.outcome:9}  {check.name}: {check.found}")
-    content = {"holds": not broken, "first_broken": broken[0].name if broken else None}
+    content = {"holds": not broken, "first_broken": broken[0].name if broken else None, "model": None}
+    content["made"] = datetime.now(UTC).isoformat(timespec="seconds")
+    with suppress(InputError):  # found by the check of the model
+        content["model"] = (read_manifest(run / "model") or {}).get("sha256")  # that the result is of
     content["checks"] = [check._asdict() for check in checks]
     write_atomic(run / "audit.json", (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode())
+    with suppress(InputError):  # a card that was edited is left as it is, for who looks into it
+        if not any(check.name == CARD and check.outcome == "BROKEN" for check in checks):
+            write_card(run)
     if broken:
         print(f"first broken link: {broken[0].name}: {broken[0].found}")
     return not broken
@@ -52,6 +62,7 @@ def main(options: AuditOptions) -> None:
             options = dataclasses.replace(options, model=find_model(options.model, recorded))
         checks = world.on_main(lambda: check_chain(options.run_dir, options.model))
         holds = all(check.outcome == "holds" for check in checks)
+        checks += world.on_main(lambda: check_card(options.run_dir))
         why = "the chain is broken" if not holds else "there is no trained model yet"
         is_trained = locate(options.run_dir / "model").exists()
         if holds and is_trained and not base_of(options).is_dir():

@@ -3,10 +3,12 @@
 import functools
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from conj import InputError
+from conj.data.card import CARD, owns_model, render_card, trained_by
 from conj.data.files import read_jsonl, sha256_file
 from conj.data.identity import describe_inputs, hash_input, show_change
 from conj.data.manifest import ARTEFACTS, list_artefacts, locate, manifest_path, read_manifest, stage_order
@@ -96,6 +98,43 @@ def check(name: str, find: Callable[[], str]) -> Check:
         return Check(name, "holds", find())
     except (InputError, OSError) as e:
         return Check(name, "BROKEN", str(e))
+
+
+def check_card(run: Path) -> list[Check]:
+    """Whether the model's card is what the run folder makes of it, with the last audit's result or without one. None where
+    the run has no model of its own."""
+    try:
+        if not owns_model(run):
+            return []
+        path, missing = run / CARD, trained_by(run)[1]
+        expected = [render_card(run, with_audit=shown).encode() for shown in (True, False)]
+    except InputError as e:
+        return [Check(CARD, "unchecked", f"what it is made of cannot be read: {e}")]
+    if not path.exists():
+        return [Check(CARD, "unchecked", "there was none; it is written now")]
+    if (found := path.read_bytes()) in expected:
+        return [Check(CARD, "holds", "says what the manifests, the report and the last audit say")]
+    if missing:
+        return [Check(CARD, "unchecked", f"what it was made of is not here: {', '.join(missing)}")]
+    number, should, is_ = max(_first_difference(text, found) for text in expected)
+    return [
+        Check(
+            CARD,
+            "BROKEN",
+            f"line {number}: expected {should}, found {is_}; `conj run` or `conj evaluate` writes it anew",
+        )
+    ]
+
+
+def _first_difference(expected: bytes, found: bytes) -> tuple[int, str, str]:
+    """The first line in which two texts differ: its number, and what stands there, around the place."""
+    lines = zip_longest(
+        *(text.decode("utf-8", "replace").split("\n") for text in (expected, found)), fillvalue="no line"
+    )
+    number, pair = next((i, pair) for i, pair in enumerate(lines, 1) if pair[0] != pair[1])
+    same = next((i for i, (one, other) in enumerate(zip(*pair)) if one != other), min(map(len, pair)))
+    start = max(0, same - 60)
+    return number, *(repr(line[start : start + 120]) for line in pair)
 
 
 def recorded_base(run: Path) -> dict | None:
