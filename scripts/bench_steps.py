@@ -38,8 +38,8 @@ from conj import InputError
 from conj.data.files import write_atomic
 from conj.data.packs import TokenizedPairs, group_tokens, pairs_of, plan_packs, plan_steps
 from conj.model import backends
-from conj.model.config import ModelConfig
-from conj.model.weights import local_tensor, parameter_shapes
+from conj.model.config import ModelConfig, parameter_shapes
+from conj.model.weights import local_tensor
 from conj.train.dpo import DPOOptions, batches_of, build_optimizer, select_arithmetic, train_step
 from conj.train.options import ACTIVATION_CHECKPOINTING
 from conj.train.reference import compute_logps

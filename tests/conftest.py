@@ -173,6 +173,24 @@ def run_script(name: str, *arguments) -> subprocess.CompletedProcess:
     return done
 
 
+def read_by(packages: Path | None, folder: Path, conversations: list, work: Path, max_new_tokens: int = 100) -> dict:
+    """What `read_model.py` finds, by the transformers of `packages` or the installed one."""
+    (work / "prompts.json").write_text(json.dumps(conversations))
+    line = [
+        sys.executable,
+        ROOT / "tests" / "read_model.py",
+        folder,
+        work / "prompts.json",
+        max_new_tokens,
+        work / "out.json",
+    ]
+    env = {name: value for name, value in ENV.items() if name != "PYTHONPATH"}
+    env |= {"PYTHONPATH": str(packages)} if packages else {}
+    done = subprocess.run(list(map(str, line)), env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((work / "out.json").read_text("utf-8"))
+
+
 def kill_when(line: list, ready_to_kill, seconds: float = 120) -> None:
     """Starts a command and kills it (SIGKILL) once `ready_to_kill()` holds."""
     process = subprocess.Popen([sys.executable, "-m", *map(str, on_cpu(line))], env=ENV, stderr=subprocess.DEVNULL)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LLAMA3, ROOT, YARN, assert_one_line_error, change_config, command, run_script
+from conftest import LLAMA3, ROOT, YARN, assert_one_line_error, change_config, command, read_by, run_script
 from safetensors.torch import load_file, save_file
 
 from conj.data.files import read_jsonl
 from conj.data.manifest import read_manifest
+from conj.data.preprocess import load_prompts
+from conj.data.prompts import judge_messages
 
 TOYS = {
     "llama": ("llama", LLAMA3 | {"original_max_position_embeddings": 512}, 1024),
@@ -68,6 +70,11 @@ def test_a_base_of_every_architecture_goes_from_prompts_to_the_report(toy, setti
     ]
     assert not any(changed)
     assert set(json.loads((run / "report.json").read_text())["judges"]) == {"base", "trained"}
+    # What vLLM wrote of the trained folder, transformers writes too: one rope, one template, one end.
+    prompts, _ = load_prompts([str(ROOT / "demo" / "test.jsonl")], limit=4, benchmark=True)
+    conversations = [judge_messages(row["question"], row["answer_1"], row["answer_2"]) for row in prompts]
+    by_vllm = {r["id"]: r["text"] for r in read_jsonl(run / "judgments_trained.jsonl") if r["order"] == 1}
+    assert [by_vllm[row["id"]] for row in prompts] == read_by(None, run / "model", conversations, tmp_path, 24)["texts"]
     audit = command("conj.train.audit", "--run-dir", run, "--reference", "--replay", "2")
     assert audit.returncode == 0, audit.stdout + audit.stderr
 

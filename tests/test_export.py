@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DECODERS, ENV, ROOT, change_config, write_model
+from conftest import DECODERS, change_config, read_by, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -128,17 +128,6 @@ def other_transformers(request, tmp_path_factory) -> Path:
     if done.returncode:
         pytest.skip(f"transformers {request.param} cannot be installed: {done.stderr[-200:]}")
     return target
-
-
-def read_by(packages: Path | None, folder: Path, conversations: list, work: Path) -> dict:
-    """What `read_model.py` finds, by the transformers of `packages` or the installed one."""
-    (work / "prompts.json").write_text(json.dumps(conversations))
-    line = [sys.executable, ROOT / "tests" / "read_model.py", folder, work / "prompts.json", work / "out.json"]
-    env = {name: value for name, value in ENV.items() if name != "PYTHONPATH"}
-    env |= {"PYTHONPATH": str(packages)} if packages else {}
-    done = subprocess.run(list(map(str, line)), env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return read_json(work / "out.json")
 
 
 @pytest.mark.slow
