@@ -173,6 +173,22 @@ def run_script(name: str, *arguments) -> subprocess.CompletedProcess:
     return done
 
 
+# Those that users have, with what each needs that the installed version does not fit.
+VERSIONS = {"4.51.3": "tokenizers==0.21.4", "4.57.1": "tokenizers==0.22.1"}
+
+
+@pytest.fixture(scope="session", params=VERSIONS)
+def other_transformers(request, tmp_path_factory) -> Path:
+    """A folder of packages that goes before the installed ones."""
+    target = tmp_path_factory.mktemp("transformers")
+    packages = [f"transformers=={request.param}", VERSIONS[request.param], "huggingface_hub<1"]
+    line = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, *packages]
+    done = subprocess.run(line, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"transformers {request.param} cannot be installed: {done.stderr[-200:]}")
+    return target
+
+
 def read_by(packages: Path | None, folder: Path, conversations: list, work: Path, max_new_tokens: int = 100) -> dict:
     """What `read_model.py` finds, by the transformers of `packages` or the installed one."""
     (work / "prompts.json").write_text(json.dumps(conversations))

@@ -1,18 +1,32 @@
 """Every architecture as a base, from prompts to the report; and bases that cannot be trained, before anything is spent."""
 
 import json
+import math
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import LLAMA3, ROOT, YARN, assert_one_line_error, change_config, command, read_by, run_script
+from conftest import (
+    DECODERS,
+    LLAMA3,
+    ROOT,
+    YARN,
+    assert_one_line_error,
+    change_config,
+    command,
+    read_by,
+    run_script,
+    write_model,
+)  # fmt: skip
 from safetensors.torch import load_file, save_file
+from test_dpo import dpo_options, make_reference
 
 from conj.data.files import read_jsonl
 from conj.data.manifest import read_manifest
 from conj.data.preprocess import load_prompts
 from conj.data.prompts import judge_messages
+from conj.train import dpo
 
 TOYS = {
     "llama": ("llama", LLAMA3 | {"original_max_position_embeddings": 512}, 1024),
@@ -77,6 +91,19 @@ def test_a_base_of_every_architecture_goes_from_prompts_to_the_report(toy, setti
     assert [by_vllm[row["id"]] for row in prompts] == read_by(None, run / "model", conversations, tmp_path, 24)["texts"]
     audit = command("conj.train.audit", "--run-dir", run, "--reference", "--replay", "2")
     assert audit.returncode == 0, audit.stdout + audit.stderr
+
+
+@pytest.mark.parametrize("kind", ["qwen3, yarn", "llama, biases", "mistral"])
+def test_step_0_is_exact_and_the_weights_change_in_every_architecture(kind, run_folder, tmp_path):
+    """Reference and policy by the same code: every margin of the first step is 0."""
+    base = write_model(tmp_path / "base", **DECODERS[kind])
+    make_reference(run_folder, base)
+    dpo.main(dpo_options(run_folder, base, max_steps=2))
+    first, second = read_jsonl(run_folder / "metrics.jsonl")
+    assert first["rewards/margins"] == 0 and first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert second["rewards/margins"] != 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, run_folder / "model"))
+    assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
 
 
 def spoil_weight(folder: Path) -> None:

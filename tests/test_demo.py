@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, read_by
 
 from conj.data.card import CARD, render_card
 from conj.data.files import read_jsonl
@@ -116,6 +116,18 @@ def test_the_demos_card_shows_the_reports_figures(demo):
     assert card == render_card(demo)
     for judge in ("base", "trained"):
         assert f"| test.jsonl | 324 | {judge} | {with_interval(report[judge], 'accuracy')} |" in card
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_other_versions_of_transformers_judge_the_test_set_as_vllm_did(demo, other_transformers, tmp_path):
+    """The folder's own defaults, nothing else: all 324 judgments, word for word. Of the config that it once came with,
+    transformers 4 read another rope without a word, and 59 of 60 right became 7 of 60."""
+    prompts, _ = load_prompts([str(TEST)], benchmark=True)
+    conversations = [judge_messages(row["question"], row["answer_1"], row["answer_2"]) for row in prompts]
+    by_vllm = {row["id"]: row["text"] for row in read_jsonl(demo / "judgments_trained.jsonl") if row["order"] == 1}
+    found = read_by(other_transformers, demo / "model", conversations, tmp_path)
+    assert len(prompts) == 324 and found["texts"] == [by_vllm[row["id"]] for row in prompts]
 
 
 @pytest.mark.slow

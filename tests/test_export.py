@@ -1,8 +1,6 @@
 """The trained folder: the same model for every reader, with what was evaluated as its defaults and nothing left over."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +14,6 @@ from conj.data.prompts import judge_messages
 from conj.model.export import export_model
 from conj.model.folder import check_model, read_decoder
 from conj.model.weights import load_model
-
-# Those that users have, with what each needs that the installed version does not fit.
-VERSIONS = {"4.51.3": "tokenizers==0.21.4", "4.57.1": "tokenizers==0.22.1"}
 
 
 def exported(base: Path, folder: Path, **settings) -> Path:
@@ -116,18 +111,6 @@ def test_several_files_name_every_tensor_once(tmp_path):
 
 
 # ---- Other versions, in environments of their own ----
-
-
-@pytest.fixture(scope="module", params=VERSIONS)
-def other_transformers(request, tmp_path_factory) -> Path:
-    """A folder of packages that goes before the installed ones."""
-    target = tmp_path_factory.mktemp("transformers")
-    packages = [f"transformers=={request.param}", VERSIONS[request.param], "huggingface_hub<1"]
-    line = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, *packages]
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"transformers {request.param} cannot be installed: {done.stderr[-200:]}")
-    return target
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import ROOT, random_pairs, write_model
+from conftest import DECODERS, ROOT, random_pairs, write_model
 from safetensors.torch import load_file
 
 from conj.data.files import read_jsonl, write_jsonl
@@ -86,10 +86,12 @@ def test_packed_equals_separate_on_every_set_of_kernels(kernels, tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama, llama3", "llama, biases"])
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
-def test_a_gpu_scores_as_a_cpu_does(kernels, tmp_path):
+def test_a_gpu_scores_as_a_cpu_does(kernels, kind, tmp_path):
     """bf16 on flash attention against fp32 on the CPU: within bf16's error, token by token."""
-    folder = write_model(tmp_path / "model", tied=False, hidden_size=256, num_attention_heads=4)
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64}
+    folder = write_model(tmp_path / "model", tied=False, **DECODERS[kind] | sizes)
     pairs = tokenize_pairs(random_pairs(6), JudgeTokenizer.load(folder), 600)
     backends.select(torch.device("cpu"))
     model = load_model(folder)
