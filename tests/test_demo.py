@@ -14,6 +14,8 @@ from conj.data.card import CARD, render_card
 from conj.data.files import read_jsonl
 from conj.data.manifest import hash_input, read_manifest
 from conj.data.markdown import with_interval
+from conj.data.preprocess import load_prompts
+from conj.data.prompts import judge_messages
 
 TRAIN, TEST = (ROOT / "demo" / f"{name}.jsonl" for name in ("train", "test"))
 
