@@ -20,7 +20,9 @@ from conj import InputError
 from conj.data import manifest
 from conj.data.benchmarks import locate_data
 from conj.data.files import sha256_file
+from conj.data.hub import name_of
 from conj.data.options import require, run_command
+from conj.data.progress import progress
 from conj.data.readers import read_rows
 from conj.model.config import parameter_shapes
 from conj.model.folder import JudgeModel, check_finite, check_model, read_decoder
@@ -128,7 +130,8 @@ def check_costly(runs: list[Run], found: dict[Path, str]) -> None:
     bases = {options.model: None for run in runs for stage, options in run.options.items()
              if stage in ON_ALL_RANKS and left & {found[artefact] for artefact in options.makes()}}  # fmt: skip
     for model in bases:
-        check_finite(read_decoder(model).tensors)
+        tensors = read_decoder(model).tensors.items()
+        check_finite(progress(tensors, desc=f"reading {model.name}", unit=" tensors"))
 
 
 def existing(folder: Path) -> Path:
@@ -175,7 +178,7 @@ def describe(model: JudgeModel) -> str:
         }
     else:
         lines["cannot be trained"] = model.untrainable
-    return "\n".join([str(model.folder), *(f"  {name:18} {value}" for name, value in lines.items())])
+    return "\n".join([name_of(model.folder), *(f"  {name:18} {value}" for name, value in lines.items())])
 
 
 def main(given) -> None:

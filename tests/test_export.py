@@ -60,7 +60,9 @@ def test_what_the_base_held_for_others_stays_behind(tmp_path):
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.05, "pad_token_id": 560}
     (base / "generation_config.json").write_text(json.dumps(sampling | {"eos_token_id": [560, 562]}))
     change_config(base, _name_or_path="/home/somebody/base", transformers_version="9.9")
+    (base / "LICENSE.txt").write_text("may be passed on with this text")
     out = exported(base, tmp_path / "out")
+    assert (out / "LICENSE.txt").read_text() == "may be passed on with this text"
     assert read_json(out / "generation_config.json") == {
         "do_sample": False, "eos_token_id": [560, 562], "pad_token_id": 560,
     }  # fmt: skip

@@ -219,6 +219,7 @@ UNTRAINABLE = {
     "yarn of another kind": ("qwen2", config(rope_parameters=YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}, max_position_embeddings=64), "mscale: expected no such parameter"),
     "yarn that transformers 4 does not know": ("qwen2", config(rope_parameters=YARN | {"truncate": False}, max_position_embeddings=64), "truncate: expected no such parameter, found False"),
     "half a head is rotated": ("llama", config(partial_rotary_factor=0.5), "partial_rotary_factor: expected 1"),
+    "attention by chunks": ("qwen2", config(dual_chunk_attention_config={"chunk_size": 64}), "dual_chunk_attention_config: expected None"),
     "another activation": ("llama", config(hidden_act="gelu"), "hidden_act: expected 'silu', found 'gelu'"),
     "biases that vLLM and transformers place otherwise": ("qwen3", config(attention_bias=True), "attention_bias: expected False"),
     "another type": ("llama", config(model_type="olmo2", architectures=["Olmo2ForCausalLM"]), "model_type: expected one of qwen2"),
@@ -297,10 +298,10 @@ def test_the_dtype_is_that_of_most_weights_whatever_the_config_says(name, bases,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_weight_that_is_not_finite_is_named(value, dtype, bases, tmp_path):
     folder = variant(bases, tmp_path / "model", "qwen2", cast(dtype))
-    check_finite(read_decoder(folder).tensors)
+    check_finite(read_decoder(folder).tensors.items())
     weights(one_bad(value))(folder)
     with pytest.raises(InputError, match="model.norm.weight: expected finite weights, found 1 that"):
-        check_finite(read_decoder(folder).tensors)
+        check_finite(read_decoder(folder).tensors.items())
 
 
 def test_the_largest_finite_numbers_are_finite(bases, tmp_path):
@@ -308,7 +309,7 @@ def test_the_largest_finite_numbers_are_finite(bases, tmp_path):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         folder = variant(bases, tmp_path / str(dtype), "qwen2", cast(dtype))
         weights(one_bad(torch.finfo(dtype).max))(folder)
-        check_finite(read_decoder(folder).tensors)
+        check_finite(read_decoder(folder).tensors.items())
 
 
 def test_yarn_reaches_its_stretched_context(bases, tmp_path):

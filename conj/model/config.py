@@ -171,7 +171,7 @@ def _refuse_features(raw: dict, architecture: Architecture, path: Path) -> None:
         raise Untrainable(
             f"{path}: quantization_config: expected none, found {brief(raw['quantization_config'])}; {why}"
         )
-    supported = {"hidden_act": "silu", "partial_rotary_factor": 1}
+    supported = {"hidden_act": "silu", "partial_rotary_factor": 1, "dual_chunk_attention_config": None}
     if not architecture.optional_biases:
         supported |= {"attention_bias": False, "mlp_bias": False}
     for name, value in supported.items():

@@ -26,6 +26,7 @@ from conj.model.folder import DecoderFolder, JudgeModel, check_model, read_decod
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
+LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # whoever passes the model on passes these on
 LEFT_BEHIND = (
     "quantization_config",
     "auto_map",
@@ -67,6 +68,8 @@ def export_model(
     _write_json(beside / "config.json", trained_config(read, judge))
     _write_json(beside / "generation_config.json", greedy_generation(base, judge))
     write_tokenizer(beside, base, judge)
+    for path in (path for pattern in LICENCE_FILES for path in base.glob(pattern)):
+        write_atomic(beside / path.name, path.read_bytes())
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
 

@@ -4,6 +4,7 @@ Refused: what contradicts itself, weights that do not fit the config, remote cod
 tokenizer with more ids than the vocabulary. What only training cannot use is refused there, and before a run begins.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def _end_ids(folder: Path, config: dict, tokenizer: JudgeTokenizer) -> list[int]
     return sorted(found)
 
 
-def _chunks(tensor: StoredTensor, dtype: str):
+def _chunks(tensor: StoredTensor, dtype: str) -> Iterator[np.ndarray]:
     """A tensor's numbers in pieces, as integers of their width; what was read is not kept in memory."""
     size = np.dtype(dtype).itemsize
     for start in range(tensor.start, tensor.stop, CHUNK_BYTES):
@@ -151,9 +152,9 @@ def _same_content(one: StoredTensor, other: StoredTensor) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(_chunks(one, "u1"), _chunks(other, "u1")))
 
 
-def check_finite(tensors: dict[str, StoredTensor]) -> None:
+def check_finite(tensors: Iterable[tuple[str, StoredTensor]]) -> None:
     """Raises InputError, naming the tensor, for a weight that is NaN or infinite. Reads all weights."""
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         _, integer, exponent = FLOAT_TYPES[tensor.dtype]
         for chunk in _chunks(tensor, integer):
             if count := int(np.count_nonzero((chunk & chunk.dtype.type(exponent)) == exponent)):

@@ -55,6 +55,8 @@ def sample_prompts(options: SamplingOptions, model: JudgeModel, make_requests: A
 
     Raises InputError for unusable prompts."""
     [(artefact, inputs)] = options.makes().items()
+    if model.untrainable is not None:
+        print(f"note: these judgments can train another model, not this one: {model.untrainable}")
     decoding = Decoding(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
         top_k=options.top_k, repetition_penalty=options.repetition_penalty, seed=options.seed,

@@ -138,7 +138,7 @@ def check_computed(logps: Tensor, done: list[int], model: Path) -> None:
     """Raises InputError for a logprob that is NaN or infinite, naming the weight that is so, if one is."""
     if not logps[done].isfinite().all():
         pair = next(pair for pair in done if not logps[pair].isfinite().all())
-        check_finite(read_decoder(model).tensors)
+        check_finite(read_decoder(model).tensors.items())
         raise InputError(f"{model}: expected finite logprobs, found {logps[pair].tolist()} of pair {pair + 1}")
 
 
