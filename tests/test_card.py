@@ -15,6 +15,7 @@ from fake_hub import fake_hub
 
 from conj import InputError
 from conj.data.card import CARD, front_matter, read_base_card, render_card, write_card
+from conj.data.identity import describe_input, describe_made
 from conj.data.manifest import hash_input, manifest_path, read_manifest, write_sealed
 from conj.data.markdown import percent, percent_interval
 from conj.data.prompts import judge_messages
@@ -30,11 +31,14 @@ def made(run: Path, name: str, inputs: list, sha256: str | None = None, **change
     """A manifest beside an artefact that need not be there."""
     content = {"artefact": name, "complete": True, "inputs": inputs, "options": {}, "versions": VERSIONS, "num_rows": 9}
     content |= {"git": {"commit": "c" * 40, "dirty": False}, "counts": {}, "seconds": 5.0}
-    content |= {"sha256": sha256 or hash_input(run / name)} | changes
+    content |= ({"sha256": sha256} if sha256 else describe_made(run / name)) | changes
     write_sealed(manifest_path(run / name), content)
 
 
 def entry(run: Path, name: str) -> dict:
+    """As an input of a later stage: of a model, which holds more, the files that decide results."""
+    if name == "model":
+        return describe_input(run / name)
     return {"path": str(run / name), "sha256": read_manifest(run / name)["sha256"]}
 
 
@@ -43,6 +47,7 @@ def trained_run(run: Path, **changes) -> Path:
     (run / "model").mkdir(parents=True)
     (run / "model" / "config.json").write_text("{}")
     (run / "model" / "model.safetensors").write_bytes(b"weights")
+    (run / "model" / "LICENSE.txt").write_text("of the base")
     made(run, "prompts.jsonl", [DATA, {"path": "train", "sha256": None}], "1" * 64, options={"seed": 7, "limit": None})
     made(
         run,
@@ -130,7 +135,8 @@ def test_the_card_states_the_figures_of_the_report_as_a_reader_sees_them(tmp_pat
 def test_figures_of_another_model_are_not_this_models(tmp_path):
     """Judgments of a model that was deleted and trained anew, say: only what was made by these weights counts."""
     run = evaluated_run(tmp_path / "run")
-    made(run, "judgments_trained.jsonl", [{"path": "model", "sha256": "0" * 64}], "5" * 64)
+    other = entry(run, "model") | {"files": {"config.json": "0" * 64}}
+    made(run, "judgments_trained.jsonl", [other], "5" * 64)
     assert "not evaluated yet" in section(render_card(run), "Figures")
 
 
@@ -221,7 +227,8 @@ def test_attacks_and_audit_are_shown_where_they_are_of_this_model(tmp_path):
     checks = [("model", "holds"), (f"{tmp_path}/other/pairs.jsonl", "unchecked"), ("metrics.jsonl", "BROKEN")]
     checks = [{"name": name, "outcome": outcome, "found": "…"} for name, outcome in checks]
     for of, is_shown in ((sha256, True), ("0" * 64, False)):
-        made(run, "attacks.jsonl", [{"path": "x", "sha256": of}], "6" * 64)
+        other = {} if is_shown else {"files": {"config.json": of}}
+        made(run, "attacks.jsonl", [entry(run, "model") | other], "6" * 64)
         (run / "audit.json").write_text(
             json.dumps({"model": of, "made": "2026-01-02T03:04:05+00:00", "checks": checks})
         )
@@ -333,7 +340,7 @@ def test_a_card_with_the_audits_result_and_one_from_before_both_hold(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", '{"judges": 1, "checks": 1, "n": 1}', "[" * 100_000])
 def test_a_file_that_cannot_be_read_is_one_line(name, content, tmp_path):
     run = evaluated_run(tmp_path / "run")
-    made(run, "attacks.jsonl", [{"path": "x", "sha256": read_manifest(run / "model")["sha256"]}], "6" * 64)
+    made(run, "attacks.jsonl", [entry(run, "model")], "6" * 64)
     (run / name).write_text(content)
     with pytest.raises(InputError, match=f"{name}: "):
         render_card(run)
@@ -393,7 +400,7 @@ def test_a_push_is_one_commit_of_the_model_and_its_card(large, tmp_path):
         assert json.loads(hub.requests[0][1])["visibility"] == "private"
         files = hub.files["me/my-judge"]["main"]
         assert files == {
-            ".gitattributes": b"", "config.json": b"{}", "model.safetensors": b"weights",
+            ".gitattributes": b"", "config.json": b"{}", "LICENSE.txt": b"of the base", "model.safetensors": b"weights",
             "README.md": render_card(run, name="me/my-judge").encode(),
         }  # fmt: skip
         assert bool(hub.blobs) == bool(large)
@@ -411,7 +418,13 @@ def test_a_second_push_to_a_branch_takes_away_weights_that_are_no_more(tmp_path)
             hub.files["me/my-judge"]["beta"]["README.md"]
             == render_card(run, name="me/my-judge", revision="beta").encode()
         )
-        assert set(hub.files["me/my-judge"]["beta"]) == {"notes.md", "README.md", "config.json", "model.safetensors"}
+        assert set(hub.files["me/my-judge"]["beta"]) == {
+            "notes.md",
+            "README.md",
+            "LICENSE.txt",
+            "config.json",
+            "model.safetensors",
+        }
 
 
 def test_what_cannot_be_pushed_is_one_line(tmp_path):

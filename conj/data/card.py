@@ -16,7 +16,7 @@ import yaml
 
 from conj import InputError
 from conj.data.files import first_line, replace_surrogates, write_atomic
-from conj.data.identity import MODEL_CARD
+from conj.data.identity import MODEL_CARD, changed_since
 from conj.data.manifest import list_artefacts, read_manifest
 from conj.data.markdown import cell, percent, with_interval
 from conj.data.model_files import read_model_file
@@ -223,21 +223,26 @@ def _read(path: Path, needed: dict[str, type]) -> dict | None:
 
 def judged_by(run: Path, model: dict) -> dict[str, dict]:
     """The manifests of the run's judgments of the base and of the trained model, by judge."""
-    models = {model["inputs"][-1]["sha256"]: "base", model["sha256"]: "trained"}
-    found = {}
+    base, found = model["inputs"][-1], {}
     for path in list_artefacts(run):
         if path.name.startswith("judgments_") and path.suffix == ".jsonl":
             made = read_manifest(path)
-            if made["complete"] and made["inputs"] and made["inputs"][-1]["sha256"] in models:
+            of = made["inputs"][-1] if made["complete"] and made["inputs"] else {}
+            if is_of(of, model) or (of and of["sha256"] == base["sha256"]):
                 found[path.stem.removeprefix("judgments_")] = made
     return found
+
+
+def is_of(entry: dict, model: dict) -> bool:
+    """Whether an input is this trained model: of its files those that decide results."""
+    return "files" in entry and not changed_since(entry, model)
 
 
 def figures_of(run: Path, model: dict) -> list[dict]:
     """Of each benchmark of the report the figures of this model and of its base; none where it was not evaluated."""
     report = _read(run / "report.json", {"judges": dict})
     judged, rows = judged_by(run, model), []
-    of_model = [name for name, made in judged.items() if made["inputs"][-1]["sha256"] == model["sha256"]]
+    of_model = [name for name, made in judged.items() if is_of(made["inputs"][-1], model)]
     if report is None or not any(name in report["judges"] for name in of_model):
         return []
     for name in (name for name in report["judges"] if name in judged):
@@ -259,7 +264,7 @@ def benchmarks_of(run: Path, model: dict) -> list[dict]:
 def attacks_of(run: Path, model: dict) -> dict | None:
     """attacks.json, if it is of this model."""
     made = read_manifest(run / "attacks.jsonl")
-    if made is None or made["inputs"][-1]["sha256"] != model["sha256"]:
+    if made is None or not is_of(made["inputs"][-1], model):
         return None
     return _read(run / "attacks.json", {"n": int, "attacks": dict})
 
