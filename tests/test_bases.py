@@ -32,7 +32,7 @@ TOYS = {
     "llama": ("llama", LLAMA3 | {"original_max_position_embeddings": 512}, 1024),
     "qwen3": ("qwen3", None, 1024),
     "mistral": ("mistral", None, 1024),
-    "qwen2, yarn": ("qwen2", YARN | {"factor": 2.0, "original_max_position_embeddings": 512}, 512),
+    "qwen2, yarn": ("qwen2", YARN | {"factor": 2.0, "original_max_position_embeddings": 512}, 1024),
 }
 SETTINGS = """
 dtype = "float32"
@@ -89,7 +89,7 @@ def test_a_base_of_every_architecture_goes_from_prompts_to_the_report(toy, setti
     conversations = [judge_messages(row["question"], row["answer_1"], row["answer_2"]) for row in prompts]
     by_vllm = {r["id"]: r["text"] for r in read_jsonl(run / "judgments_trained.jsonl") if r["order"] == 1}
     assert [by_vllm[row["id"]] for row in prompts] == read_by(None, run / "model", conversations, tmp_path, 24)["texts"]
-    audit = command("conj.train.audit", "--run-dir", run, "--reference", "--replay", "2")
+    audit = command("conj.train.audit", "--run-dir", run, "--reference", "--replay", "1")
     assert audit.returncode == 0, audit.stdout + audit.stderr
 
 

@@ -36,7 +36,9 @@ def any_model(request, tmp_path_factory):
 def some_ids(folder) -> torch.Tensor:
     rows = json.loads((DATA / "llmbar" / "adver_neighbor.json").read_text("utf-8"))[:4]
     text = "\n".join(row["input"] + row["output_1"] + row["output_2"] for row in rows)
-    return torch.tensor(JudgeTokenizer.load(folder).encode_text(text)[: min(700, read_config(folder).context)])
+    return torch.tensor(
+        JudgeTokenizer.load(folder).encode_text(text)[: min(700, read_config(folder).max_position_embeddings)]
+    )
 
 
 def both_logits(folder, model=None) -> tuple[torch.Tensor, torch.Tensor]:

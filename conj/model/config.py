@@ -81,19 +81,13 @@ class ModelConfig:
     rms_norm_eps: float
     rope: Rope
     tie_word_embeddings: bool
-    max_position_embeddings: int
+    max_position_embeddings: int  # tokens; what YaRN could reach beyond it, vLLM refuses
     model_type: str = "qwen2"
     qkv_bias: bool = True
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
     raw: dict = field(default_factory=dict, compare=False, repr=False)  # config.json as it is
-
-    @property
-    def context(self) -> int:
-        """Tokens that the positions reach."""
-        stretched = int(self.rope.factor * self.rope.original_context) if self.rope.kind == "yarn" else 0
-        return stretched or self.max_position_embeddings
 
 
 def read_config(folder: Path) -> ModelConfig:

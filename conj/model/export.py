@@ -88,11 +88,11 @@ def trained_config(base: DecoderFolder, judge: JudgeModel) -> dict:
         "dtype": base.dtype, "torch_dtype": base.dtype,
         "rope_parameters": rope, "rope_theta": config.rope.theta,
         "rope_scaling": scaling if config.rope.kind != "default" else None,
-        # transformers before 4.56 takes the ratio of this to the original length for YaRN's factor.
-        "max_position_embeddings": config.context,
         "head_dim": config.head_dim, "num_key_value_heads": config.num_key_value_heads,
         "tie_word_embeddings": config.tie_word_embeddings, "eos_token_id": _one_or_all(judge.end_ids),
     }  # fmt: skip
+    if config.rope.kind == "yarn":  # transformers 4.51 takes the ratio of this to the original length for the factor
+        written["max_position_embeddings"] = round(config.rope.factor * config.rope.original_context)
     if "sliding_window" in config.raw or config.model_type == "mistral":  # where it is missing, it is 4096
         written["sliding_window"] = None
     return dict(sorted(written.items()))

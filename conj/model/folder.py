@@ -96,9 +96,9 @@ def check_model(
     itself or needs remote code, a tokenizer with more ids than the vocabulary, or a context longer than the model's."""
     untrainable = None
     try:
-        context = read_decoder(folder).config.context
+        read_decoder(folder)
     except Untrainable as e:
-        untrainable, context = str(e), None
+        untrainable = str(e)
         stored_tensors(folder)
     config = read_model_json(folder / "config.json")
     for name in ("vocab_size", "max_position_embeddings"):
@@ -106,7 +106,7 @@ def check_model(
             raise InputError(
                 f"{folder}/config.json: expected {name} to be a number from 1 up, found {brief(config.get(name))}"
             )
-    context = context or config["max_position_embeddings"]
+    context = config["max_position_embeddings"]
     tokenizer = JudgeTokenizer.load(folder, chat_template)
     check_vocabulary(folder, tokenizer, config["vocab_size"])
     max_length = min(context, most) if max_length is None else max_length

@@ -44,7 +44,7 @@ def load_pairs(path: Path, model: Path, max_length: int) -> tuple[TokenizedPairs
     config, tokenizer = read_decoder(model).config, JudgeTokenizer.load(model)
     check_vocabulary(model, tokenizer, config.vocab_size)
     pairs = tokenize_pairs(read_jsonl(path, PAIR_COLUMNS), tokenizer, config.vocab_size)
-    longest = min(max_length, config.context)
+    longest = min(max_length, config.max_position_embeddings)
     return pairs, tokenizer.fingerprint, [i for i in range(len(pairs)) if pairs.num_tokens(i) <= longest]
 
 
