@@ -61,11 +61,11 @@ def check(runs: list[Run]) -> dict[Path, JudgeModel]:
             require(first == second, f"[dpo] {name}: expected {first}, as in [reference], found {second}")
     for name in {name: None for _, options in stages for name in getattr(options, "data", ())}:
         read_rows(locate_data(name)[0])  # nothing is read before the first row is asked for
-    models = {}
+    models, read = {}, functools.cache(check_model)
     for stage, options in stages:
         if getattr(options, "model", None) is not None:
             # Training takes what fits the model; a sampler that is asked for more refuses.
-            model = check_model(options.model, None if stage in ON_ALL_RANKS else options.max_length)
+            model = read(options.model, None if stage in ON_ALL_RANKS else options.max_length)
             models[options.model] = model
             if stage in ON_ALL_RANKS:
                 require(model.untrainable is None, f"[{stage}] cannot be trained: {model.untrainable}")

@@ -98,12 +98,10 @@ def prepare(kind: str, root: Path) -> Callable[[bytes], str]:
         return fuzz_verdict
     from fuzz_folders import Folders, empty_tensors, fuzz_model_folder
 
-    from conj.model import weights
+    from conj.model.weights import load_model
 
-    # Building even one layer takes longer than all else; which shapes a config asks for does not depend on the folder.
-    weights.parameter_shapes = functools.lru_cache(20)(weights.parameter_shapes)
     folders = Folders.write(root)
-    weights.load_model(root / "single")  # imports what torch imports late
+    load_model(root / "single")  # imports what torch imports late
     for count in (60_000, 500_000):
         empty_tensors(count)
     return functools.partial(fuzz_model_folder, folders=folders)

@@ -38,6 +38,7 @@ WHEELS = {
     "cut_cross_entropy": "cut-cross-entropy==25.1.1",
     "cyclopts": "cyclopts==5.5.2", "attr": "attrs==26.1.0", "docstring_parser": "docstring-parser==0.18.0", "rich": "rich==15.0.0",
     "rich_rst": "rich-rst==2.2.0", "pygments": "pygments==2.21.0", "markdown_it": "markdown-it-py==4.3.0", "mdurl": "mdurl==0.1.2",
+    "tomli_w": "tomli-w==1.2.0",
 }  # fmt: skip
 CARRY = f"""what a machine without a network lacks travels as wheels in .wheels (git ignores it), made elsewhere:
 

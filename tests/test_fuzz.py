@@ -6,7 +6,7 @@ import fuzz
 import pytest
 from fuzz_verdicts import fuzz_verdict
 
-from conj.data import files
+from conj.data import model_files
 from conj.data.verdicts import Verdict, parse_released
 
 
@@ -40,5 +40,5 @@ def test_damaged_model_folders_are_read_or_refused_in_a_line(tmp_path):
 
 def test_a_reader_that_takes_keys_twice_is_found_out(tmp_path, monkeypatch):
     target = fuzz.prepare("model-folder", tmp_path)
-    monkeypatch.setattr(files, "_parse_object", lambda data, path: json.loads(data))
+    monkeypatch.setattr(model_files, "_parse_object", lambda data, path: json.loads(data))
     assert run(target, 400).counts["invented"] > 3

@@ -16,7 +16,10 @@ from kill_common import descendants, is_alive
 
 SUITE = ROOT / "scripts" / "gpu_suite.sh"
 # On a machine made for PyTorch that has none of conj's requirements: what of its packages the suite's code imports.
-MACHINE = {"torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "tensorboard", "tqdm", "pytest", "jinja2"}  # fmt: skip
+MACHINE = {
+    "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "tensorboard", "tqdm", "pytest", "jinja2",
+    "huggingface_hub", "yaml",
+}  # fmt: skip
 OPTIONAL = {"flash_attn", "pyarrow", "sentencepiece"}  # looked for, or used for inputs that the suite has not
 
 

@@ -202,7 +202,8 @@ def _require_agreement(stated: dict[str, object], path: Path) -> None:
         first, expected = next(iter(stated.items()))
         require(
             value == expected,
-            f"{path}: {name}: expected {brief(expected)}, as {first} says, found {brief(value)}; readers take one or the other",
+            f"{path}: {brief(name)[1:-1]}: expected {brief(expected)}, as {brief(first)[1:-1]} says, found {brief(value)}; "
+            "readers take one or the other",
         )
 
 
@@ -242,7 +243,7 @@ def _rope(stated: dict, theta: object, context: int, path: Path) -> Rope:
     for name in sorted(stated.keys() - {"rope_type", *known[kind]}):
         if stated[name] != neutral.get(name):
             raise Untrainable(
-                f"{where} of type {kind}: {name}: expected no such parameter, found {brief(stated[name])}"
+                f"{where} of type {kind}: {brief(name)[1:-1]}: expected no such parameter, found {brief(stated[name])}"
             )
     if kind == "default":
         return Rope(theta=theta)
