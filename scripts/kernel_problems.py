@@ -190,7 +190,7 @@ def add_rms_norm(size: dict, T: int, like: tuple, compiled: bool) -> Problem:
 def rope(size: dict, T: int, like: tuple, compiled: bool) -> Problem:
     N, K, H = size["N"], size["K"], size["H"]
     inputs = {"q": _normal(T, N, H, like=like), "k": _normal(T, K, H, like=like)}
-    cos, sin = ops.rope_tables(torch.arange(T, device=like[0]), H, 1e6, like[1])
+    cos, sin = ops.rope_tables(torch.arange(T, device=like[0]), H, Rope(theta=1e6), like[1])
 
     def eager(q, k, cos, sin):
         return ops.rope_reference(q, cos, sin), ops.rope_reference(k, cos, sin)
