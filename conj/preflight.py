@@ -27,6 +27,7 @@ from conj.data.readers import read_rows
 from conj.model.config import parameter_shapes
 from conj.model.folder import JudgeModel, check_finite, check_model, read_decoder
 from conj.sample.engines.vllm import check_engine
+from conj.sample.evaluation.evaluate import find_models, judge_of
 from conj.settings import Run, check_file_options, resolve
 from conj.train.options import DPOOptions, check_machine
 
@@ -65,7 +66,10 @@ def check(runs: list[Run]) -> dict[Path, JudgeModel]:
     for stage, options in stages:
         if getattr(options, "model", None) is not None:
             # Training takes what fits the model; a sampler that is asked for more refuses.
-            model = read(options.model, None if stage in ON_ALL_RANKS else options.max_length)
+            if stage == "evaluate":  # a judge may bring a template and a length of its own
+                [model, *_] = find_models(options, judge_of(options)).values()
+            else:
+                model = read(options.model, None if stage in ON_ALL_RANKS else options.max_length)
             models[options.model] = model
             if stage in ON_ALL_RANKS:
                 require(model.untrainable is None, f"[{stage}] cannot be trained: {model.untrainable}")
@@ -79,13 +83,15 @@ def check(runs: list[Run]) -> dict[Path, JudgeModel]:
 
 def survey(runs: list[Run]) -> dict[Path, str]:
     """What is the case of each file that the stages make: `complete`, `unfinished`, `to do`, `taken from` another run, or
-    `stale` and why. Nothing is written."""
+    `stale` and why. Nothing is written. Raises InputError for what a stage reads, is not there and no stage here makes."""
     found, made_by, hash_once = {}, {}, functools.cache(sha256_file)
     for run in runs:
         keys, places = {}, {}  # of the run's files, by name: by what settings they are made; where they lie, if they do
         for options in run.options.values():
             for artefact, inputs in options.makes().items():
                 base = getattr(options, "model", None)
+                for path in (p for p in inputs if isinstance(p, Path) and p.name not in places):
+                    require(path.exists(), f"{path}: no such file; make it by its stage first")
                 inputs = [places.get(p.name, p) if isinstance(p, Path) and p != base else p for p in inputs]
                 made_of = [keys.get(p.name, str(p)) if isinstance(p, Path) else p for p in inputs]
                 key = keys[artefact.name] = repr((artefact.name, manifest.describe_options(options), made_of))

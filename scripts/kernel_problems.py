@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed packag
 
 from conj.model import logprob, ops
 from conj.model.attention import key_rows
+from conj.model.config import Rope
 from conj.train.batch import to_device
 
 SIZES = QWEN2 | {"tiny": {"D": 64, "F": 160, "N": 4, "K": 2, "H": 16, "V": 5000}}

@@ -17,6 +17,7 @@ from conftest import (
     command,
     read_by,
     run_script,
+    succeeds,
     write_model,
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
@@ -148,6 +149,24 @@ def test_what_a_later_stage_would_refuse_is_refused_before_the_first(option, val
     line = [settings, "--model", ROOT / "demo" / "base", option, str(value)]
     assert_one_line_error(command("conj", "check", *line), message)
     assert not (tmp_path / "run").exists()
+
+
+def test_files_that_no_stage_makes_are_missed_before_the_first(settings, tmp_path):
+    line = [settings, "--model", ROOT / "demo" / "base", "--stages", "reference", "--stages", "dpo"]
+    for subcommand in ("check", "run"):
+        done = command("conj", subcommand, *line)
+        assert_one_line_error(done, f"{tmp_path}/run/pairs.jsonl: no such file; make it by its stage first")
+
+
+def test_a_judge_that_brings_its_template_passes_the_check(settings, model_copy, tmp_path):
+    """It did with `conj evaluate`, whose models are read with the judge's template."""
+    path, judge = model_copy / "tokenizer_config.json", tmp_path / "judge.toml"
+    content = json.loads(path.read_text())
+    judge.write_text(f'prompt = "con-j"\nparser = "strict"\nchat_template = {json.dumps(content.pop("chat_template"))}')
+    path.write_text(json.dumps(content))
+    line = [settings, "--stages", "evaluate", "--evaluate.model", model_copy]
+    assert_one_line_error(command("conj", "check", *line), "no chat template")
+    succeeds("conj", "check", *line, "--evaluate.judge", judge)
 
 
 def test_a_check_of_what_can_be_run_says_what_the_model_is(settings):

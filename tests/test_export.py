@@ -106,6 +106,46 @@ def test_a_tokenizer_that_transformers_5_wrote_is_written_for_4_too(tmp_path):
     assert one == two
 
 
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizerFast", "TokenizersBackend", None])
+def test_an_export_says_that_its_tokenizer_is_tokenizer_json(tokenizer_class, tmp_path):
+    """By the class that R1's Llamas name, transformers 5 drops their line breaks; and without the names of its inputs,
+    version 4 returns token types, which `generate` refuses."""
+    base = write_model(tmp_path / "base", **DECODERS["llama"])
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps(read_json(path) | {"tokenizer_class": tokenizer_class}))
+    out, messages = exported(base, tmp_path / "out"), judge_messages("天空", "blue\n\nred", "red")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    assert inputs["input_ids"] == check_model(base, None).tokenizer.prompt_ids(messages)
+    written = read_json(out / "tokenizer_config.json")
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+def test_what_lies_beside_a_base_does_not_end_an_export(tmp_path):
+    """After all training: folders of a licence's or a file's name, a link that leads nowhere, text that UTF-8 cannot hold."""
+    base = write_model(tmp_path / "base")
+    for name in ("LICENSES", "vocab.json"):
+        (base / name).mkdir()
+    (base / "NOTICE").symlink_to("NOTICE")
+    change_config(base, note="\ud800 天空")
+    out = exported(base, tmp_path / "out")
+    assert read_json(out / "config.json")["note"] == "\ud800 天空"
+    assert not {"LICENSES", "vocab.json", "NOTICE"} & {path.name for path in out.iterdir()}
+
+
+def test_a_window_that_the_base_did_not_reach_does_not_come_with_a_longer_context(tmp_path):
+    """A missing sliding_window is one of 4,096; the config says the context that YaRN stretched it to."""
+    base = write_model(tmp_path / "base", **DECODERS["qwen2, yarn"])
+    rope = DECODERS["qwen2, yarn"]["rope_parameters"] | {"factor": 100.0}
+    change_config(base, rope_parameters=rope, max_position_embeddings=64, use_sliding_window=True)
+    path = base / "config.json"
+    path.write_text(json.dumps({name: value for name, value in read_json(path).items() if name != "sliding_window"}))
+    out = exported(base, tmp_path / "out")
+    assert read_json(out / "config.json")["sliding_window"] is None
+    assert read_decoder(out).config.rope == read_decoder(base).config.rope
+
+
 def test_several_files_name_every_tensor_once(tmp_path):
     base = write_model(tmp_path / "base", tied=False)
     out = exported(base, tmp_path / "out", max_shard_bytes=100_000)

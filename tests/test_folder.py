@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DECODERS, LLAMA3, YARN, change_config, write_model
+from conftest import CHATML, DECODERS, LLAMA3, YARN, change_config, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -36,7 +36,8 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     folders["tied"] = write_model(root / "tied")
     folders["sharded"] = write_model(root / "sharded", max_shard_size="100KB")
     folders["qwen3, heads of 128"] = write_model(root / "q128", model_type="qwen3", head_dim=128)
-    folders["llama, a key head each"] = write_model(root / "mha", model_type="llama", num_key_value_heads=4)
+    for kind in ("llama", "qwen2"):
+        folders[f"{kind}, a key head each"] = write_model(root / f"{kind} mha", model_type=kind, num_key_value_heads=4)
     return folders
 
 
@@ -74,8 +75,20 @@ def both(*changes):
     return change
 
 
+def file(name: str, **content):
+    return lambda folder: (folder / name).write_text(json.dumps(content))
+
+
 def generation(**content):
-    return lambda folder: (folder / "generation_config.json").write_text(json.dumps(content))
+    return file("generation_config.json", **content)
+
+
+def tokenizer(**changes):
+    def change(folder: Path) -> None:
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
 
 
 def index(edit):
@@ -143,6 +156,7 @@ ACCEPTED = {  # base, change
     "yarn with its own scale": ("qwen2", config(rope_parameters=YARN | {"attention_factor": 1.3}, max_position_embeddings=64)),
     "yarn, other bounds": ("qwen2", config(rope_parameters=YARN | {"beta_fast": 4, "beta_slow": 0.5}, max_position_embeddings=64)),
     "yarn, bounds as whole dimensions": ("qwen2", config(rope_parameters=YARN | {"truncate": True}, max_position_embeddings=64)),
+    "the config's own length before yarn, the same": ("qwen2", config(rope_parameters=YARN, max_position_embeddings=256, original_max_position_embeddings=64)),
     "yarn in a llama": ("llama", config(rope_parameters=YARN, max_position_embeddings=64)),
     "yarn in a mistral": ("mistral", config(rope_parameters=YARN, max_position_embeddings=64)),
     "yarn in a qwen3": ("qwen3", config(rope_parameters=YARN, max_position_embeddings=256)),
@@ -156,6 +170,7 @@ ACCEPTED = {  # base, change
     "llama": ("llama", config()),
     "llama with biases": ("llama, biases", config()),
     "llama, no key heads: as many as queries": ("llama, a key head each", config(num_key_value_heads=GONE)),
+    "key heads null: as many as queries": ("qwen2, a key head each", config(num_key_value_heads=None)),
     "llama, head_dim null": ("llama", config(head_dim=None)),
     "mistral": ("mistral", config()),
     "mistral, a window as long as its context": ("mistral", config(sliding_window=2048)),
@@ -174,6 +189,9 @@ ACCEPTED = {  # base, change
     "fp32 weights that a config calls bf16": ("qwen2", config(dtype="bfloat16")),
     "bf16 weights, norms in fp32": ("qwen2", both(config(dtype="bfloat16"), cast(torch.bfloat16, "proj"), cast(torch.bfloat16, "e"))),
     "the template in a file of its own": ("qwen2", template_file),
+    "a template that draws the token for padding": ("qwen2", tokenizer(chat_template="{{ pad_token }}" + CHATML)),
+    "a template that draws a token of its own": ("qwen2", tokenizer(chat_template="{{ my_token }}" + CHATML, extra_special_tokens={"my_token": END_OF_TEXT})),
+    "a tokenizer's names in an earlier form, the same": ("qwen2", file("special_tokens_map.json", eos_token={"content": TURN_END}, pad_token=END_OF_TEXT)),
     "several ends of text": ("qwen2", both(config(eos_token_id=[5, 6]), generation(eos_token_id=[6, 7]))),
     "generation's end alone": ("qwen2", both(config(eos_token_id=None), generation(eos_token_id=7))),
 }  # fmt: skip
@@ -187,6 +205,22 @@ REFUSED = {  # base, change, what is said
     "yarn to another length": ("qwen2", config(rope_parameters=YARN, max_position_embeddings=128), "max_position_embeddings: expected 64 or, stretched, 256"),
     "a factor in words": ("qwen2", config(rope_parameters=YARN | {"factor": "four"}), "factor: expected a number"),
     "llama3 the wrong way round": ("llama", config(rope_parameters=LLAMA3 | {"low_freq_factor": 9.0}), "high_freq_factor: expected more than"),
+    "two lengths before yarn": ("qwen2", config(rope_parameters=YARN, max_position_embeddings=256, original_max_position_embeddings=32), "original_max_position_embeddings: expected 64, as rope_parameters.original_max_position_embeddings says, found 32"),
+    "two lengths before llama3": ("llama", config(rope_parameters=LLAMA3, original_max_position_embeddings=32), "original_max_position_embeddings: expected 64, as rope_parameters"),
+    "a type of null": ("qwen2", config(rope_parameters={"rope_type": None, "rope_theta": 1e6}), "rope_parameters.rope_type: expected a value, or no such key, found None"),
+    "no rope but false": ("qwen2", config(rope_parameters=False, rope_theta=1e6), "rope_parameters: expected a JSON object, found False"),
+    "types of fewer layers": ("qwen2", config(layer_types=["full_attention"]), "layer_types: expected 2, as num_hidden_layers says, found 1"),
+    "an end in words": ("qwen2", config(eos_token_id="5"), "config.json: eos_token_id: expected an id or a list of ids, found '5'"),
+    "an end in words for generation": ("qwen2", generation(eos_token_id=[5, "6"]), "generation_config.json: eos_token_id: expected an id"),
+    "a filling in words": ("qwen2", config(pad_token_id="x"), "pad_token_id: expected an id of the vocabulary, found 'x'"),
+    "several begins": ("qwen2", generation(bos_token_id=[1, 2]), "generation_config.json: bos_token_id: expected an id"),
+    "two ends in two of the tokenizer's files": ("qwen2", file("special_tokens_map.json", eos_token=END_OF_TEXT), "special_tokens_map.json: eos_token: expected '<|im_end|>', as tokenizer_config.json says, found '<|endoftext|>'"),
+    "a begin in one of the tokenizer's files": ("qwen2", both(tokenizer(chat_template="{{ bos_token }}" + CHATML), file("special_tokens_map.json", bos_token=END_OF_TEXT)), "special_tokens_map.json: bos_token: expected None"),
+    "a token in one of the tokenizer's files": ("qwen2", file("added_tokens.json", word=563), "added_tokens.json: 'word': expected id None, as tokenizer.json says, found 563"),
+    "two lists of added tokens": ("qwen2", tokenizer(added_tokens_decoder={"560": {"content": END_OF_TEXT}}), "added_tokens_decoder: '<|im_start|>': expected id 561, as tokenizer.json says, found None"),
+    "a token without an id": ("qwen2", tokenizer(additional_special_tokens=["word"]), "additional_special_tokens: expected added tokens of tokenizer.json, found 'word'"),
+    "several templates": ("qwen2", tokenizer(chat_template=[{"name": "default", "template": CHATML}]), "chat_template: expected one, found several"),
+    "a template that no encoding has": ("qwen2", tokenizer(chat_template="\ud800" + CHATML), "a lone surrogate"),
     "a list for the rope": ("qwen2", config(rope_parameters=[1]), "rope_parameters: expected a JSON object"),
     "theta in words": ("qwen2", config(**V4, rope_theta="1e6"), "rope_theta: expected a number"),
     "theta true": ("qwen2", config(**V4, rope_theta=True), "rope_theta: expected a number"),
@@ -220,6 +254,9 @@ UNTRAINABLE = {
     "yarn that transformers 4 does not know": ("qwen2", config(rope_parameters=YARN | {"truncate": False}, max_position_embeddings=64), "truncate: expected no such parameter, found False"),
     "half a head is rotated": ("llama", config(partial_rotary_factor=0.5), "partial_rotary_factor: expected 1"),
     "attention by chunks": ("qwen2", config(dual_chunk_attention_config={"chunk_size": 64}), "dual_chunk_attention_config: expected None"),
+    "no activation": ("qwen2", config(hidden_act=None), "hidden_act: expected 'silu', found None"),
+    "a dtype that torch does not have": ("qwen2", config(dtype="torch.float32"), "dtype: expected one of float32, bfloat16, float16, found 'torch.float32'"),
+    "quantized, by its other name": ("qwen2", config(compression_config={"quant_method": "compressed-tensors"}), "compression_config: expected none"),
     "another activation": ("llama", config(hidden_act="gelu"), "hidden_act: expected 'silu', found 'gelu'"),
     "biases that vLLM and transformers place otherwise": ("qwen3", config(attention_bias=True), "attention_bias: expected False"),
     "another type": ("llama", config(model_type="olmo2", architectures=["Olmo2ForCausalLM"]), "model_type: expected one of qwen2"),
@@ -248,13 +285,13 @@ def test_a_folder_that_is_accepted_is_the_same_model_in_transformers(name, bases
     for key in ("vocab_size", "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "model_type"):
         assert getattr(read.config, key) == getattr(official, key), key
     assert judge.untrainable is None
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reader = AutoTokenizer.from_pretrained(folder)
     stated = [official.eos_token_id, GenerationConfig.from_pretrained(folder).eos_token_id]
     ends = {i for eos in stated for i in (eos if isinstance(eos, list) else [eos]) if i is not None}
-    assert ends | {tokenizer.eos_token_id} <= set(judge.end_ids)
+    assert ends | {reader.eos_token_id} <= set(judge.end_ids)
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": "回答1 is 更好"}]
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert judge.tokenizer.prompt_ids(messages) == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    rendered = reader.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert judge.tokenizer.prompt_ids(messages) == reader(rendered, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -282,7 +319,10 @@ def test_the_table_has_at_least_60_folders_no_two_of_a_name():
     assert len(ACCEPTED | REFUSED | UNTRAINABLE) == len(ACCEPTED) + len(REFUSED) + len(UNTRAINABLE) >= 60
 
 
+MIXED = both(cast(torch.bfloat16), cast(torch.float16, "mlp"))
+ACCEPTED["bf16 and fp16"] = ("qwen2", MIXED)
 STORED = {
+    "bf16 and fp16": "float32",
     "as transformers 5 saves it": "float32", "no dtype, bf16 weights": "bfloat16", "no dtype, fp16 weights": "float16",
     "fp32 weights that a config calls bf16": "float32", "bf16 weights, norms in fp32": "bfloat16", "dtype null": "float32",
 }  # fmt: skip

@@ -230,6 +230,8 @@ def test_a_download_that_breaks_off_is_one_line_and_the_next_start_goes_on(hub, 
     assert_one_line_error(sample(run, "org/large"), "org/large", "the download broke off", "start again to go on")
     assert not list(run.glob("repeated*"))
     assert {int(span.removeprefix("bytes=").split("-")[0]) >= 10_000_000 for span in hub.ranges} == {True}
+    for without in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        assert_one_line_error(sample(run, "org/large", **without), "org/large", "not whole in the cache")
     hub.break_at, hub.asked = None, []
     succeeded(sample(run, "org/large"))
     assert hub.fetched() == {"model.safetensors"}
@@ -249,6 +251,7 @@ def test_what_the_hub_does_not_give_is_one_line(hub, model, model_files, conj, t
         ("org/gated", "org/gated: is gated; accept its terms at", "/org/gated and log in"),
         ("org/pickle", "org/pickle: has no weights in safetensors, and a pickle is never fetched"),
         ("runs/typo/model", "runs/typo/model: no such model folder"),
+        ("org/a--b", "org/a--b: no such folder here, and no name on the hub"),
         ("nowhere", "nowhere: no such model folder"),
     ):
         assert_one_line_error(conj("repeated", "--run-dir", tmp_path, "--model", name), *parts)

@@ -143,9 +143,9 @@ def front_matter(stages: dict[str, dict], base: dict) -> dict:
         del stated["license_link"]
         stated |= {"license_link": f"https://huggingface.co/{base['repo']}/blob/main/{link}"} if base["repo"] else {}
     datasets = list(dict.fromkeys(row["name"] for row in data_of(stages) if row["is_hub"]))
-    return languages | stated | {"base_model": base["name"], "base_model_relation": "finetune"} | (
-        {"datasets": datasets} if datasets else {}
-    ) | {
+    # A folder's name would be taken for somebody's repository of that name.
+    of = {"base_model": base["repo"], "base_model_relation": "finetune"} if base["repo"] else {}
+    return languages | stated | of | ({"datasets": datasets} if datasets else {}) | {
         "library_name": "transformers", "pipeline_tag": "text-generation",
         "tags": ["generative-judge", "llm-as-a-judge", "reward-model", "dpo", "con-j", "conj", "arxiv:2410.03742"],
     }  # fmt: skip

@@ -49,13 +49,14 @@ class ChatTemplate:
     source: str
     bos: str | None
     eos: str | None
+    others: dict[str, str]  # of other tokens that tokenizer_config.json names and the template may draw: {name: token}
     where: str
 
     def render(self, messages: list[dict], *, asks: bool = True) -> str:
         """The filled template, up to where the assistant starts to write if `asks`. Raises InputError if it refuses."""
         from transformers.utils.chat_template_utils import render_jinja_template  # seconds to import
 
-        names = {"bos_token": self.bos, "eos_token": self.eos}
+        names = self.others | {"bos_token": self.bos, "eos_token": self.eos}
         names = {name: token for name, token in names.items() if token is not None} | {"strftime_now": fixed_date}
         settings = {"chat_template": self.source, "add_generation_prompt": asks, **names}
         with refusing(f"{self.where}: the chat template cannot be rendered"):

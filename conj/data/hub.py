@@ -139,6 +139,8 @@ def _refusal(error: Exception, repo: str, revision: str | None, kind: str) -> In
     what, place = ("model", "folder") if kind == "model" else ("data set", "file or folder")
     page = f"{ENDPOINT}/{'' if kind == 'model' else 'datasets/'}{repo}"
     get = f"`hf download {repo}{f' --revision {revision}' if revision else ''}{'' if kind == 'model' else ' --repo-type dataset'}`"
+    if isinstance(error, errors.HFValidationError):
+        return InputError(f"{name}: no such {place} here, and no name on the hub: {first_line(error)}")
     if isinstance(error, errors.GatedRepoError):
         return InputError(f"{name}: is gated; accept its terms at {page} and log in by `hf auth login`")
     if isinstance(error, errors.RepositoryNotFoundError):

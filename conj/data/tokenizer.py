@@ -42,6 +42,35 @@ def _check_added(added: list[dict], model: Tokenizer) -> None:
         ids.add(number)
 
 
+def _check_other_places(folder: Path, config: dict, added: list[dict]) -> None:
+    """Raises InputError where another file contradicts tokenizer.json on which tokens there are, or tokenizer_config.json
+    on which of them begin and end a text: transformers goes by the other file."""
+    where, ids = f"{folder}/tokenizer_config.json", {token["content"]: token["id"] for token in added}
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        extra = config.get(name) or []
+        tokens = [_token_name(token) for token in (extra.values() if isinstance(extra, dict) else list(extra))]
+        if new := [token for token in tokens if token not in ids]:
+            raise InputError(f"{where}: {name}: expected added tokens of tokenizer.json, found {brief(new[0])}")
+    if "added_tokens_decoder" in config:
+        where += ": added_tokens_decoder"
+        stated = {_token_name(token): int(number) for number, token in config["added_tokens_decoder"].items()}
+    else:  # files of an earlier form, which count without it
+        named, more = (folder / name for name in ("special_tokens_map.json", "added_tokens.json"))
+        map_of_names = read_model_json(named) if named.exists() else {}
+        for name in ("bos_token", "eos_token"):
+            ours, theirs = (_token_name(file.get(name)) for file in (config, map_of_names))
+            if theirs not in (None, ours):
+                raise InputError(
+                    f"{named}: {name}: expected {brief(ours)}, as tokenizer_config.json says, found {brief(theirs)}"
+                )
+        where, stated = str(more), ids | (read_model_json(more) if more.exists() else {})
+    if differing := [name for name in ids | stated if ids.get(name) != stated.get(name)]:
+        expected, found = (brief(place.get(differing[0])) for place in (ids, stated))
+        raise InputError(
+            f"{where}: {brief(differing[0])}: expected id {expected}, as tokenizer.json says, found {found}"
+        )
+
+
 def _any_of(added: list[dict]) -> re.Pattern:
     """Finds these added tokens in what a template draws, the longest first, as the official tokenizer does."""
     longest_first = sorted(added, key=lambda token: len(token["content"]), reverse=True)
@@ -130,18 +159,32 @@ def _read_template(folder: Path, config: dict, given: str | None, added: set[str
         with refusing(f"{folder}: tokenizer cannot be read"):
             source = read_model_file(folder / "chat_template.jinja").decode()
         source = source.replace("\r\n", "\n").replace("\r", "\n")
+    if isinstance(source, (list, dict)):
+        raise InputError(
+            f"{folder}/tokenizer_config.json: chat_template: expected one, found several; put one of them into chat_template.jinja"
+        )
     if not isinstance(source, str):
         raise InputError(f"{folder}: no chat template in tokenizer_config.json or chat_template.jinja")
+    if replace_surrogates(source) != source:
+        raise InputError(f"{folder}: the chat template holds a lone surrogate, which no encoding has")
     bos, eos = _token_name(config.get("bos_token")), _token_name(config.get("eos_token"))
     for name, token in ("eos_token", eos), ("bos_token", bos):
         if token is not None and (not isinstance(token, str) or token not in added):
             raise InputError(f"{folder}: {name} {brief(token)} is not an added token of tokenizer.json")
-    return ChatTemplate(source=source, bos=bos, eos=eos, where=str(folder))
+    named = config | (extra if isinstance(extra := config.get("extra_special_tokens"), dict) else {})
+    others = {name: _token_name(token) for name, token in named.items() if name.endswith("_token") and name in source}
+    others = {
+        name: token
+        for name, token in others.items()
+        if isinstance(token, str) and name not in ("bos_token", "eos_token")
+    }
+    return ChatTemplate(source=source, bos=bos, eos=eos, others=others, where=str(folder))
 
 
 def _fingerprint(spec: dict, template: ChatTemplate, words: dict[str, int], silent: frozenset[int], end: str) -> str:
     """What was made of the added tokens counts too, where not all of them are special and eos_token ends a turn."""
     identity = [spec, template.source, template.eos] + ([] if template.bos is None else [template.bos])
+    identity += [template.others] if template.others else []
     if len(silent) < len(spec["added_tokens"]) or end != template.eos:
         identity.append({"words": words, "silent": sorted(silent), "turn_end": end})
     identity = json.dumps(identity, sort_keys=True, ensure_ascii=False)
@@ -182,6 +225,8 @@ class JudgeTokenizer:
                 inner = Tokenizer.from_str(json.dumps(after_text | left_out))
             added = spec.get("added_tokens")
             _check_added(added, plain)
+            if not names:  # nothing was converted: there is a tokenizer.json
+                _check_other_places(folder, config, added)
         template = _read_template(folder, config, chat_template, {token["content"] for token in added})
         drawn, turn_end = _read_frame(template, added)
         if (turn_end := turn_end or template.eos) is None:

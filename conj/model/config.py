@@ -15,6 +15,8 @@ from conj.data.files import brief
 from conj.data.model_files import read_model_json
 from conj.data.options import require
 
+STORED_DTYPES = ("float32", "bfloat16", "float16")  # as torch calls those that weights are stored in
+
 
 class Untrainable(InputError):
     """A folder that says what it is, and is nothing that conj trains."""
@@ -99,14 +101,15 @@ def read_config(folder: Path) -> ModelConfig:
     raw = read_model_json(path)
     require(raw.get("auto_map") is None, f"{path}: auto_map: expected no remote code, which is never run, found some")
     rope, stated_theta = _rope_parameters(raw, path)
-    read_dtype(raw, path)
+    _check_dtype(raw, path)
     architecture = _architecture(raw, path)
     _refuse_features(raw, architecture, path)
 
     heads, hidden = _number(raw, "num_attention_heads", path), _number(raw, "hidden_size", path)
     head_dim = architecture.default_head_dim or hidden // heads
     head_dim = head_dim if raw.get("head_dim") is None else _number(raw, "head_dim", path)
-    kv_heads = _number(raw, "num_key_value_heads", path, architecture.default_kv_heads or heads)
+    default_kv_heads = None if "num_key_value_heads" in raw else architecture.default_kv_heads  # null means the heads
+    kv_heads = _number(raw, "num_key_value_heads", path, default_kv_heads or heads)
     require(
         head_dim >= 2 and head_dim % 2 == 0 and heads * head_dim < 10**9,
         f"{path}: expected heads of an even size, below 1e9 in all, found {heads} of {head_dim}",
@@ -160,41 +163,49 @@ def _architecture(raw: dict, path: Path) -> Architecture:
 
 def _refuse_features(raw: dict, architecture: Architecture, path: Path) -> None:
     """Raises Untrainable for a feature that the decoder does not have."""
-    if raw.get("quantization_config") is not None:
-        why = "quantized weights are not trained; if these are not, delete it: it makes others misread them"
-        raise Untrainable(
-            f"{path}: quantization_config: expected none, found {brief(raw['quantization_config'])}; {why}"
-        )
-    supported = {"hidden_act": "silu", "partial_rotary_factor": 1, "dual_chunk_attention_config": None}
+    for name in ("quantization_config", "compression_config"):  # vLLM reads the second where the first is missing
+        if raw.get(name) is not None:
+            why = "quantized weights are not trained; if these are not, delete it: it makes others misread them"
+            raise Untrainable(f"{path}: {name}: expected none, found {brief(raw[name])}; {why}")
+    supported = {"hidden_act": ("silu",), "partial_rotary_factor": (1, None), "dual_chunk_attention_config": (None,)}
     if not architecture.optional_biases:
-        supported |= {"attention_bias": False, "mlp_bias": False}
-    for name, value in supported.items():
-        if raw.get(name, value) not in (value, None):
-            raise Untrainable(f"{path}: {name}: expected {value!r}, found {brief(raw[name])}")
+        supported |= {"attention_bias": (False,), "mlp_bias": (False,)}
+    for name, values in supported.items():
+        if raw.get(name, values[0]) not in values:
+            raise Untrainable(f"{path}: {name}: expected {values[0]!r}, found {brief(raw[name])}")
     for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
         value = raw.get(name, False)
         require(type(value) is bool, f"{path}: {name}: expected a bool, found {brief(value)}")
-    layer_types = raw.get("layer_types") or []
-    slides = not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
+    layer_types = raw.get("layer_types")
     window = raw.get("sliding_window", architecture.default_window)
     switch = "use_sliding_window" if architecture.window_has_switch else "sliding_window"
     is_on = raw.get(switch, False) if architecture.window_has_switch else architecture.default_window is not None
     if is_on and window is not None and not _reaches(window, raw.get("max_position_embeddings")):
         found = brief(window) if "sliding_window" in raw else f"{window}, transformers' where the key is missing"
         raise Untrainable(f"{path}: {switch}: expected attention to the whole text, found a window of {found}")
-    if slides:
+    if layer_types is None:
+        return
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise Untrainable(f"{path}: layer_types: expected full_attention in all layers, found {brief(layer_types)}")
+    num_layers = _number(raw, "num_hidden_layers", path, most=1001)
+    require(
+        len(layer_types) == num_layers,
+        f"{path}: layer_types: expected {num_layers}, as num_hidden_layers says, found {len(layer_types)}",
+    )
 
 
 def _reaches(window: object, context: object) -> bool:
     return type(window) is int and type(context) is int and window >= context
 
 
-def read_dtype(raw: dict, path: Path) -> str | None:
-    """The dtype that a config states, or None. Raises InputError where its two places differ."""
+def _check_dtype(raw: dict, path: Path) -> None:
+    """Raises InputError where the two places of a dtype differ, and Untrainable for one that is no float of torch's: with
+    it no reader but this one opens the folder."""
     stated = {name: raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) is not None}
     _require_agreement(stated, path)
-    return next(iter(stated.values()), None)
+    for name, value in stated.items():
+        if value not in list(STORED_DTYPES):  # a list: what stands in the file may have no hash
+            raise Untrainable(f"{path}: {name}: expected one of {', '.join(STORED_DTYPES)}, found {brief(value)}")
 
 
 def _require_agreement(stated: dict[str, object], path: Path) -> None:
@@ -209,14 +220,20 @@ def _require_agreement(stated: dict[str, object], path: Path) -> None:
 
 def _rope_parameters(raw: dict, path: Path) -> tuple[dict, object]:
     """The rope's parameters, from whichever place states them, and its theta; None where no place does."""
-    places = {name: raw[name] for name in ("rope_parameters", "rope_scaling") if raw.get(name)}
+    places = {name: raw[name] for name in ("rope_parameters", "rope_scaling") if raw.get(name) not in (None, {})}
     for name, stated in places.items():
         require(isinstance(stated, dict), f"{path}: {name}: expected a JSON object, found {brief(stated)}")
+        for key in ("rope_type", "type", "rope_theta"):  # null is not missing: readers take it for the value
+            if key in stated and stated[key] in (None, ""):
+                raise InputError(f"{path}: {name}.{key}: expected a value, or no such key, found {brief(stated[key])}")
         kinds = {f"{name}.{key}": stated[key] for key in ("rope_type", "type") if stated.get(key) is not None}
         _require_agreement(kinds, path)
     theta = {f"{name}.rope_theta": p["rope_theta"] for name, p in places.items() if p.get("rope_theta") is not None}
     theta |= {} if raw.get("rope_theta") is None else {"rope_theta": raw["rope_theta"]}
     _require_agreement(theta, path)
+    length = "original_max_position_embeddings"  # transformers 5 takes the config's own for that of the rope
+    lengths = {f"{name}.{length}": p[length] for name, p in places.items() if p.get(length) is not None}
+    _require_agreement(lengths | ({} if raw.get(length) is None else {length: raw[length]}), path)
     normal = {name: _normal(stated) for name, stated in places.items()}
     for key in sorted({key for stated in normal.values() for key in stated}):
         _require_agreement({f"{name}.{key}": stated.get(key) for name, stated in normal.items()}, path)

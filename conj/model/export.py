@@ -16,9 +16,9 @@ from safetensors.torch import save
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from conj.data.files import write_atomic
+from conj.data.files import replace_surrogates, write_atomic
 from conj.data.model_files import INDEX, SINGLE, read_model_json
-from conj.model.config import rope_of
+from conj.model.config import ARCHITECTURES, rope_of
 from conj.model.decoder import DTYPES
 from conj.model.folder import DecoderFolder, JudgeModel, check_model, read_decoder
 
@@ -34,6 +34,8 @@ LEFT_BEHIND = (
     "transformers_version",
     "layer_types",
     "max_window_layers",
+    "_attn_implementation",
+    "attn_implementation",
 )
 
 
@@ -68,14 +70,17 @@ def export_model(
     _write_json(beside / "config.json", trained_config(read, judge))
     _write_json(beside / "generation_config.json", greedy_generation(base, judge))
     write_tokenizer(beside, base, judge)
-    for path in (path for pattern in LICENCE_FILES for path in base.glob(pattern)):
+    for path in (path for pattern in LICENCE_FILES for path in base.glob(pattern) if path.is_file()):
         write_atomic(beside / path.name, path.read_bytes())
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
 
 
 def _write_json(path: Path, content: dict) -> None:
-    write_atomic(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    if replace_surrogates(text) != text:  # which no encoding holds, but JSON's own escapes do
+        text = json.dumps(content, indent=2)
+    write_atomic(path, (text + "\n").encode())
 
 
 def trained_config(base: DecoderFolder, judge: JudgeModel) -> dict:
@@ -93,7 +98,8 @@ def trained_config(base: DecoderFolder, judge: JudgeModel) -> dict:
     }  # fmt: skip
     if config.rope.kind == "yarn":  # transformers 4.51 takes the ratio of this to the original length for the factor
         written["max_position_embeddings"] = round(config.rope.factor * config.rope.original_context)
-    if "sliding_window" in config.raw or config.model_type == "mistral":  # where it is missing, it is 4096
+    # Where it is missing, readers take the default.
+    if "sliding_window" in config.raw or ARCHITECTURES[config.model_type].default_window:
         written["sliding_window"] = None
     return dict(sorted(written.items()))
 
@@ -114,12 +120,15 @@ def _one_or_all(ids: list[int]) -> int | list[int]:
 def write_tokenizer(folder: Path, base: Path, judge: JudgeModel) -> None:
     """The base's tokenizer files; its chat template in both places where readers look for it."""
     for name in TOKENIZER_FILES:
-        if (base / name).exists():
+        if (base / name).is_file():
             write_atomic(folder / name, (base / name).read_bytes())
     config = read_model_json(base / "tokenizer_config.json")
     config["chat_template"] = judge.tokenizer.template.source
-    if config.get("tokenizer_class") in (None, "TokenizersBackend"):  # transformers 4 does not know the latter
+    if (base / "tokenizer.json").exists():
+        # The class that takes tokenizer.json as it is, as conj does: version 5's LlamaTokenizer splits text by its own
+        # rules, and 4 does not know 5's TokenizersBackend. Without the names 4 returns token types, which no decoder takes.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config["model_input_names"] = ["input_ids", "attention_mask"]
     if isinstance(extra := config.pop("extra_special_tokens", None), dict):
         config["extra_special_tokens"] = extra
     elif extra:  # transformers 5 writes a list of them, which 4 calls so

@@ -54,6 +54,8 @@ class DecoderFolder:
         sizes = dict.fromkeys(FLOAT_TYPES, 0)
         for tensor in self.tensors.values():
             sizes[tensor.dtype] += tensor.stop - tensor.start
+        if sizes["BF16"] and sizes["F16"]:  # neither holds the other's numbers
+            return "float32"
         return FLOAT_TYPES[max(sizes, key=sizes.get)][0]
 
 
@@ -111,7 +113,7 @@ def check_model(
     check_vocabulary(folder, tokenizer, config["vocab_size"])
     max_length = min(context, most) if max_length is None else max_length
     require(0 < max_length <= context, f"--max-length: expected 1 to {context} (the model's), found {max_length}")
-    heads = (config.get("num_attention_heads"), config.get("num_key_value_heads", config.get("num_attention_heads")))
+    heads = (config.get("num_attention_heads"), config.get("num_key_value_heads") or config.get("num_attention_heads"))
     return JudgeModel(
         folder=folder, tokenizer=tokenizer, max_length=max_length, end_ids=_end_ids(folder, config, tokenizer),
         num_heads=heads if all(type(n) is int and n > 0 for n in heads) else None, untrainable=untrainable,
@@ -127,12 +129,21 @@ def check_vocabulary(folder: Path, tokenizer: JudgeTokenizer, vocab_size: int) -
 
 
 def _end_ids(folder: Path, config: dict, tokenizer: JudgeTokenizer) -> list[int]:
-    """Tokens that end a judgment: the tokenizer's, and those that the model's configuration names."""
+    """Tokens that end a judgment: the tokenizer's, and those that the model's configuration names. Raises InputError for
+    what is no id, here and where texts begin or are filled up: the export keeps those, and readers refuse them."""
     path = folder / "generation_config.json"
     generation = read_model_json(path) if path.exists() else {}
     found = set(tokenizer.end_ids)
-    for eos in (config.get("eos_token_id"), generation.get("eos_token_id")):
-        found |= {i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int}
+    for file, stated in ((folder / "config.json", config), (path, generation)):
+        for name in ("bos_token_id", "pad_token_id"):
+            value = stated.get(name)
+            fits = value is None or (type(value) is int and abs(value) < config["vocab_size"])  # some have -1 for none
+            require(fits, f"{file}: {name}: expected an id of the vocabulary, found {brief(value)}")
+        eos = stated.get("eos_token_id")
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        fits = all(type(i) is int for i in ids)
+        require(fits, f"{file}: eos_token_id: expected an id or a list of ids, found {brief(eos)}")
+        found |= set(ids)
     if outside := [i for i in sorted(found) if not 0 <= i < config["vocab_size"]]:
         raise InputError(f"{folder}: eos_token_id: expected ids of the vocabulary, found {brief(outside)}")
     return sorted(found)
