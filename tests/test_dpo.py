@@ -356,7 +356,7 @@ BAD_INPUT = {
     "empty pairs": (lambda run, model: (run / "pairs.jsonl").write_text(""), "at least one row"),
     "line 17": (lambda run, model: spoil_line(run / "pairs.jsonl", 17), "pairs.jsonl:17: expected a JSON object"),
     "missing column": (lambda run, model: drop_column(run / "pairs.jsonl"), "pairs.jsonl:1: missing column rejected"),
-    "no model": (lambda run, model: shutil.rmtree(model), "not a model folder"),
+    "no model": (lambda run, model: shutil.rmtree(model), "no such model folder"),
     "truncated weights": (lambda run, model: truncate(model / "model.safetensors"), "not a whole safetensors file"),
     "no reference": (lambda run, model: (run / "reference.safetensors").unlink(), "conj.train.reference"),
     "truncated reference": (lambda run, model: truncate(run / "reference.safetensors"), "not a whole reference file"),

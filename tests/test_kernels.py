@@ -558,7 +558,7 @@ def logps_and_gradients(folder: Path, pairs) -> tuple[Tensor, dict[str, Tensor]]
     return logps.detach(), dict(zip((name for name, _ in model.named_parameters()), found))
 
 
-@pytest.mark.parametrize(("kind", "damage"), [("qwen3", None), ("llama, biases", None), ("qwen2", "sum_rows")])
+@pytest.mark.parametrize(("kind", "damage"), [("qwen3", None), ("qwen2", "sum_rows")])
 def test_the_model_on_triton_equals_the_model_on_torch(kind, damage, tmp_path, monkeypatch):
     """Forward and backward of every kernel where it is used; with a gather's backward that loses a row it must fail."""
     folder = write_model(tmp_path / "model", tied=False, **DECODERS[kind])
