@@ -9,6 +9,7 @@ checkpoints take.
 
 import dataclasses
 import functools
+import math
 import multiprocessing
 import os
 import shutil
@@ -24,8 +25,7 @@ from conj.data.hub import name_of
 from conj.data.options import require, run_command
 from conj.data.progress import progress
 from conj.data.readers import read_rows
-from conj.model.config import parameter_shapes
-from conj.model.folder import JudgeModel, check_finite, check_model, read_decoder
+from conj.model.folder import DecoderFolder, JudgeModel, check_finite, check_model
 from conj.sample.engines.vllm import check_engine
 from conj.sample.evaluation.evaluate import find_models, judge_of
 from conj.settings import Run, check_file_options, resolve
@@ -35,7 +35,6 @@ ON_ALL_RANKS = ("reference", "dpo")  # under torchrun
 SAME_IN_TRAINING = ("dtype", "attention", "kernels", "model")  # a stored reference is of one forward pass
 SAME_IN_A_SWEEP = ("data", "subsets", "limit", "seed", "num_resamples")  # of the evaluation: the runs are compared
 CHECKPOINT_BYTES = 12  # a parameter: master weight and two moments, fp32
-EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def at_hand(run: Run) -> Run:
@@ -123,7 +122,7 @@ def _state(options, artefact: Path, inputs: list, hash_file: Callable) -> tuple[
         return f"stale: {e}", artefact
 
 
-def check_costly(runs: list[Run], found: dict[Path, str]) -> None:
+def check_costly(runs: list[Run], models: dict[Path, JudgeModel], found: dict[Path, str]) -> None:
     """Raises InputError for what is stale, for a weight that is NaN or infinite, and for a disk too small for the
     checkpoints: of what is still to be made, as `found` says of the artefacts."""
     for state in found.values():
@@ -131,12 +130,12 @@ def check_costly(runs: list[Run], found: dict[Path, str]) -> None:
     for run in runs:
         options = run.options.get("dpo")
         if options is not None and found[run.folder / "model"] in ("to do", "unfinished"):
-            check_disk(run.folder, options)
+            check_disk(run.folder, options, models[options.model].decoder)
     left = {"to do", "unfinished"}
     bases = {options.model: None for run in runs for stage, options in run.options.items()
              if stage in ON_ALL_RANKS and left & {found[artefact] for artefact in options.makes()}}  # fmt: skip
     for model in bases:
-        tensors = read_decoder(model).tensors.items()
+        tensors = models[model].decoder.tensors.items()
         check_finite(progress(tensors, desc=f"reading {model.name}", unit=" tensors"))
 
 
@@ -145,13 +144,13 @@ def existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def check_disk(folder: Path, options: DPOOptions) -> None:
+def check_disk(folder: Path, options: DPOOptions, base: DecoderFolder) -> None:
     """Raises InputError for a disk that has no room for training's checkpoints and model."""
-    read = read_decoder(options.model)
-    parameters = sum(rows * (columns[0] if columns else 1) for rows, *columns in parameter_shapes(read.config).values())
+    parameters = sum(math.prod(tensor.shape) for tensor in base.tensors.values())
+    exported = sum(tensor.stop - tensor.start for tensor in base.tensors.values())  # as it is stored
     kept = options.keep_checkpoints + 1  # the new one is whole before the oldest goes
     there = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
-    needed = parameters * (CHECKPOINT_BYTES * kept + EXPORT_BYTES[read.dtype]) - there
+    needed = parameters * CHECKPOINT_BYTES * kept + exported - there
     free = shutil.disk_usage(existing(folder)).free
     require(
         needed <= free,
@@ -169,9 +168,8 @@ def describe(model: JudgeModel) -> str:
         "end of a judgment": ", ".join(f"{names.get(i, '')} {i}".strip() for i in model.end_ids),
         "control tokens": len(tokenizer.special),
     }
-    if model.untrainable is None:
-        read = read_decoder(model.folder)
-        config, rope = read.config, read.config.rope
+    if model.decoder is not None:
+        config, rope = model.decoder.config, model.decoder.config.rope
         stretched = (
             "" if rope.kind == "default" else f", {rope.kind}, {rope.factor:g} times {rope.original_context} tokens"
         )
@@ -180,7 +178,7 @@ def describe(model: JudgeModel) -> str:
             f"{config.num_attention_heads} heads of {config.head_dim} and {config.num_key_value_heads} for keys and values",
             "rope": f"theta {rope.theta:g}{stretched}",
             "embeddings": f"{config.vocab_size}, {'tied' if config.tie_word_embeddings else 'and a head of their own'}",
-            "weights": f"{read.dtype}",
+            "weights": model.decoder.dtype,
         }
     else:
         lines["cannot be trained"] = model.untrainable
@@ -190,7 +188,7 @@ def describe(model: JudgeModel) -> str:
 def main(given) -> None:
     runs = [at_hand(run) for run in resolve(given)]
     models = check(runs)
-    check_costly(runs, survey(runs))
+    check_costly(runs, models, survey(runs))
     print("\n".join(map(describe, models.values())))
     print("nothing that a stage would refuse was found")
 

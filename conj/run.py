@@ -112,12 +112,12 @@ def compare(runs: list[Run]) -> None:
 
 def main(given) -> None:
     runs = [at_hand(run) for run in resolve(given)]
-    check(runs)
+    models = check(runs)
     found = survey(runs)
     if given.dry_run:
         dry_run(runs, found)
         return
-    check_costly(runs, found)
+    check_costly(runs, models, found)
     for run in runs:
         kept = run.folder / "settings.toml"
         before = tomllib.loads(kept.read_text("utf-8")) if kept.exists() else {}

@@ -186,19 +186,16 @@ def test_what_was_taken_is_made_anew_when_it_is_asked_for_otherwise_or_changed_t
 
 # ---- A model folder ----
 
+# What a hub client, a card's writer or another reader's tokenizer leaves in it.
+BESIDE = ("README.md", "LICENSE", ".gitattributes", ".cache/huggingface/download/config.json.metadata", "vocab.json")
+
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> Path:
     """A model with all that may decide a result, and with what stands beside it."""
     folder = write_model(tmp_path_factory.mktemp("sharded") / "base", max_shard_size="200KB")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    for name in (
-        "README.md",
-        "LICENSE",
-        ".gitattributes",
-        ".cache/huggingface/download/config.json.metadata",
-        "vocab.json",
-    ):
+    for name in BESIDE:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
     return folder
@@ -249,13 +246,7 @@ def test_a_byte_of_a_file_that_decides_makes_a_stage_stale_and_is_named(name, ba
 def test_what_decides_nothing_leaves_every_stage_complete(base, tmp_path):
     """A hub client's bookkeeping, a card and a licence are written anew by others, who do not ask."""
     stage(tmp_path, "a", [base])
-    for name in (
-        "README.md",
-        "LICENSE",
-        ".gitattributes",
-        ".cache/huggingface/download/config.json.metadata",
-        "vocab.json",
-    ):
+    for name in BESIDE:
         (base / name).write_text("another")
     for name in "NOTICE", ".cache/new", "pytorch_model.bin", "original/consolidated.pth":
         (base / name).parent.mkdir(exist_ok=True)

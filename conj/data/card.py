@@ -319,13 +319,9 @@ def _sentences(text: str) -> list[str]:
 
 def duration(seconds: float) -> str:
     """A wall time to read: hours where there are some."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def machine(made: dict) -> str:

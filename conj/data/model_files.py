@@ -18,6 +18,7 @@ CONFIG = "config.json"
 TOKENIZER, SENTENCEPIECE = ("tokenizer.json",), ("tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 OTHER_TEXTS = (CONFIG, "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 TEXT_FILES = (*OTHER_TEXTS, *TOKENIZER, *SENTENCEPIECE)  # all that conj reads but weights and their index
+LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # patterns; whoever passes the model on passes these on
 # Bounds on what a model folder may hold, above the largest in use (Gemma 3: a tokenizer of 33 MB, half a million merges;
 # DeepSeek V3: an index of 9 MB; Qwen2's headers have 40 kB). They bound time and memory before anything is parsed.
 MAX_CONFIG_BYTES = 4_000_000

@@ -15,7 +15,7 @@ from conj.data.files import brief
 from conj.data.model_files import read_model_json
 from conj.data.options import require
 
-STORED_DTYPES = ("float32", "bfloat16", "float16")  # as torch calls those that weights are stored in
+STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' name: torch's
 
 
 class Untrainable(InputError):
@@ -204,8 +204,10 @@ def _check_dtype(raw: dict, path: Path) -> None:
     stated = {name: raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) is not None}
     _require_agreement(stated, path)
     for name, value in stated.items():
-        if value not in list(STORED_DTYPES):  # a list: what stands in the file may have no hash
-            raise Untrainable(f"{path}: {name}: expected one of {', '.join(STORED_DTYPES)}, found {brief(value)}")
+        if value not in list(STORED_DTYPES.values()):  # a list: what stands in the file may have no hash
+            raise Untrainable(
+                f"{path}: {name}: expected one of {', '.join(STORED_DTYPES.values())}, found {brief(value)}"
+            )
 
 
 def _require_agreement(stated: dict[str, object], path: Path) -> None:

@@ -17,26 +17,17 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from conj.data.files import replace_surrogates, write_atomic
-from conj.data.model_files import INDEX, SINGLE, read_model_json
+from conj.data.model_files import INDEX, LICENCE_FILES, SENTENCEPIECE, SINGLE, TOKENIZER, read_model_json
 from conj.model.config import ARCHITECTURES, rope_of
 from conj.model.decoder import DTYPES
 from conj.model.folder import DecoderFolder, JudgeModel, check_model, read_decoder
 
 # Copied from the base as they are.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-)  # fmt: skip
-LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # whoever passes the model on passes these on
+TOKENIZER_FILES = (*TOKENIZER, *SENTENCEPIECE, "vocab.json", "merges.txt")
 LEFT_BEHIND = (
-    "quantization_config",
-    "auto_map",
-    "_name_or_path",
-    "transformers_version",
-    "layer_types",
-    "max_window_layers",
-    "_attn_implementation",
-    "attn_implementation",
-)
+    "quantization_config", "auto_map", "_name_or_path", "transformers_version", "layer_types", "max_window_layers",
+    "_attn_implementation", "attn_implementation",
+)  # fmt: skip
 
 
 def export_model(

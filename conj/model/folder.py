@@ -15,17 +15,13 @@ from conj.data.files import brief
 from conj.data.model_files import StoredTensor, read_model_json, stored_tensors
 from conj.data.options import require
 from conj.data.tokenizer import JudgeTokenizer
-from conj.model.config import ModelConfig, Untrainable, parameter_shapes, read_config
+from conj.model.config import STORED_DTYPES, ModelConfig, Untrainable, parameter_shapes, read_config
 
 DEFAULT_MAX_LENGTH = 8192
 TRAINING_MAX_LENGTH = 6400  # the published recipe's: longer pairs are not trained on, and not sampled either
 TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# Of the types that are trained: its name elsewhere, an integer of its width, and the bits that are all 1 in NaN and infinity.
-FLOAT_TYPES = {
-    "F32": ("float32", "<u4", 0x7F800000),
-    "BF16": ("bfloat16", "<u2", 0x7F80),
-    "F16": ("float16", "<u2", 0x7C00),
-}
+# An integer of the type's width, and the bits that are all 1 in NaN and infinity.
+EXPONENTS = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}
 CHUNK_BYTES = 64 << 20
 
 
@@ -38,7 +34,8 @@ class JudgeModel:
     max_length: int  # tokens, prompt + judgment
     end_ids: list[int]  # tokens that end a judgment
     num_heads: tuple[int, int] | None  # of queries, and of keys and values; None where the config does not say
-    untrainable: str | None  # why conj cannot train it
+    decoder: "DecoderFolder | None"  # what conj trains of it
+    untrainable: str | None  # why it cannot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +48,12 @@ class DecoderFolder:
     @property
     def dtype(self) -> str:
         """That most of the weights are stored in, as torch calls it; what a config states is no more than a wish."""
-        sizes = dict.fromkeys(FLOAT_TYPES, 0)
+        sizes = dict.fromkeys(STORED_DTYPES, 0)
         for tensor in self.tensors.values():
             sizes[tensor.dtype] += tensor.stop - tensor.start
         if sizes["BF16"] and sizes["F16"]:  # neither holds the other's numbers
             return "float32"
-        return FLOAT_TYPES[max(sizes, key=sizes.get)][0]
+        return STORED_DTYPES[max(sizes, key=sizes.get)]
 
 
 def read_decoder(folder: Path) -> DecoderFolder:
@@ -81,8 +78,10 @@ def read_decoder(folder: Path) -> DecoderFolder:
             raise InputError(f"{tensor.file}: unexpected tensor {brief(name)}; the config asks for no such parameter")
         if tensor.shape != expected[name]:
             raise InputError(f"{tensor.file}: {name}: expected shape {expected[name]}, found {brief(tensor.shape)}")
-        if tensor.dtype not in FLOAT_TYPES:
-            raise Untrainable(f"{tensor.file}: {name}: expected one of {', '.join(FLOAT_TYPES)}, found {tensor.dtype}")
+        if tensor.dtype not in STORED_DTYPES:
+            raise Untrainable(
+                f"{tensor.file}: {name}: expected one of {', '.join(STORED_DTYPES)}, found {tensor.dtype}"
+            )
     if missing := sorted(expected.keys() - tensors.keys()):
         raise InputError(f"{folder}: missing {len(missing)} tensors, first {', '.join(missing[:10])}")
     return DecoderFolder(config=config, tensors=tensors)
@@ -96,9 +95,9 @@ def check_model(
 
     Raises InputError for a folder without config, tokenizer, chat template or whole safetensors, one that contradicts
     itself or needs remote code, a tokenizer with more ids than the vocabulary, or a context longer than the model's."""
-    untrainable = None
+    decoder = untrainable = None
     try:
-        read_decoder(folder)
+        decoder = read_decoder(folder)
     except Untrainable as e:
         untrainable = str(e)
         stored_tensors(folder)
@@ -116,7 +115,8 @@ def check_model(
     heads = (config.get("num_attention_heads"), config.get("num_key_value_heads") or config.get("num_attention_heads"))
     return JudgeModel(
         folder=folder, tokenizer=tokenizer, max_length=max_length, end_ids=_end_ids(folder, config, tokenizer),
-        num_heads=heads if all(type(n) is int and n > 0 for n in heads) else None, untrainable=untrainable,
+        num_heads=heads if all(type(n) is int and n > 0 for n in heads) else None,
+        decoder=decoder, untrainable=untrainable,
     )  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def _same_content(one: StoredTensor, other: StoredTensor) -> bool:
 def check_finite(tensors: Iterable[tuple[str, StoredTensor]]) -> None:
     """Raises InputError, naming the tensor, for a weight that is NaN or infinite. Reads all weights."""
     for name, tensor in tensors:
-        _, integer, exponent = FLOAT_TYPES[tensor.dtype]
+        integer, exponent = EXPONENTS[tensor.dtype]
         for chunk in _chunks(tensor, integer):
             if count := int(np.count_nonzero((chunk & chunk.dtype.type(exponent)) == exponent)):
                 raise InputError(
