@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ def types(pairs: list) -> list[str]:
 
 def prompt(id: str, question: str = "q", label: int = 1) -> dict:
     return {"id": id, "question": question, "answer_1": "a", "answer_2": "b", "label": label}
+
+
+def pair_up_all(prompts: list, made: dict[str, list], **options) -> tuple[list[dict], Counter]:
+    """Rows of pairs.jsonl, and the stage's counts."""
+    counts = Counter()
+    rows = make_rows(prompts, lambda id: made.get(id, []), PairsOptions(run_dir=RUN, **options), counts)
+    return list(rows), counts
 
 
 HINT, REVERSED = judgment_text("hint", 1), judgment_text("reversed", 2)
@@ -114,7 +122,7 @@ def test_length_of_the_better_answer_chooses_prompts():
     made = {id: judgments(right=1, wrong=1) for id in answers}
 
     def kept(**options) -> tuple[list[str], dict[str, int]]:
-        rows, counts = make_rows(prompts, made, PairsOptions(run_dir=RUN, **options))
+        rows, counts = pair_up_all(prompts, made, **options)
         return [row["id"] for row in rows], {k: v for k, v in counts.items() if k.startswith("left_out")}
 
     assert kept() == (["longer", "shorter", "turned", "equal"], {})
@@ -127,7 +135,7 @@ def test_question_is_never_on_both_sides():
     """Duplicated questions across train and eval would let the evaluation see the training data."""
     prompts = [prompt(f"p{i}", question=f"q{i // 4}") for i in range(400)]
     made = {p["id"]: judgments(right=1, wrong=1) for p in prompts}
-    rows, counts = make_rows(prompts, made, PairsOptions(run_dir=RUN, eval_fraction=0.3))
+    rows, counts = pair_up_all(prompts, made, eval_fraction=0.3)
     splits = {}
     for row in rows:
         assert splits.setdefault(row["prompt"][1]["content"], row["split"]) == row["split"]
@@ -137,7 +145,7 @@ def test_question_is_never_on_both_sides():
 
 def test_rows_are_the_conversational_preference_format():
     """What other trainers read: message lists; the prompt is the judge's own."""
-    (row,), _ = make_rows([prompt("p")], {"p": judgments(right=1, wrong=1)}, PairsOptions(run_dir=RUN))
+    (row,), _ = pair_up_all([prompt("p")], {"p": judgments(right=1, wrong=1)})
     assert row["prompt"] == judge_messages("q", "a", "b")
     assert row["chosen"] == [{"role": "assistant", "content": judgment_text("right 0", 1)}]
     assert row["rejected"] == [{"role": "assistant", "content": judgment_text("wrong 0", 2)}]
@@ -149,7 +157,7 @@ def test_prompts_without_a_pair_are_counted_with_the_reason():
     made = {"right": judgments(right=8), "wrong": judgments(wrong=4, unparsed=4)}
     made["good"] = judgments(right=1, wrong=1, hint=CUT, hint_reversed=REVERSED)
     prompts = [prompt(id) for id in ("good", "right", "wrong", "absent")]
-    _, counts = make_rows(prompts, made, PairsOptions(run_dir=RUN))
+    _, counts = pair_up_all(prompts, made)
     assert counts["prompts_without_pair"] == 3
     assert [counts[f"because_{why}"] for why in ("only_right_judgments", "no_right_judgment", "not_sampled")] == [1] * 3
     assert counts["hints_without_the_label"] == 1
@@ -158,7 +166,7 @@ def test_prompts_without_a_pair_are_counted_with_the_reason():
 def test_no_pair_at_all_is_an_input_error():
     """An empty file would fail two stages later."""
     with pytest.raises(InputError, match="no pair can be made: prompts_without_pair 1, because_only_right_judgments 1"):
-        make_rows([prompt("p")], {"p": judgments(right=8)}, PairsOptions(run_dir=RUN))
+        pair_up_all([prompt("p")], {"p": judgments(right=8)})
 
 
 @pytest.fixture

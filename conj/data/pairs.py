@@ -14,17 +14,20 @@ rows, are held out for evaluation: the same question is never on both sides.
 import hashlib
 import json
 import time
-from collections import Counter, defaultdict
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from conj import InputError
 from conj.data import manifest
-from conj.data.files import read_jsonl, write_jsonl
+from conj.data.files import locate_jsonl, read_at, write_jsonl
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require, require_each, run_command
-from conj.data.preprocess import question_of, read_prompts
+from conj.data.preprocess import question_of, stream_prompts
 from conj.data.progress import progress
 from conj.data.prompts import VERDICT_KEY, judge_messages, question_text
 
@@ -68,40 +71,48 @@ def build_pairs(options: PairsOptions) -> None:
         require(hinted.exists(), f"{hinted}: no such file; leave hinted pairs out of --pair-types to do without")
     if not manifest.begin(artefact, inputs=inputs, options=options):
         return
-    prompts = read_prompts(inputs[0])
-    judgments = read_judgments(inputs[1:], {prompt["id"] for prompt in prompts})
-    rows, counts = make_rows(prompts, judgments, options)
-    write_jsonl(artefact, rows)
-    manifest.finish(artefact, num_rows=len(rows), counts=counts, seconds=time.monotonic() - began)
+    ids = [prompt["id"] for prompt in stream_prompts(inputs[0])]
+    counts, prompts = Counter(), progress(stream_prompts(inputs[0]), desc="pairing", total=len(ids), unit=" prompts")
+    places = [index_judgments(path, ids) for path in inputs[1:]]
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(path, "rb")) for path in inputs[1:]]
+
+        def judgments_of(id: str) -> list[dict]:
+            return [read_at(file, offset) for file, offsets in zip(files, places) for offset in offsets[id]]
+
+        num_rows = write_jsonl(artefact, make_rows(prompts, judgments_of, options, counts))
+    manifest.finish(artefact, num_rows=num_rows, counts=dict(counts), seconds=time.monotonic() - began)
 
 
-def read_judgments(paths: list[Path], ids: set[str]) -> dict[str, list[dict]]:
-    """Sampled judgments by prompt id. Raises InputError, with file and line, for one of no known prompt, kind or verdict."""
-    judgments = defaultdict(list)
-    for path in paths:
-        columns = {"id": str, "kind": str, "text": str, "verdict": object}
-        for line, row in enumerate(read_jsonl(path, columns), 1):
-            if row["id"] not in ids:
-                raise InputError(f"{path}:{line}: id {row['id']!r} is not in prompts.jsonl")
-            if row["kind"] not in ("repeated", "hint", "hint_reversed"):
-                raise InputError(f"{path}:{line}: expected kind repeated, hint or hint_reversed, found {row['kind']!r}")
-            if row["verdict"] is not None and (type(row["verdict"]), row["verdict"]) not in ((int, 1), (int, 2)):
-                raise InputError(f"{path}:{line}: expected verdict 1, 2 or null, found {row['verdict']!r}")
-            judgments[row["id"]].append(row)
-    return judgments
+def index_judgments(path: Path, ids: list[str]) -> dict[str, array]:
+    """Where in a file the judgments of each prompt id stand, whatever their order. Raises InputError, with file and line, for
+    one of no known prompt, kind or verdict."""
+    places = {id: array("q") for id in ids}
+    lines = locate_jsonl(path, {"id": str, "kind": str, "text": str, "verdict": object})
+    for line, offset, row in progress(lines, desc=f"reading {path.name}", unit=" judgments"):
+        if row["id"] not in places:
+            raise InputError(f"{path}:{line}: id {row['id']!r} is not in prompts.jsonl")
+        if row["kind"] not in ("repeated", "hint", "hint_reversed"):
+            raise InputError(f"{path}:{line}: expected kind repeated, hint or hint_reversed, found {row['kind']!r}")
+        if row["verdict"] is not None and (type(row["verdict"]), row["verdict"]) not in ((int, 1), (int, 2)):
+            raise InputError(f"{path}:{line}: expected verdict 1, 2 or null, found {row['verdict']!r}")
+        places[row["id"]].append(offset)
+    return places
 
 
-def make_rows(prompts: list, judgments: dict[str, list], options: PairsOptions) -> tuple[list[dict], dict[str, int]]:
-    """Rows of `pairs.jsonl`, and counts: pairs by type and split, prompts without a pair and why."""
-    counts = Counter(dict.fromkeys((*get_args(PairType), "train", "eval", "prompts_without_pair"), 0))
-    rows = []
-    for prompt in progress(prompts, desc="pairing", unit=" prompts"):
+def make_rows(
+    prompts: Iterable[dict], judgments_of: Callable[[str], list[dict]], options: PairsOptions, counts: Counter
+) -> Iterator[dict]:
+    """Rows of `pairs.jsonl`, one in memory at a time. In `counts`: pairs by type and split, prompts without a pair and why.
+    Raises InputError if there is no row at all."""
+    counts.update(dict.fromkeys((*get_args(PairType), "train", "eval", "prompts_without_pair"), 0))
+    for prompt in prompts:
         id, label, question = prompt["id"], prompt["label"], question_of(prompt)
         if options.chosen_length and (length := _length_of_better(prompt)) != options.chosen_length:
             counts[f"left_out_better_is_{length}"] += 1
             continue
         split = "eval" if _fraction(options.seed, question_text(question)) < options.eval_fraction else "train"
-        made = judgments.get(id, [])
+        made = judgments_of(id)
         pairs = make_pairs(id, label, made, options)
         counts.update([pair.pair_type for pair in pairs] + [split] * len(pairs))
         if not pairs:
@@ -113,11 +124,10 @@ def make_rows(prompts: list, judgments: dict[str, list], options: PairsOptions) 
         for pair in pairs:
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in pair[:2])
             row = {"prompt": messages, "chosen": chosen, "rejected": rejected, "id": id, "label": label}
-            rows.append({**row, "pair_type": pair.pair_type, "split": split})
-    if not rows:
+            yield {**row, "pair_type": pair.pair_type, "split": split}
+    if not counts["train"] + counts["eval"]:
         found = ", ".join(f"{k} {v}" for k, v in counts.items() if v)
         raise InputError(f"{options.run_dir}: no pair can be made: {found}")
-    return rows, dict(counts)
 
 
 def make_pairs(id: str, label: int, judgments: list[dict], options: PairsOptions) -> list[Pair]:

@@ -12,14 +12,14 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from conj import InputError
 from conj.data import manifest
 from conj.data.benchmarks import BENCHMARKS, official_subset, resolve_data
-from conj.data.files import listed, read_jsonl, write_jsonl
+from conj.data.files import listed, stream_jsonl, write_jsonl
 from conj.data.layouts import Preference, swapped
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require_each, run_command
@@ -48,9 +48,10 @@ def preprocess(options: PreprocessOptions) -> None:
     began, [(artefact, inputs)] = time.monotonic(), options.makes().items()
     if not manifest.begin(artefact, inputs=inputs, options=options):
         return
-    rows, counts = load_prompts(options.data, options.seed, options.subsets, options.limit)
-    write_jsonl(artefact, rows)
-    manifest.finish(artefact, num_rows=len(rows), counts=counts, seconds=time.monotonic() - began)
+    counts = Counter()
+    rows = make_rows(options.data, options.seed, options.subsets, options.limit, counts=counts)
+    num_rows = write_jsonl(artefact, rows)
+    manifest.finish(artefact, num_rows=num_rows, counts=dict(counts), seconds=time.monotonic() - began)
 
 
 def load_prompts(
@@ -67,7 +68,22 @@ def load_prompts(
     label 0, where the benchmark has ties. Such rows also hold its annotators' `votes`.
 
     Raises InputError for unusable data, a subset that is not there, or when every record is left out."""
-    rows, counts, found = {}, Counter(records=0), set()
+    counts = Counter()
+    return list(make_rows(data, seed, subsets, limit, benchmark, counts=counts)), dict(counts)
+
+
+def make_rows(
+    data: Sequence[str],
+    seed: int,
+    subsets: Sequence[str],
+    limit: int | None,
+    benchmark: bool = False,
+    *,
+    counts: Counter,
+) -> Iterator[dict]:
+    """The rows of `load_prompts`, one in memory at a time; `counts` is whole when they are all there."""
+    ids, found = set(), set()
+    counts["records"] = 0
     for given in data:
         name, known = resolve_data(given) if benchmark else (given, "")
         source = Path(name).name if Path(split_name(name)[0]).exists() else without_revision(name)
@@ -75,20 +91,21 @@ def load_prompts(
             counts["records"] += 1
             row = make_row(record, source, seed, known if benchmark else None)
             found.add(row["subset"])
-            if reason := _why_left_out(record, row, subsets, {} if benchmark else rows):
+            if reason := _why_left_out(record, row, subsets, set() if benchmark else ids):
                 counts[f"left_out_{reason}"] += 1
                 continue
-            add_row(row, rows)
+            row["id"] = unused_id(row["id"], ids)
+            ids.add(row["id"])
             counts["empty_answers"] += [row["answer_1"], row["answer_2"]].count("")
             counts["non_string_answers"] += sum(not isinstance(a, str) for a in (record.better, record.worse))
+            yield row
     if missing := sorted(set(subsets) - found):
         raise InputError(f"--subsets: no records of {listed(missing, repr)}; found {listed(sorted(found), repr)}")
-    if not rows:
+    if not ids:
         raise InputError(f"{', '.join(data)}: every record was left out: {dict(counts)}")
-    return list(rows.values()), dict(counts)
 
 
-def _why_left_out(record: Preference, row: dict, subsets: Sequence[str], rows: dict[str, dict]) -> str | None:
+def _why_left_out(record: Preference, row: dict, subsets: Sequence[str], ids: set[str]) -> str | None:
     if subsets and row["subset"] not in subsets:
         return "subset"
     if votes := row.get("votes"):  # a tie is an answer; three annotators of three minds have no majority
@@ -97,15 +114,15 @@ def _why_left_out(record: Preference, row: dict, subsets: Sequence[str], rows: d
         return record.unusable
     if row["answer_1"] == row["answer_2"]:
         return "identical"
-    return "duplicate" if row["id"] in rows else None
+    return "duplicate" if row["id"] in ids else None
 
 
-def add_row(row: dict, rows: dict[str, dict]) -> None:
-    """Adds a row by its id; one that repeats another gets `ID-2`, then `ID-3`."""
-    id, k = row["id"], 1
-    while row["id"] in rows:
-        row["id"] = f"{id}-{(k := k + 1)}"
-    rows[row["id"]] = row
+def unused_id(id: str, ids: Collection[str]) -> str:
+    """The id, or for one that is in `ids` already `ID-2`, then `ID-3`."""
+    k, free = 1, id
+    while free in ids:
+        free = f"{id}-{(k := k + 1)}"
+    return free
 
 
 def make_row(record: Preference, source: str, seed: int | None, benchmark: str | None = None) -> dict:
@@ -132,11 +149,14 @@ def make_row(record: Preference, source: str, seed: int | None, benchmark: str |
 
 
 def read_prompts(path: Path) -> list[dict]:
+    """Rows of a `prompts.jsonl`, all at once; see `stream_prompts`."""
+    return list(stream_prompts(path))
+
+
+def stream_prompts(path: Path) -> Iterator[dict]:
     """Rows of a `prompts.jsonl`. Raises InputError for a file that stage 1 did not write so."""
-    texts = ("id", "answer_1", "answer_2", "source", "subset")
-    rows = read_jsonl(path, dict.fromkeys(texts, str) | {"label": int})
-    ids = set()
-    for number, row in enumerate(rows, 1):
+    texts, ids = ("id", "answer_1", "answer_2", "source", "subset"), set()
+    for number, row in stream_jsonl(path, dict.fromkeys(texts, str) | {"label": int}):
         if ("question" in row) == ("messages" in row):
             raise InputError(f"{path}:{number}: expected either question or messages")
         turns = [{"role": "user", "content": row["question"]}] if "question" in row else row["messages"]
@@ -147,7 +167,7 @@ def read_prompts(path: Path) -> list[dict]:
         if row["id"] in ids:
             raise InputError(f"{path}:{number}: id {row['id']} appears twice")
         ids.add(row["id"])
-    return rows
+        yield row
 
 
 def is_conversation(turns) -> bool:

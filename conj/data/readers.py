@@ -104,19 +104,21 @@ def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
-    """Rows of a JSON array or of JSON lines: which of the two, the first character says."""
+    """Rows of a JSON array or of JSON lines, which are read one by one: which of the two, the first character says."""
+    head = ""  # up to that character
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")
+        # No other character ends a line: JSON's texts may hold those that Python would take for one.
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                head += "" if head.strip() else line
+                if head.lstrip().startswith("["):
+                    rows = _parse_json(head + file.read(), path, 1)
+                    yield from ((f"{path}: row {place}", row) for place, row in enumerate(rows, 1))
+                    return
+                if line.strip():
+                    yield f"{path}:{number}", _parse_json(line.removesuffix("\n"), path, number)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read: {e}") from None
-    if text.lstrip().startswith("["):
-        for number, row in enumerate(_parse_json(text, path, 1), 1):
-            yield f"{path}: row {number}", row
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"{path}:{number}", _parse_json(line, path, number)
 
 
 def _parse_json(text: str, path: Path, first_line: int):

@@ -14,7 +14,7 @@ from conj.data.benchmarks import resolve_data
 from conj.data.files import check_columns, listed
 from conj.data.layouts import swapped
 from conj.data.manifest import read_manifest
-from conj.data.preprocess import add_row, load_prompts, make_row
+from conj.data.preprocess import load_prompts, make_row, unused_id
 from conj.data.readers import read_preferences, read_rows
 
 OWN = {"id": str, "order": int, "text": str, "verdict": object, "label": int, "rung": str}
@@ -104,7 +104,8 @@ def _read_llmbar(path: Path, rows: list) -> tuple[list[dict], list[dict]]:
     prompts, judgments = {}, []
     for record, (where, row) in zip(read_preferences(str(path)), rows, strict=True):
         prompt = make_row(record, path.name, None, "llmbar")
-        add_row(prompt, prompts)
+        prompt["id"] = unused_id(prompt["id"], prompts)
+        prompts[prompt["id"]] = prompt
         judgments += _parse(where, row, {"results": list}, lambda row, prompt=prompt: _llmbar_judgments(row, prompt))
     return list(prompts.values()), judgments
 
@@ -148,7 +149,8 @@ def _read_pandalm(path: Path, rows: list, column: str, data: Sequence[str]) -> t
         if record.unusable == "tie" and len(set(record.votes)) == len(record.votes):
             continue  # no majority to agree with
         prompt = make_row(record, Path(names[0]).name, None, "pandalm")
-        add_row(prompt, prompts)
+        prompt["id"] = unused_id(prompt["id"], prompts)
+        prompts[prompt["id"]] = prompt
         text = results[idx].get(column.removesuffix("result") + "reason")
         text = text if isinstance(text, str) else ""
         judgments.append(_published(prompt, 1, 0, text, RESULTS[str(results[idx][column])]))

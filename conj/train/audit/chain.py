@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from conj import InputError
 from conj.data.card import CARD, owns_model, render_card, trained_by
-from conj.data.files import read_jsonl, sha256_file
+from conj.data.files import sha256_file, stream_jsonl
 from conj.data.identity import describe_inputs, hash_input, show_change
 from conj.data.manifest import ARTEFACTS, list_artefacts, locate, manifest_path, read_manifest, stage_order
 from conj.data.options import require
@@ -64,7 +64,9 @@ def check_chain(run: Path, base: Path | None) -> list[Check]:
             [now] = describe_inputs([path if "files" in entry else str(path)], hash_file)
             if now["sha256"] != entry["sha256"]:
                 raise InputError(f"was made from another {show_change(entry, now)} than the one that stands there now")
-        num_rows = len(read_jsonl(folder / artefact.name)) if artefact.suffix == ".jsonl" else made["num_rows"]
+        num_rows = made["num_rows"]
+        if artefact.suffix == ".jsonl":
+            num_rows = sum(1 for _ in stream_jsonl(folder / artefact.name))
         require(num_rows == made["num_rows"], f"expected {made['num_rows']} rows, found {num_rows}")
         not_here = f"; not here, so not compared: {', '.join(away)}" if away else ""
         taken = f", in {folder}" if "taken_from" in made else ""

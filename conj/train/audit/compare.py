@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from conj import InputError
-from conj.data.files import read_jsonl
+from conj.data.files import stream_jsonl
 from conj.data.manifest import list_artefacts, locate, read_manifest
 from conj.data.model_files import read_model_json, weight_files
 from conj.train.reference import read_reference
@@ -81,9 +81,12 @@ def _differences(a: Path, b: Path) -> Iterator[str]:
 
 def _record_difference(a: Path, b: Path, names: tuple[str, ...] | None = None) -> str:
     """The first row that differs, and in what; `names` are the columns that count, by default all."""
-    for number, rows in enumerate(zip_longest(read_jsonl(a), read_jsonl(b)), 1):
-        if None in rows:
+    for lines in zip_longest(stream_jsonl(a), stream_jsonl(b)):
+        if None in lines:
+            number, _ = lines[0] or lines[1]
             return f"{a.name}:{number}: row in one of them only"
+        (number, one), (_, other) = lines
+        rows = one, other
         columns = names or tuple(dict.fromkeys((*rows[0], *rows[1])))
         if name := first_difference(*rows, columns):
             what = f"step {rows[0]['step']}" if "step" in rows[0] else f"id {rows[0].get('id')}"

@@ -26,7 +26,7 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from conj.data.chat_template import fixed_date
-from conj.data.files import read_jsonl
+from conj.data.files import stream_jsonl
 from conj.data.packs import TokenizedPairs, deal, plan_packs
 from conj.data.progress import progress
 from conj.model.decoder import DTYPES
@@ -88,7 +88,9 @@ def _official_ids(options: DPOOptions, pairs: TokenizedPairs, sample: list[int])
     from transformers import AutoTokenizer  # seconds to import
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    rows, same = read_jsonl(options.find("pairs.jsonl"), PAIR_COLUMNS), {}
+    wanted, same = set(sample), {}
+    lines = stream_jsonl(options.find("pairs.jsonl"), PAIR_COLUMNS)
+    rows = {number - 1: row for number, row in lines if number - 1 in wanted}
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
