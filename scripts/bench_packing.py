@@ -19,10 +19,11 @@ from bench_common import argument_parser
 
 from conj import InputError
 from conj.data.manifest import describe_code
-from conj.data.packs import TokenizedPairs, deal, group_tokens, plan_packs, plan_steps
+from conj.data.packs import deal, group_tokens, plan_packs, plan_steps
 from conj.data.preprocess import load_prompts, question_of
 from conj.data.prompts import judge_messages, judgment_text
 from conj.data.tokenizer import JudgeTokenizer
+from conj.data.tokens import TokenizedPairs
 
 SHAPES = [(24, 1), (24, 8), (25, 8), (192, 8), (384, 64)]  # pairs a step, ranks
 COLUMNS = {

@@ -36,7 +36,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from conj import InputError
 from conj.data.files import write_atomic
-from conj.data.packs import TokenizedPairs, group_tokens, pairs_of, plan_packs, plan_steps
+from conj.data.packs import group_tokens, pairs_of, plan_packs, plan_steps
+from conj.data.tokens import TokenizedPairs
 from conj.model import backends
 from conj.model.config import ModelConfig, parameter_shapes
 from conj.model.weights import local_tensor

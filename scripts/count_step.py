@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-from conj.data.packs import Group, TokenizedPairs
+from conj.data.packs import Group
+from conj.data.tokens import TokenizedPairs
 from conj.model import attention, backends, decoder, logprob
 from conj.model.config import ModelConfig
 from conj.model.decoder import Decoder

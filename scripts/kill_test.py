@@ -70,7 +70,7 @@ def kill_training(args: argparse.Namespace, out: Path) -> list[dict]:
     shared = ["--model", base, "--device", args.device, "--dtype", "float32", "--max-tokens-per-pack", "2000"]
     run_command([sys.executable, "-m", "conj.train.reference", "--run-dir", out / "start", *shared], out / "log")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
-    options = [*shared, "--learning-rate", "1e-3", "--pairs-per-step", "6", "--eval-every", "10"]
+    options = [*shared, "--learning-rate", "1e-3", "--pairs-per-step", "6", "--eval-steps", "10"]
     options += ["--save-every", "2", "--keep-checkpoints", KEEP_CHECKPOINTS]
 
     def line(run: Path) -> list:

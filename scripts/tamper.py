@@ -19,6 +19,7 @@ from conj.data.card import CARD
 from conj.data.identity import hash_files
 from conj.data.manifest import list_artefacts, manifest_path, read_manifest
 from conj.data.model_files import deciding_files
+from conj.data.tokens import TOKENS
 from conj.train.audit.chain import check_card, check_chain
 
 
@@ -30,6 +31,7 @@ def places(run: Path, base: Path) -> list[tuple[Path, str]]:
         files = [artefact / name for name in hash_files(artefact)] if artefact.is_dir() else [artefact]
         files += [run / name for name in read_manifest(artefact).get("also", {}) if (run / name).is_file()]
         found += [(path, artefact.name) for path in files if path.stat().st_size]
+    found += [(path, TOKENS) for path in run.glob(TOKENS)]
     found += [(path, "model") for path in sorted((run / "tensorboard").iterdir())]
     found += [(path, f"checkpoints/{path.parent.name}") for path in sorted(run.glob("checkpoints/*/rank-*"))]
     found.append((run / CARD, CARD))

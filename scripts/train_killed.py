@@ -60,7 +60,7 @@ def main() -> None:
         seconds = {"reference": run_stage(reference.main, reference.ReferenceOptions(run_dir=undisturbed, **common))}
         shutil.copytree(undisturbed, killed)
         how = {**common, "audit_mode": True, "max_steps": args.max_steps, "num_train_epochs": 2, "learning_rate": 5e-5}
-        once, again = (dpo.DPOOptions(run_dir=run, **how, eval_every=10, save_every=2) for run in (undisturbed, killed))
+        once, again = (dpo.DPOOptions(run_dir=run, **how, eval_steps=10, save_every=2) for run in (undisturbed, killed))
         seconds["training"] = run_stage(dpo.main, once)
         half, log = args.max_steps // 2, killed / "metrics.jsonl"
         seconds["until killed"] = run_stage(dpo.main, again, lambda: num_lines(log) >= half)

@@ -8,8 +8,9 @@ import torch
 from conftest import random_pairs
 from torch import Tensor
 
-from conj.data.packs import plan_packs, tokenize_pairs
+from conj.data.packs import plan_packs
 from conj.data.tokenizer import JudgeTokenizer
+from conj.data.tokens import tokenize_pairs
 from conj.train import batch as batch_module
 from conj.train.batch import batches_ahead, collate, to_device
 

@@ -1,5 +1,7 @@
 """A chat template says where a turn ends, refuses a system message, or asks for the date: what is made of each."""
 
+import dataclasses
+from array import array
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +12,9 @@ from conftest import CHATML, change_config, random_pairs, write_model, write_tok
 
 from conj import InputError
 from conj.data.files import write_jsonl
-from conj.data.packs import tokenize_pairs
 from conj.data.prompts import judge_messages
 from conj.data.tokenizer import JudgeTokenizer
+from conj.data.tokens import tokenize_pairs
 from conj.model.folder import check_model
 from conj.train.audit.second_opinion import _official_ids
 
@@ -90,8 +92,8 @@ def test_the_audit_ends_judgments_as_the_official_template_does(style, folder, t
     pairs = tokenize_pairs(rows, tokenizer, 1500)
     assert [*_official_ids(options, pairs, [*range(len(rows))])] == [*range(len(rows))]
     wrong = next(i for name, i in tokenizer.special.items() if name != tokenizer.turn_end)
-    for _, judgment in pairs.judgments:
-        judgment[-1] = wrong
+    judgments = [(chosen, rejected[:-1] + array("i", [wrong])) for chosen, rejected in pairs.judgments]
+    pairs = dataclasses.replace(pairs, judgments=judgments)
     assert not _official_ids(options, pairs, [*range(len(rows))])  # the control
 
 

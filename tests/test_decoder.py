@@ -12,8 +12,9 @@ from count_step import LiveBytes
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from conj.data.packs import Group, group_tokens, plan_packs, tokenize_pairs
+from conj.data.packs import Group, group_tokens, plan_packs
 from conj.data.tokenizer import JudgeTokenizer
+from conj.data.tokens import tokenize_pairs
 from conj.model import attention as attention_module
 from conj.model import backends
 from conj.model.attention import attention, build_segments, key_rows

@@ -226,7 +226,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_after_an_evaluation(dtype, r
     """Every checkpoint here follows an evaluation, which must not leave gathered or rounded weights in it: two ranks
     write, one reads and ends where two undisturbed ones do. A bf16 copy would be off by 1e-2."""
     make_reference(run_folder, tied_model, dtype=dtype)
-    arguments = [*ARGUMENTS, "--dtype", dtype, "--eval-every", "2", "--save-every", "2", "--max-steps", "6"]
+    arguments = [*ARGUMENTS, "--dtype", dtype, "--eval-steps", "2", "--save-every", "2", "--max-steps", "6"]
     arguments += ["--num-train-epochs", "3", "--model", tied_model, "--run-dir"]
     other = shutil.copytree(run_folder, tmp_path / "resumed")
     for run in (run_folder, other):

@@ -8,8 +8,9 @@ from conftest import DECODERS, ROOT, random_pairs, write_model
 from safetensors.torch import load_file
 
 from conj.data.files import read_jsonl, write_jsonl
-from conj.data.packs import plan_packs, tokenize_pairs
+from conj.data.packs import plan_packs
 from conj.data.tokenizer import JudgeTokenizer
+from conj.data.tokens import tokenize_pairs
 from conj.model import backends
 from conj.model.attention import attention, build_segments
 from conj.model.weights import load_model

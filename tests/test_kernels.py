@@ -26,8 +26,9 @@ import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter as triton_interpreter  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from conj.data.packs import plan_packs, tokenize_pairs  # noqa: E402
+from conj.data.packs import plan_packs  # noqa: E402
 from conj.data.tokenizer import JudgeTokenizer  # noqa: E402
+from conj.data.tokens import tokenize_pairs  # noqa: E402
 from conj.model import backends, ops  # noqa: E402
 from conj.model import kernels as compiled  # noqa: E402, F401  # before the copy of the head's kernels imports them
 from conj.model.logprob import empty_statistics, linear_logprob_reference, logprobs_and_lse  # noqa: E402

@@ -42,7 +42,7 @@ def ready(run_folder, tied_model):
 
 def test_every_field_of_a_row_is_compared_or_says_when_where_and_how_fast(ready, tied_model):
     """A field in neither list would differ from run to run unseen, or fail the audit of a sound run."""
-    dpo.main(dpo_options(ready, tied_model, num_train_epochs=2, eval_every=3))
+    dpo.main(dpo_options(ready, tied_model, num_train_epochs=2, eval_steps=3))
     rows = read_jsonl(ready / "metrics.jsonl")
     by_type = {f"rewards/accuracies/{kind}" for kind in ("repeated", "hinted")}
     for row in rows:
@@ -103,7 +103,7 @@ def test_ranks_idle_for_as_long_as_the_fullest_pack_of_a_turn_takes(ready, tied_
 
 def test_tensorboard_has_the_names_and_numbers_of_the_rows_and_the_options(ready, tied_model):
     """One name in both: a mapping would be one more thing that drifts."""
-    dpo.main(dpo_options(ready, tied_model, max_steps=3, eval_every=2))
+    dpo.main(dpo_options(ready, tied_model, max_steps=3, eval_steps=2))
     events = EventAccumulator(str(ready / "tensorboard")).Reload()
     found = {(e.step, name): e.value for name in events.Tags()["scalars"] for e in events.Scalars(name)}
     expected = {

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from conj import InputError
 from conj.data.manifest import read_sealed, write_sealed
-from conj.data.packs import TokenizedPairs, deal, group_tokens, plan_packs, plan_steps
+from conj.data.packs import deal, group_tokens, plan_packs, plan_steps
 from conj.data.prompts import judge_messages, judgment_text
 from conj.data.tokenizer import JudgeTokenizer
+from conj.data.tokens import TokenizedPairs
 from conj.data.verdicts import parse_reason, parse_released, parse_strict
 
 settings.register_profile("conj", deadline=None, derandomize=True, database=None)  # the same inputs on every machine

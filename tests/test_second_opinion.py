@@ -14,9 +14,10 @@ from test_dpo import dpo_options, make_reference
 
 from conj import InputError
 from conj.data.files import read_jsonl, write_jsonl
-from conj.data.packs import Group, tokenize_pairs
+from conj.data.packs import Group
 from conj.data.prompts import judgment_text
 from conj.data.tokenizer import JudgeTokenizer
+from conj.data.tokens import tokenize_pairs
 from conj.train import dpo
 from conj.train.audit import second_opinion
 from conj.train.audit.second_opinion import load_transformers, transformers_logps, trend

@@ -1,4 +1,4 @@
-"""Contrastive pairs to packs: token ids, the plan of steps, best-fit-decreasing packs.
+"""Tokenized pairs to packs: the plan of steps, best-fit-decreasing packs.
 
 A judge's prompt is long and its judgments are short, so a prompt is encoded once and its judgments hang off it:
 `prompt + sum of judgments` tokens, where separate sequences take `2 x pairs x prompt + sum of judgments`.
@@ -6,79 +6,14 @@ The plan depends on data, seed and epoch alone, never on the number of ranks: no
 `deal`, which hands out packs that are made. Fill, balance and seconds at 400,000 pairs: scripts/bench_packing.py.
 """
 
-import hashlib
 import heapq
 import random
-from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from conj import InputError
-from conj.data.tokenizer import JudgeTokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizedPairs:
-    """N pairs as token ids. Pairs with the same prompt text hold the same prompt number."""
-
-    ids: list[str]  # (N,) id of the prompt's record
-    is_eval: list[bool]  # (N,) held out from training
-    prompts: list[array]  # token ids of each distinct prompt
-    prompt_of: list[int]  # (N,) row of `prompts`
-    judgments: list[tuple[array, array]]  # (N,) chosen and rejected token ids, each with its end token
-    pair_types: list[str] | None = None  # (N,) how each was made; for the log alone
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def num_tokens(self, pair: int) -> int:
-        """Tokens of the prompt and the longer of its two judgments."""
-        return len(self.prompts[self.prompt_of[pair]]) + max(map(len, self.judgments[pair]))
-
-    @cached_property
-    def prompt_tokens(self) -> list[int]:
-        """Tokens of each distinct prompt."""
-        return [len(ids) for ids in self.prompts]
-
-    @cached_property
-    def judgment_tokens(self) -> list[int]:
-        """(N,) tokens a pair's judgments take in a pack. The last token of a judgment is only predicted, never read."""
-        return [len(chosen) + len(rejected) - 2 for chosen, rejected in self.judgments]
-
-    def fingerprint(self) -> str:
-        """sha256 over all token ids in row order."""
-        digest = hashlib.sha256()
-        for i in range(len(self)):
-            for ids in (self.prompts[self.prompt_of[i]], *self.judgments[i]):
-                digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-        return digest.hexdigest()
-
-
-def tokenize_pairs(rows: Sequence[dict], tokenizer: JudgeTokenizer, vocab_size: int) -> TokenizedPairs:
-    """Rows of `pairs.jsonl` as ids. Raises InputError (row number) on messages of another shape and ids over the model's."""
-    prompts, numbers, prompt_of, judgments = [], {}, [], []
-    for i, row in enumerate(rows, 1):
-        try:
-            key = tuple((m["role"], m["content"]) for m in row["prompt"])
-            (chosen,), (rejected,) = row["chosen"], row["rejected"]
-            pair = tuple(array("i", tokenizer.completion_ids(m["content"])) for m in (chosen, rejected))
-            if key not in numbers:
-                prompts.append(array("i", tokenizer.prompt_ids(row["prompt"])))
-                numbers[key] = len(prompts) - 1
-        except (TypeError, KeyError, ValueError) as e:
-            expected = "prompt messages and one chosen and one rejected message"
-            raise InputError(f"pairs.jsonl:{i}: expected {expected}, found {e!r}") from None
-        prompt_of.append(numbers[key])
-        judgments.append(pair)
-        highest = max(max(prompts[numbers[key]]), *map(max, pair))
-        if highest >= vocab_size:
-            raise InputError(f"pairs.jsonl:{i}: token id {highest} is outside the model's vocabulary of {vocab_size}")
-    return TokenizedPairs(
-        ids=[row["id"] for row in rows], is_eval=[row.get("split") == "eval" for row in rows], prompts=prompts,
-        prompt_of=prompt_of, judgments=judgments, pair_types=[row["pair_type"] for row in rows],
-    )  # fmt: skip
+from conj.data.tokens import TokenizedPairs
 
 
 def plan_steps(pairs: TokenizedPairs, members: list, *, pairs_per_step: int, share: str, seed: str) -> list[list[int]]:

@@ -11,7 +11,7 @@ The others are vocabulary, such as `<think>` or a term that somebody taught a mo
 import hashlib
 import json
 import re
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,9 @@ from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from conj import InputError
 from conj.data.chat_template import PLACEHOLDER, ChatTemplate, placeholder, refusing
 from conj.data.files import brief, replace_surrogates
-from conj.data.model_files import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, read_model_file, read_model_json
+from conj.data.model_files import MAX_TOKENIZER_BYTES, read_model_file, read_model_json
+from conj.data.sentencepiece import after_text_spec, convert_sentencepiece
 
-# Of a sentencepiece model; the largest in use (Gemma's) has 4.2 MB and 256,000 pieces, the longest of them 31 characters.
-MAX_PIECES_BYTES, MAX_PIECES, MAX_PIECE_LENGTH = 6_000_000, 600_000, 512
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # how an added token is found in text
 
 
@@ -110,44 +109,6 @@ def _spelled(name: str, tokenizer: Tokenizer) -> str:
     return next((form for form in (name, by_bytes) if decoder and decoder.decode([form]) == name), name)
 
 
-def _convert_sentencepiece(folder: Path) -> tuple[dict, dict[str, str | None]]:
-    """The tokenizer.json that `transformers` makes of a sentencepiece `tokenizer.model` as Llama-2 and Mistral have it,
-    and the folder's bos_token and eos_token.
-
-    Raises InputError for a model of another kind: one without byte fallback would lose characters without a word."""
-    path = folder / "tokenizer.model"
-    configs = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    bounds = {path.name: MAX_PIECES_BYTES} | dict.fromkeys(configs, MAX_CONFIG_BYTES)
-    with refusing(f"{path}: cannot be converted"), tempfile.TemporaryDirectory() as beside:
-        from transformers import LlamaTokenizer  # seconds to import
-        from transformers.convert_slow_tokenizer import SentencePieceExtractor
-
-        for name, max_bytes in bounds.items():  # transformers sees these files only, and none that is too large
-            if (folder / name).exists():
-                Path(beside, name).write_bytes(read_model_file(folder / name, max_bytes))
-        model = SentencePieceExtractor(f"{beside}/{path.name}").proto
-        pieces = model.pieces
-        if len(pieces) > MAX_PIECES or any(len(piece.piece) > MAX_PIECE_LENGTH for piece in pieces):
-            raise ValueError(f"expected at most {MAX_PIECES:,} pieces of {MAX_PIECE_LENGTH} characters")
-        is_bpe = model.trainer_spec.model_type == model.trainer_spec.BPE
-        if not is_bpe or sum(piece.type == piece.BYTE for piece in pieces) != 256:
-            raise ValueError("expected a BPE model with byte fallback, as Llama-2 and Mistral have")
-        tokenizer = LlamaTokenizer.from_pretrained(beside, local_files_only=True)
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    # sentencepiece never makes a control piece out of text; the merges that transformers makes up for it may.
-    added = {token["content"] for token in spec["added_tokens"]}
-    spec["model"]["merges"] = [pair for pair in spec["model"]["merges"] if "".join(pair) not in added]
-    return spec, {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-
-
-def _after_text(spec: dict) -> dict:
-    """The spec for text that does not start the prompt, where `transformers` puts no space before the first word."""
-    words = spec.get("pre_tokenizer")
-    if isinstance(words, dict) and words.get("type") == "Metaspace" and words.get("prepend_scheme") == "first":
-        return spec | {"pre_tokenizer": words | {"prepend_scheme": "never"}}
-    return spec
-
-
 def _token_name(token) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
@@ -215,13 +176,13 @@ class JudgeTokenizer:
         if (folder / "tokenizer.json").exists() or not (folder / "tokenizer.model").exists():
             spec, names = read_model_json(folder / "tokenizer.json", MAX_TOKENIZER_BYTES), {}
         else:
-            spec, names = _convert_sentencepiece(folder)
+            spec, names = convert_sentencepiece(folder)
         config = read_model_json(folder / "tokenizer_config.json") | names
         with refusing(f"{folder}: tokenizer cannot be read"):
             # Truncation and padding would cut or fill every text without a word.
             left_out = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
             plain = inner = Tokenizer.from_str(json.dumps(spec | left_out))
-            if (after_text := _after_text(spec)) is not spec:
+            if (after_text := after_text_spec(spec)) is not spec:
                 inner = Tokenizer.from_str(json.dumps(after_text | left_out))
             added = spec.get("added_tokens")
             _check_added(added, plain)
@@ -285,19 +246,42 @@ class JudgeTokenizer:
             ids = tokenizer.encode(text, add_special_tokens=False).ids
         except TypeError:
             ids = tokenizer.encode(replace_surrogates(text), add_special_tokens=False).ids
+        return self._own(ids)
+
+    def _own(self, ids: list[int]) -> list[int]:
         return [self.own_ids.get(i, i) for i in ids] if self.own_ids else ids
 
     def encode_text(self, text: str, *, after_text: bool = False) -> list[int]:
         """Token ids of text; control tokens in it stay text, and lone surrogates become U+FFFD.
 
         Raises InputError for a text that has a control token's id all the same, such as that of an unknown character."""
-        ids = self._encode(text, self.inner if after_text else self.plain)
+        return self.check_inert(text, self._encode(text, self.inner if after_text else self.plain))
+
+    def encode_texts(self, texts: Sequence[str], *, after_text: bool = False) -> list[list[int]]:
+        """What `encode_text` gives for each of many texts, by all cores; `check_inert` is left to who knows their names."""
+        tokenizer = self.inner if after_text else self.plain
+        try:
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:
+            encodings = tokenizer.encode_batch_fast(list(map(replace_surrogates, texts)), add_special_tokens=False)
+        return [self._own(encoding.ids) for encoding in encodings]
+
+    def check_inert(self, text: str, ids: list[int]) -> list[int]:
+        """The ids of a text. Raises InputError if a control token's is among them."""
         if not self._control_ids.isdisjoint(ids):
             raise InputError(f"{self.template.where}: the text {brief(text)} would become a control token")
         return ids
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
-        """Ids of the chat template filled with `messages`, up to the point where the assistant starts to write.
+        """Ids of the chat template filled with `messages`, up to the point where the assistant starts to write; see
+        `prompt_parts`."""
+        ids = []
+        for part in self.prompt_parts(messages):
+            ids += [part] if isinstance(part, int) else self.encode_text(part[0], after_text=part[1])
+        return ids
+
+    def prompt_parts(self, messages: list[dict]) -> list[int | tuple[str, bool]]:
+        """What a prompt is made of: ids of control tokens, and texts with whether something stands before them.
 
         The template is rendered with placeholders and split at its control tokens; each stretch between them is
         encoded in one piece with the user's text in it, as the official template's own ids are.
@@ -315,19 +299,23 @@ class JudgeTokenizer:
             {**m, "content": m["content"].replace(text, placeholder(i)) if text else m["content"]}
             for i, (m, text) in enumerate(zip(messages, texts))
         ]
-        ids = []
+        parts = []
         for stretch in self._control.split(self.template.render(shown)):
             if stretch in self.special:
-                ids.append(self.special[stretch])
+                parts.append(self.special[stretch])
                 continue
             pieces = PLACEHOLDER.split(stretch)
             filled = "".join(p if k % 2 == 0 else texts[int(p)] for k, p in enumerate(pieces))
             if filled:
-                ids += self.encode_text(filled, after_text=bool(ids))
-        return ids
+                parts.append((filled, bool(parts)))
+        return parts
+
+    def completion_parts(self, text: str) -> list[int | tuple[str, bool]]:
+        """What a judgment that ends is made of: its text, then the token that ends the turn."""
+        return [(text, True), self.special[self.turn_end]]
 
     def completion_ids(self, text: str) -> list[int]:
-        """Ids of a judgment that ends: its text, then the token that ends the turn."""
+        """Ids of a judgment that ends."""
         return [*self.encode_text(text, after_text=True), self.special[self.turn_end]]
 
     @cached_property

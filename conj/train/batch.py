@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 from torch import Tensor
 
-from conj.data.packs import Group, TokenizedPairs
+from conj.data.packs import Group
+from conj.data.tokens import TokenizedPairs
 from conj.model.attention import Segments, build_segments
 from conj.model.ops import Gather, build_gather
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from conj.data.card import read_base_card, write_card
 from conj.data.manifest import begin, finish, identity
 from conj.data.options import run_command
-from conj.data.packs import Group, TokenizedPairs, deal, pairs_of
+from conj.data.packs import Group, deal, pairs_of
+from conj.data.tokens import TokenizedPairs
 from conj.model import backends
 from conj.model.export import export_model
 from conj.train.batch import Batch, batches_ahead, to_device
@@ -189,8 +190,8 @@ def main(options: DPOOptions) -> None:
             for step in range(num_done + 1, len(steps) + 1):
                 lr = learning_rate_at(step - 1, len(steps), options)
                 metrics = train_step(model, optimizer, pairs, steps[step - 1], batches, lr, options, world)
-                if plan.eval_packs and (step % options.eval_every == 0 or step == len(steps)):
-                    metrics |= evaluate_pairs(model, pairs, reference, plan.eval_packs, options, world)
+                if step in plan.evaluations:
+                    metrics |= evaluate_pairs(model, pairs, reference, plan.evaluations[step], options, world)
                 log(step, metrics)
                 leaving = world.any(asked_to_leave.is_set())
                 if step % options.save_every == 0 or step == len(steps) or leaving:

@@ -1,6 +1,7 @@
 """What a run says while it trains: a row of `metrics.jsonl` a step, the same numbers to TensorBoard and others, the bar.
 
-Names are TRL's, the same in every place; what is measured on held-out pairs is `eval/…`. Beside the training's own numbers
+Names are TRL's, the same in every place; what is measured on held-out pairs is `eval/…`: a sample of
+them, the same at each step but the last, where it is all that fit (`eval/num_pairs`). Beside the training's own numbers
 (`loss`, `rewards/…` and `logps/…` are means over the step's pairs, `logps/…` in nats) a row has:
 
     epoch                passes over the training pairs so far, a fraction
@@ -25,11 +26,12 @@ import torch
 from torch import Tensor
 
 from conj.data.files import dump_line, recover_jsonl, write_jsonl
-from conj.data.packs import Group, TokenizedPairs, group_tokens, pairs_of
+from conj.data.packs import Group, group_tokens, pairs_of
 from conj.data.progress import progress
+from conj.data.tokens import TokenizedPairs
 from conj.model.config import ModelConfig, read_config
 from conj.train.options import DPOOptions
-from conj.train.plan import Plan
+from conj.train.plan import Plan, describe_evaluations
 from conj.train.sharding import World
 from conj.train.speed import idle_share, peak_memory_bytes, quick_ceiling, step_flops
 
@@ -88,6 +90,7 @@ def training_log(
     if not world.is_main:
         yield lambda step, metrics: None
         return
+    print(describe_evaluations(plan))
     path = options.run_dir / "metrics.jsonl"
     write_jsonl(path, [row for row in recover_jsonl(path) if row["step"] <= num_steps_done])
     config, ceiling = read_config(options.model), quick_ceiling(world.device.type, options.dtype)

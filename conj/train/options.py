@@ -121,7 +121,12 @@ class DPOOptions(RunOptions, ComputeOptions):
         help="the same bits on any number of ranks: gradients of a step summed in float64 (8 bytes a parameter on each "
         "rank), deterministic, one thread on a CPU",
     )
-    eval_every: int = option(50, help="optimizer steps between evaluations on the held-out pairs")
+    eval_steps: float = option(
+        0.1,
+        help="evaluate a sample of the held-out pairs every so many steps; below 1: a share of the run's steps, made fewer where "
+        "evaluations would take over 3 % of the run. At its end all held-out pairs are evaluated, if they fit in that",
+    )
+    eval_pairs: int = option(256, help="held-out pairs in the sample, at most")
     save_every: int = option(200, help="optimizer steps between checkpoints", affects_result=False)
     keep_checkpoints: int = option(2, help="newest checkpoints to keep", affects_result=False)
     report_to: tuple[Literal[REPORT_TO], ...] = option(
@@ -135,8 +140,11 @@ class DPOOptions(RunOptions, ComputeOptions):
     def __post_init__(self):
         above_0 = ("beta", "learning_rate", "max_grad_norm", "num_train_epochs", "max_steps", "pairs_per_step")
         above_0 += ("max_length", "max_tokens_per_pack", "pack_multiple")
-        above_0 += ("eval_every", "save_every", "keep_checkpoints")
+        above_0 += ("eval_steps", "eval_pairs", "save_every", "keep_checkpoints")
         require_each(self, above_0, lambda value: value > 0, "more than 0")
+        require_each(
+            self, ("eval_steps",), lambda value: value < 1 or value % 1 == 0, "a share below 1, or whole steps"
+        )
         require_each(self, ("nll_alpha", "weight_decay"), lambda value: value >= 0, "0 or more")
         require(
             self.kernels != "compile" or self.activation_checkpointing != "selective",

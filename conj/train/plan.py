@@ -1,13 +1,24 @@
-"""What a run of stage 6 trains on, and in which order."""
+"""What a run of stage 6 trains on, in which order, and when it evaluates what.
 
+Evaluations take at most EVAL_SHARE of a run, by tokens, whatever its size; a forward costs a third of a step. The rule is a
+function of data, seed and options, as the steps are.
+"""
+
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from conj.data.options import require
-from conj.data.packs import Group, TokenizedPairs, plan_packs, plan_steps
-from conj.train.reference import load_pairs, load_reference, reference_key
+from conj.data.packs import Group, group_tokens, pairs_of, plan_packs, plan_steps
+from conj.data.tokens import TokenizedPairs
+from conj.train.reference import load_reference, map_pairs, reference_key
 from conj.train.sharding import World
+
+EVAL_SHARE = 0.03  # of a run's time
+FEWEST_EVALUATIONS = 4  # before the sample is made smaller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,15 +30,15 @@ class Plan:
     train: list[int]  # pair numbers
     held_out: list[int]
     steps: list[list[list[Group]]]  # packs of each optimizer step
-    eval_packs: list[list[Group]]
+    evaluations: dict[int, list[list[Group]]]  # packs of held-out pairs, by the step after which they are evaluated
     stale: list[str]  # fields of the reference's key that are others here; see `make_plan`
 
 
-def make_plan(options, world: World, *, elsewhere: bool = False) -> Plan:
+def make_plan(options, world: World, *, elsewhere: bool = False, folders: Sequence[Path] | None = None) -> Plan:
     """Raises InputError unless pairs, reference logprobs and base model are all there and fit together. `elsewhere`:
-    the reference may have been made on another machine or with other versions."""
+    the reference may have been made on another machine or with other versions; `folders`: where tokens are looked for."""
     path = options.find("reference.safetensors")
-    pairs, tokenizer, usable = load_pairs(options.find("pairs.jsonl"), options.model, options.max_length)
+    pairs, tokenizer, usable = map_pairs(options, world, folders)
     where = {"dtype": options.dtype, "device": world.device}
     key = world.on_main(lambda: reference_key(options.model, tokenizer, pairs, **where))
     reference, stale = load_reference(path, key, len(pairs), elsewhere=elsewhere)
@@ -40,8 +51,62 @@ def make_plan(options, world: World, *, elsewhere: bool = False) -> Plan:
     of_pack = {"max_tokens": options.max_tokens_per_pack, "multiple": options.pack_multiple, "share": options.share}
     seeds = [f"{options.seed}:{epoch}" for epoch in range(options.num_train_epochs)]
     members = [step for seed in seeds for step in plan_steps(pairs, train, seed=seed, **of_step)]
+    steps = [plan_packs(pairs, step, **of_pack) for step in members][: options.max_steps]
     return Plan(
-        pairs=pairs, reference=reference, train=train, held_out=held_out, stale=stale,
-        steps=[plan_packs(pairs, step, **of_pack) for step in members][: options.max_steps],
-        eval_packs=plan_packs(pairs, held_out, **of_pack),
+        pairs=pairs, reference=reference, train=train, held_out=held_out, stale=stale, steps=steps,
+        evaluations=plan_evaluations(pairs, held_out, steps, options),
     )  # fmt: skip
+
+
+def plan_evaluations(
+    pairs: TokenizedPairs, held_out: list[int], steps: list[list[list[Group]]], options
+) -> dict[int, list[list[Group]]]:
+    """The packs of each evaluation, by the step after which it comes; none without held-out pairs.
+
+    A sample of `eval_pairs`, drawn by the seed, every `eval_steps`; after the last step all of them, where they fit EVAL_SHARE.
+    Steps that are given as a share are made fewer, down to FEWEST_EVALUATIONS, then the sample smaller, until all fit."""
+    if not held_out:
+        return {}
+    of_pack = {"max_tokens": options.max_tokens_per_pack, "multiple": options.pack_multiple, "share": options.share}
+    room = EVAL_SHARE / (1 - EVAL_SHARE) * 3 * sum(num_tokens(pairs, packs) for packs in steps)
+    sample = random.Random(f"{options.seed}:eval").sample(held_out, min(options.eval_pairs, len(held_out)))
+    last = plan_packs(pairs, held_out, **of_pack)
+    last = last if num_tokens(pairs, last) <= room else plan_packs(pairs, sample, **of_pack)
+    if options.eval_steps >= 1:  # asked for by number
+        after = range(int(options.eval_steps), len(steps), int(options.eval_steps))
+    else:
+        wanted, room = round(1 / options.eval_steps), room - num_tokens(pairs, last)
+        fit = int(room / num_tokens(pairs, plan_packs(pairs, sample, **of_pack))) + 1  # and the one at the end
+        number = min(wanted, max(fit, FEWEST_EVALUATIONS), len(steps))
+        sample = _fitting(pairs, sample, room / max(1, number - 1), of_pack)
+        after = [len(steps) * i // number for i in range(1, number)] if sample else []
+    return dict.fromkeys(after, plan_packs(pairs, sample, **of_pack)) | {len(steps): last}
+
+
+def _fitting(pairs: TokenizedPairs, sample: list[int], num_tokens_that_fit: float, of_pack: dict) -> list[int]:
+    """As many of the first pairs of a sample as fit."""
+    while sample and num_tokens(pairs, plan_packs(pairs, sample, **of_pack)) > num_tokens_that_fit:
+        sample = sample[: len(sample) * 9 // 10]
+    return sample
+
+
+def num_tokens(pairs: TokenizedPairs, packs: list[list[Group]]) -> int:
+    return sum(group_tokens(pairs, group) for pack in packs for group in pack)
+
+
+def evaluation_share(plan: Plan) -> float:
+    """Of the run's time, by tokens."""
+    trained = 3 * sum(num_tokens(plan.pairs, packs) for packs in plan.steps)
+    evaluated = sum(num_tokens(plan.pairs, packs) for packs in plan.evaluations.values())
+    return evaluated / (trained + evaluated)
+
+
+def describe_evaluations(plan: Plan) -> str:
+    """A line for who watches a run."""
+    if not plan.evaluations:
+        return "no pair is held out: nothing is evaluated"
+    *earlier, last = plan.evaluations
+    said = f"{len(pairs_of(plan.evaluations[last]))} of {len(plan.held_out)} held-out pairs are evaluated after step {last}"
+    if earlier:
+        said += f", and {len(pairs_of(plan.evaluations[earlier[0]]))} of them {len(earlier)} times before"
+    return f"{said}: {evaluation_share(plan):.1%} of the run, by tokens"

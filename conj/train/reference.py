@@ -3,13 +3,15 @@
     python -m conj.train.reference --run-dir runs/demo --model demo/base
     torchrun --nproc_per_node 8 -m conj.train.reference --run-dir … --model …
 
-DPO needs the reference model only for these numbers, so training never loads it. The key names everything they depend
+DPO needs the reference model only for these numbers, so training never loads it. The tokens of the pairs are made here too
+(`tokens.safetensors`), once for all ranks and later stages. The key names everything they depend
 on; `conj.train.dpo` refuses a file whose key differs and says which part. NaN means not computed: a killed run is
 taken up where its last save stands, and pairs over `--max-length` stay NaN.
 """
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,14 +21,16 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from conj import InputError
-from conj.data.files import listed, read_jsonl, sha256_file, write_atomic
-from conj.data.manifest import begin, finish
+from conj.data.files import listed, sha256_file, stream_jsonl, write_atomic
+from conj.data.manifest import RunOptions, begin, finish
 from conj.data.model_files import weight_files
-from conj.data.options import run_command
-from conj.data.packs import Group, TokenizedPairs, deal, pairs_of, plan_packs, tokenize_pairs
+from conj.data.options import require, run_command
+from conj.data.packs import Group, deal, pairs_of, plan_packs
 from conj.data.progress import progress
 from conj.data.tokenizer import JudgeTokenizer
+from conj.data.tokens import PAIR_COLUMNS, TOKENS, TokenizedPairs, find_tokens, map_tokens, tokenize_pairs
 from conj.model import backends
+from conj.model.config import ModelConfig
 from conj.model.folder import check_finite, check_vocabulary, read_decoder
 from conj.train.batch import batches_ahead
 from conj.train.options import ReferenceOptions, hash_forward
@@ -35,17 +39,39 @@ from conj.train.sharding import World, build_sharded_model, distributed, ending_
 WHERE = {"code", "backends", "torch", "device"}  # fields of the key that say where it was made, not from what
 ROUNDING = {"bfloat16": 2**-9, "float32": 2**-22}  # relative error of a result; in fp32 that of a long sum
 NUM_ROUNDINGS = 16  # see rounding_bound
-PAIR_COLUMNS = {"id": str, "prompt": list, "chosen": list, "rejected": list, "label": int, "pair_type": str}
 
 
 def load_pairs(path: Path, model: Path, max_length: int) -> tuple[TokenizedPairs, str, list[int]]:
     """The pairs of pairs.jsonl as token ids of the model's tokenizer, that tokenizer's fingerprint, and the numbers of the pairs
-    that are within `max_length` tokens and the model's context."""
+    that are within `max_length` tokens and the model's context. For one process; ranks share a file, see `map_pairs`."""
+    config, tokenizer = read_config_and_tokenizer(model)
+    pairs = tokenize_pairs((row for _, row in stream_jsonl(path, PAIR_COLUMNS)), tokenizer, config.vocab_size)
+    return pairs, tokenizer.fingerprint, pairs.within(min(max_length, config.max_position_embeddings))
+
+
+def read_config_and_tokenizer(model: Path) -> tuple[ModelConfig, JudgeTokenizer]:
     config, tokenizer = read_decoder(model).config, JudgeTokenizer.load(model)
     check_vocabulary(model, tokenizer, config.vocab_size)
-    pairs = tokenize_pairs(read_jsonl(path, PAIR_COLUMNS), tokenizer, config.vocab_size)
-    longest = min(max_length, config.max_position_embeddings)
-    return pairs, tokenizer.fingerprint, [i for i in range(len(pairs)) if pairs.num_tokens(i) <= longest]
+    return config, tokenizer
+
+
+def map_pairs(
+    options: RunOptions, world: World, folders: Sequence[Path] | None = None
+) -> tuple[TokenizedPairs, str, list[int]]:
+    """What `load_pairs` gives, from a file that all ranks map: the main rank finds one in `folders` that holds just these
+    tokens, or makes it in the first of them. By default they are the run's, that of its pairs, and those it builds on."""
+
+    def find() -> tuple[Path, str, int]:
+        path = options.find("pairs.jsonl")
+        require(path.exists(), f"{path}: no such file; make it by its stage first")
+        config, tokenizer = read_config_and_tokenizer(options.model)
+        places = [folder / TOKENS for folder in folders or (options.run_dir, path.parent, *options.from_runs)]
+        file = find_tokens(places, path, tokenizer, config.vocab_size)
+        return file, tokenizer.fingerprint, min(options.max_length, config.max_position_embeddings)
+
+    path, fingerprint, longest = world.on_main(find)
+    pairs = map_tokens(path)
+    return pairs, fingerprint, pairs.within(longest)
 
 
 def reference_key(
@@ -202,7 +228,7 @@ def main(options: ReferenceOptions) -> None:
     [(artefact, inputs)] = options.makes().items()
     with distributed(options.device) as world:
         backends.select(world.device, dtype=options.dtype, attention=options.attention, kernels=options.kernels)
-        pairs, tokenizer, usable = load_pairs(inputs[0], options.model, options.max_length)
+        pairs, tokenizer, usable = map_pairs(options, world)
         key = world.on_main(
             lambda: reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
         )

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from conj.data.packs import Group, TokenizedPairs, group_tokens
+from conj.data.packs import Group, group_tokens
+from conj.data.tokens import TokenizedPairs
 from conj.model.config import ModelConfig
 from conj.model.decoder import DTYPES
 

@@ -13,6 +13,7 @@ from conj.data.files import sha256_file, stream_jsonl
 from conj.data.identity import describe_inputs, hash_input, show_change
 from conj.data.manifest import ARTEFACTS, list_artefacts, locate, manifest_path, read_manifest, stage_order
 from conj.data.options import require
+from conj.data.tokens import TOKENS, check_tokens
 from conj.train.checkpoint import check_checkpoint, list_checkpoints
 
 
@@ -76,6 +77,10 @@ def check_chain(run: Path, base: Path | None) -> list[Check]:
     for artefact in sorted(artefacts + _made_from(artefacts, find), key=stage_order):
         name = artefact.name if artefact.parent == run else str(artefact)
         checks.append(check(name, lambda artefact=artefact: check_artefact(artefact)))
+    for path in dict.fromkeys(locate(artefact).with_name(TOKENS) for artefact in artefacts):
+        if path.exists():
+            name = TOKENS if path.parent == run else str(path)
+            checks.append(check(name, lambda path=path: f"sha256 {check_tokens(path)[:12]}, as it states"))
     for path in reversed(list_checkpoints(locate(run / "model").with_name("checkpoints"))):
         checks.append(check(f"checkpoints/{path.name}", lambda path=path: f"step {check_checkpoint(path)['step']}"))
     return checks

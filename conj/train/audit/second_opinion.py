@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from conj.data.chat_template import fixed_date
 from conj.data.files import stream_jsonl
-from conj.data.packs import TokenizedPairs, deal, plan_packs
+from conj.data.packs import deal, plan_packs
 from conj.data.progress import progress
+from conj.data.tokens import PAIR_COLUMNS, TokenizedPairs
 from conj.model.decoder import DTYPES
 from conj.train.batch import batches_ahead
 from conj.train.dpo import DPOOptions, dpo_loss
 from conj.train.plan import Plan
-from conj.train.reference import PAIR_COLUMNS
 from conj.train.sharding import World, build_sharded_model, reshard
 
 PRECISE = {"bfloat16": torch.float32, "float32": torch.float64}

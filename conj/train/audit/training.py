@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import safe_open
@@ -15,6 +16,7 @@ from conj.data.manifest import manifest_path, read_manifest
 from conj.data.model_files import weight_files
 from conj.data.options import require
 from conj.data.packs import plan_packs
+from conj.data.tokens import TOKENS, check_tokens
 from conj.train.audit.chain import Check, check, recorded_base
 from conj.train.audit.compare import first_difference
 from conj.train.checkpoint import check_checkpoint, list_checkpoints, read_tensors
@@ -34,6 +36,7 @@ class TrainedRun:
     options: DPOOptions
     num_steps: int
     plan: Plan
+    tokens: str  # sha256 of the tokens, made again from the pairs
     log: list[dict]  # rows of metrics.jsonl
     is_here: bool  # made by these versions on such a machine: its bits can be had again
 
@@ -53,17 +56,26 @@ def read_run(options: AuditOptions, world: World) -> TrainedRun:
         path = manifest_path(options.run_dir / "model")
         raise InputError(f"{path}: options of another version of conj: {e}") from None
     select_arithmetic(trained, world.device)
-    plan = make_plan(trained, world, elsewhere=True)
+    # Made again, and kept out of what is audited; all ranks have mapped them when the main one deletes them.
+    with TemporaryDirectory() as beside:
+        folder = world.on_main(lambda: Path(beside))
+        plan = make_plan(trained, world, elsewhere=True, folders=[folder])
+        tokens = world.on_main(lambda: check_tokens(folder / TOKENS))
+        world.any(False)  # waits for all
     columns = {"step": int, "order": str, "num_ranks": int, "rewards/margins": float}
     log = read_jsonl(trained.find("model").with_name("metrics.jsonl"), columns)
     here, there = world.describe(), made["machine"]
     same = here == there and {row["num_ranks"] for row in log} == {world.size}
     is_here = not plan.stale and (here["device"] == there["device"] if trained.audit_mode else same)
-    return TrainedRun(options=trained, num_steps=made["num_rows"], plan=plan, log=log, is_here=is_here)
+    return TrainedRun(options=trained, num_steps=made["num_rows"], plan=plan, tokens=tokens, log=log, is_here=is_here)
 
 
 def check_run(run: TrainedRun, options: AuditOptions, world: World) -> Iterator[Check]:
-    """The reference's key, step 0, the order of the data, and the exported weights."""
+    """The tokens, the reference's key, step 0, the order of the data, and the exported weights."""
+    for path in dict.fromkeys(folder / TOKENS for folder in (options.run_dir, *run.options.from_runs)):
+        if path.exists():
+            name = TOKENS if path.parent == options.run_dir else str(path)
+            yield check(f"{name} from the pairs", lambda path=path: compare_tokens(path, run.tokens))
     stale = run.plan.stale
     fields = f"; made elsewhere: another {', '.join(stale)}" if stale else ""
     yield Check("reference key", "holds", f"weights, config, tokenizer, tokens and dtype are those of the base{fields}")
@@ -75,6 +87,11 @@ def check_run(run: TrainedRun, options: AuditOptions, world: World) -> Iterator[
         yield Check("exported weights", "unchecked", f"the checkpoint of step {run.num_steps} is not there any more")
     else:
         yield check("exported weights", lambda: check_export(run.options.find("model"), newest))
+
+
+def compare_tokens(path: Path, expected: str) -> str:
+    require(check_tokens(path) == expected, "its tokens are not those of pairs.jsonl and the base's tokenizer")
+    return "the same tokens, made again"
 
 
 def check_step_0(run: TrainedRun, options: AuditOptions, world: World) -> str:
