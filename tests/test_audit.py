@@ -9,12 +9,13 @@ from conftest import command, random_pairs, succeeds, write_model
 from safetensors.torch import load_file, save_file
 from test_dpo import dpo_options, make_reference, one_ulp
 
-from conj.data import manifest
+from conj.data import manifest, tokens
 from conj.data.card import CARD, write_card
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.identity import describe_input, describe_made, hash_input
 from conj.data.manifest import list_artefacts, manifest_path, read_manifest, read_sealed, write_sealed
 from conj.data.packs import pairs_of
+from conj.data.tokenizer import JudgeTokenizer
 from conj.train import dpo
 from conj.train.audit import __main__ as audit
 from conj.train.audit import training
@@ -85,10 +86,13 @@ def reseal(run: Path) -> None:
 def test_an_undisturbed_run_holds_in_every_check(run, capsys):
     holds, checks = audited(run, replay=5, reference=True)
     assert holds and {check.outcome for check in checks.values()} == {"holds"}
-    names = ["pairs.jsonl", "reference.safetensors", "model", "checkpoints/step-00000003", "checkpoints/step-00000006"]
+    names = ["pairs.jsonl", "reference.safetensors", "model", "tokens.safetensors"]
     names += [
+        "checkpoints/step-00000003",
+        "checkpoints/step-00000006",
         "checkpoints/step-00000008",
         "model/README.md",
+        "tokens.safetensors from the pairs",
         "reference key",
         "step 0",
         "data order",
@@ -123,6 +127,7 @@ TAMPERED = {  # file: the first broken link
     "pairs.jsonl.manifest.json": "pairs.jsonl",
     "reference.safetensors": "reference.safetensors",
     "reference.safetensors.manifest.json": "reference.safetensors",
+    "tokens.safetensors": "tokens.safetensors",
     "metrics.jsonl": "model",
     "model/model.safetensors": "model",
     "model/config.json": "model",
@@ -146,6 +151,24 @@ def test_a_flipped_bit_in_any_artefact_is_found_and_the_first_broken_link_named(
         assert f"first broken link: {TAMPERED[name]}: " in capsys.readouterr().out
         flip(run / name, place)
     assert audited(run)[0]
+
+
+def test_tokens_that_are_not_those_of_the_pairs_are_found_also_where_their_hash_fits(run, trained):
+    """A pair that is held out here and trained on there, written by who knows the format. One that was deleted is no
+    failure: it is made again for the audit, elsewhere."""
+    before = sorted(path.name for path in run.iterdir())
+    rows = read_jsonl(run / "pairs.jsonl")
+    write_jsonl(run / "others.jsonl", [rows[0] | {"split": "eval"}, *rows[1:]])
+    judge = JudgeTokenizer.load(trained[1])
+    key = tokens.tokens_key(run / "pairs.jsonl", judge, 600)
+    tokens.write_tokens(run / tokens.TOKENS, run / "others.jsonl", judge, 600, key)
+    (run / "others.jsonl").unlink()
+    _, checks = audited(run)
+    assert broken(checks) == ["tokens.safetensors from the pairs"]
+    (run / tokens.TOKENS).unlink()
+    holds, checks = audited(run)
+    assert holds and not [name for name in checks if "tokens" in name]
+    assert sorted(path.name for path in run.iterdir()) == sorted({*before, "audit.json"} - {tokens.TOKENS})
 
 
 def test_a_change_in_the_base_is_found_where_it_was_first_read(run, trained, tmp_path):

@@ -5,7 +5,17 @@ import json
 import pytest
 
 from conj import InputError
-from conj.data.files import dump_line, read_jsonl, recover_jsonl, write_atomic, write_jsonl
+from conj.data import files
+from conj.data.files import (
+    cut_torn_line,
+    dump_line,
+    locate_jsonl,
+    read_at,
+    read_jsonl,
+    recover_jsonl,
+    write_atomic,
+    write_jsonl,
+)
 
 
 @pytest.mark.parametrize(("line", "message"), [
@@ -83,3 +93,36 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="killed"):
         write_atomic(path, json.dumps({"id": 2}).encode())
     assert read_jsonl(path) == [{"id": 1}]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_rows_that_end_in_an_error_leave_the_old_file_and_nothing_beside_it(tmp_path):
+    """A stage writes rows as it makes them, and may refuse the last one."""
+
+    def rows():
+        yield {"id": 2}
+        raise InputError("no")
+
+    write_jsonl(tmp_path / "rows.jsonl", [{"id": 1}])
+    with pytest.raises(InputError):
+        write_jsonl(tmp_path / "rows.jsonl", rows())
+    assert read_jsonl(tmp_path / "rows.jsonl") == [{"id": 1}] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_rows_are_read_again_from_the_byte_where_they_start(tmp_path):
+    rows = [{"text": text} for text in ("回答", "a\u2028b\r\n", "\ud83d", "")]
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, rows)
+    places = {number: offset for number, offset, _ in locate_jsonl(path)}
+    with open(path, "rb") as file:
+        assert [read_at(file, places[number]) for number in (4, 1, 3, 2)] == [rows[i] for i in (3, 0, 2, 1)]
+
+
+@pytest.mark.parametrize("block", [1, 7, 2**20])
+def test_a_torn_line_is_cut_off_wherever_blocks_end(block, tmp_path, monkeypatch):
+    """Files are larger than memory: the end is looked for from the end."""
+    monkeypatch.setattr(files, "BLOCK_BYTES", block)
+    path = tmp_path / "rows.jsonl"
+    for whole, torn in ((b"", b""), (b"", b"{"), (b"{}\n", b""), (b"{}\n{}\n", b'{"a": 1'), (b"\n", b"x" * 30)):
+        path.write_bytes(whole + torn)
+        assert cut_torn_line(path) == len(whole) and path.read_bytes() == whole

@@ -2,6 +2,7 @@
 
 import json
 import random
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -191,6 +192,46 @@ def test_stage_writes_pairs_and_manifest(run):
     assert [Path(i["path"]).name for i in manifest["inputs"]] == ["prompts.jsonl", "repeated.jsonl", "hinted.jsonl"]
     assert manifest["num_rows"] == len(read_jsonl(run / "pairs.jsonl")) == 3
     assert (manifest["counts"]["repeated"], manifest["counts"]["hinted"]) == (2, 1)
+
+
+def many_judgments(num_prompts: int, num_ids: int) -> tuple[list, list]:
+    """Prompts, and judgments of each with long lists of token ids."""
+    prompts = [prompt(f"p{i}") | {"source": "s", "subset": ""} for i in range(num_prompts)]
+    made = [judgment(judgment_text(f"{i} {j}", 1 + j % 2), id=f"p{i}") for i in range(num_prompts) for j in range(4)]
+    return prompts, [row | {"token_ids": [1000] * num_ids} for row in made]
+
+
+def test_the_order_of_judgments_in_their_file_changes_no_byte(run):
+    """They are read where they stand, prompt by prompt."""
+    prompts, rows = many_judgments(30, 3)
+    write_jsonl(run / "prompts.jsonl", prompts)
+    found = []
+    for order in (rows, random.Random(0).sample(rows, len(rows))):
+        write_jsonl(run / "repeated.jsonl", order)
+        build_pairs(PairsOptions(run_dir=run, pair_types=("repeated",)))
+        found.append((run / "pairs.jsonl").read_bytes())
+        (run / "pairs.jsonl").unlink()
+        manifest_path(run / "pairs.jsonl").unlink()
+    assert found[0] == found[1] and found[0].count(b"\n") == 60
+
+
+def test_judgments_and_pairs_are_not_held_in_memory(run):
+    """80,000 prompts once took 17 GB. The negative control: all rows at once."""
+    prompts, rows = many_judgments(100, 500)
+    write_jsonl(run / "prompts.jsonl", prompts)
+    write_jsonl(run / "repeated.jsonl", rows)
+
+    def peak(work) -> int:
+        tracemalloc.start()
+        work()
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    del rows
+    size = (run / "repeated.jsonl").stat().st_size
+    assert peak(lambda: build_pairs(PairsOptions(run_dir=run, pair_types=("repeated",)))) < 0.5 * size
+    assert peak(lambda: read_jsonl(run / "repeated.jsonl")) > size
 
 
 def test_hinted_judgments_are_needed_only_for_hinted_pairs(run, capsys):

@@ -123,8 +123,8 @@ class DPOOptions(RunOptions, ComputeOptions):
     )
     eval_steps: float = option(
         0.1,
-        help="evaluate a sample of the held-out pairs every so many steps; below 1: a share of the run's steps, made fewer where "
-        "evaluations would take over 3 % of the run. At its end all held-out pairs are evaluated, if they fit in that",
+        help="evaluate a sample of the held-out pairs every so many steps, and all of them at the end; below 1: every such share "
+        "of the run, with fewer evaluations and pairs where they would take over 3 % of it",
     )
     eval_pairs: int = option(256, help="held-out pairs in the sample, at most")
     save_every: int = option(200, help="optimizer steps between checkpoints", affects_result=False)

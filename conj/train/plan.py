@@ -4,6 +4,7 @@ Evaluations take at most EVAL_SHARE of a run, by tokens, whatever its size; a fo
 function of data, seed and options, as the steps are.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from conj.train.reference import load_reference, map_pairs, reference_key
 from conj.train.sharding import World
 
 EVAL_SHARE = 0.03  # of a run's time
-FEWEST_EVALUATIONS = 4  # before the sample is made smaller
+FEWEST_EVALUATIONS = 4  # before fewer pairs are evaluated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,31 +64,37 @@ def plan_evaluations(
 ) -> dict[int, list[list[Group]]]:
     """The packs of each evaluation, by the step after which it comes; none without held-out pairs.
 
-    A sample of `eval_pairs`, drawn by the seed, every `eval_steps`; after the last step all of them, where they fit EVAL_SHARE.
-    Steps that are given as a share are made fewer, down to FEWEST_EVALUATIONS, then the sample smaller, until all fit."""
+    A sample of `eval_pairs`, drawn by the seed, every `eval_steps`; after the last step all of them. Where that is more than
+    EVAL_SHARE, steps given as a share are made fewer, down to FEWEST_EVALUATIONS, then both sets smaller; steps asked for by
+    number are taken at their word."""
     if not held_out:
         return {}
     of_pack = {"max_tokens": options.max_tokens_per_pack, "multiple": options.pack_multiple, "share": options.share}
+
+    def packs_within(members: list[int], limit: float) -> list[list[Group]]:
+        """Of as many of the first members as have so many tokens in all."""
+        packs = plan_packs(pairs, members, **of_pack)
+        while num_tokens(pairs, packs) > limit:
+            members = members[: len(members) * 9 // 10]
+            packs = plan_packs(pairs, members, **of_pack)
+        return packs
+
+    order = random.Random(f"{options.seed}:eval").sample(held_out, len(held_out))
     room = EVAL_SHARE / (1 - EVAL_SHARE) * 3 * sum(num_tokens(pairs, packs) for packs in steps)
-    sample = random.Random(f"{options.seed}:eval").sample(held_out, min(options.eval_pairs, len(held_out)))
-    last = plan_packs(pairs, held_out, **of_pack)
-    last = last if num_tokens(pairs, last) <= room else plan_packs(pairs, sample, **of_pack)
-    if options.eval_steps >= 1:  # asked for by number
+    by_share = options.eval_steps < 1
+    wanted = min(round(1 / options.eval_steps) if by_share else len(steps), len(steps))
+    fewest = min(wanted, FEWEST_EVALUATIONS)
+    sample = packs_within(order[: options.eval_pairs], room / fewest if by_share else math.inf)
+    last = packs_within(order, room - (fewest - 1) * num_tokens(pairs, sample)) or plan_packs(
+        pairs, order[:1], **of_pack
+    )
+    if not by_share:
         after = range(int(options.eval_steps), len(steps), int(options.eval_steps))
     else:
-        wanted, room = round(1 / options.eval_steps), room - num_tokens(pairs, last)
-        fit = int(room / num_tokens(pairs, plan_packs(pairs, sample, **of_pack))) + 1  # and the one at the end
-        number = min(wanted, max(fit, FEWEST_EVALUATIONS), len(steps))
-        sample = _fitting(pairs, sample, room / max(1, number - 1), of_pack)
-        after = [len(steps) * i // number for i in range(1, number)] if sample else []
-    return dict.fromkeys(after, plan_packs(pairs, sample, **of_pack)) | {len(steps): last}
-
-
-def _fitting(pairs: TokenizedPairs, sample: list[int], num_tokens_that_fit: float, of_pack: dict) -> list[int]:
-    """As many of the first pairs of a sample as fit."""
-    while sample and num_tokens(pairs, plan_packs(pairs, sample, **of_pack)) > num_tokens_that_fit:
-        sample = sample[: len(sample) * 9 // 10]
-    return sample
+        fit = (room - num_tokens(pairs, last)) // num_tokens(pairs, sample) if sample else 0
+        number = min(wanted, 1 + int(max(fit, 0)))
+        after = [len(steps) * i // number for i in range(1, number)]
+    return dict.fromkeys(after, sample) | {len(steps): last}
 
 
 def num_tokens(pairs: TokenizedPairs, packs: list[list[Group]]) -> int:
