@@ -271,14 +271,15 @@ def _header(sizes: dict[str, int], metadata: dict[str, str]) -> bytes:
     return (HEADER_BYTES - 8).to_bytes(8, "little") + text.ljust(HEADER_BYTES - 8)
 
 
-def _map(path: Path) -> tuple[dict[str, str], np.ndarray, dict[str, np.ndarray]]:
-    """A file's metadata, and its bytes past the header, mapped: all of them, and array by array. Raises InputError unless its
-    header is as `write_tokens` writes it, and its length as the header says."""
+def _map(path: Path) -> tuple[dict[str, str], str, np.ndarray, dict[str, np.ndarray]]:
+    """A file's key, the sha256 it states, and its bytes past the header, mapped: all of them, and array by array. Raises
+    InputError unless its header is as `write_tokens` writes it, and its length as the header says."""
     try:
         with open(path, "rb") as file:
             head = file.read(HEADER_BYTES)
         content = json.loads(head[8:])
         metadata, sizes = content["__metadata__"], {name: content[name]["shape"][0] for name in LAYOUT}
+        key, sha256 = dict(json.loads(metadata["key"])), metadata["sha256"]
         spans = {name: slice(*content[name]["data_offsets"]) for name in LAYOUT}
         whole = head == _header(sizes, metadata) and path.stat().st_size == HEADER_BYTES + spans["names"].stop
     except (OSError, ValueError, KeyError, TypeError, IndexError, AssertionError) as e:
@@ -286,25 +287,29 @@ def _map(path: Path) -> tuple[dict[str, str], np.ndarray, dict[str, np.ndarray]]
     if not whole:
         raise InputError(f"{path}: not a whole file of tokens")
     data = np.memmap(path, dtype=np.uint8, mode="r", offset=HEADER_BYTES).view(np.ndarray)
-    return metadata, data, {name: data[span].view(DTYPES[LAYOUT[name]]) for name, span in spans.items()}
+    return key, sha256, data, {name: data[span].view(DTYPES[LAYOUT[name]]) for name, span in spans.items()}
 
 
 def check_tokens(path: Path, key: dict[str, str] | None = None) -> str:
     """sha256 of a file's arrays. Raises InputError unless they are whole, have the hash that the file states, and, with
     `key`, are of that key."""
-    metadata, data, _ = _map(path)
+    made, stated, data, _ = _map(path)
     found = hashlib.sha256(data).hexdigest()
-    if metadata.get("sha256") != found:
+    if stated != found:
         raise InputError(f"{path}: was changed: its arrays have not the sha256 it states")
-    if key is not None and metadata.get("key") != json.dumps(key):
-        made = json.loads(metadata.get("key", "{}"))
-        raise InputError(f"{path}: made with another {', '.join(name for name in key if made.get(name) != key[name])}")
+    if others := [name for name in key or () if made.get(name) != key[name]]:
+        raise InputError(f"{path}: made with another {', '.join(others)}")
     return found
+
+
+def read_key(path: Path) -> dict[str, str]:
+    """The key that a file states."""
+    return _map(path)[0]
 
 
 def map_tokens(path: Path) -> TokenizedPairs:
     """The pairs of a file that `check_tokens` found sound."""
-    return _as_pairs(_map(path)[2])
+    return _as_pairs(_map(path)[3])
 
 
 def _as_pairs(arrays: dict[str, np.ndarray]) -> TokenizedPairs:

@@ -74,7 +74,8 @@ def check_chain(run: Path, base: Path | None) -> list[Check]:
         return f"{num_rows} rows, sha256 {made['sha256'][:12]}{taken}{not_here}"
 
     checks = []
-    for artefact in sorted(artefacts + _made_from(artefacts, find), key=stage_order):
+    artefacts = sorted(artefacts + _made_from(artefacts, find), key=stage_order)
+    for artefact in artefacts:
         name = artefact.name if artefact.parent == run else str(artefact)
         checks.append(check(name, lambda artefact=artefact: check_artefact(artefact)))
     for path in dict.fromkeys(locate(artefact).with_name(TOKENS) for artefact in artefacts):

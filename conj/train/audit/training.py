@@ -16,7 +16,7 @@ from conj.data.manifest import manifest_path, read_manifest
 from conj.data.model_files import weight_files
 from conj.data.options import require
 from conj.data.packs import plan_packs
-from conj.data.tokens import TOKENS, check_tokens
+from conj.data.tokens import TOKENS, check_tokens, read_key
 from conj.train.audit.chain import Check, check, recorded_base
 from conj.train.audit.compare import first_difference
 from conj.train.checkpoint import check_checkpoint, list_checkpoints, read_tensors
@@ -36,7 +36,7 @@ class TrainedRun:
     options: DPOOptions
     num_steps: int
     plan: Plan
-    tokens: str  # sha256 of the tokens, made again from the pairs
+    tokens: tuple[str, dict[str, str]]  # sha256 and key of the tokens, made again from the pairs
     log: list[dict]  # rows of metrics.jsonl
     is_here: bool  # made by these versions on such a machine: its bits can be had again
 
@@ -60,7 +60,7 @@ def read_run(options: AuditOptions, world: World) -> TrainedRun:
     with TemporaryDirectory() as beside:
         folder = world.on_main(lambda: Path(beside))
         plan = make_plan(trained, world, elsewhere=True, folders=[folder])
-        tokens = world.on_main(lambda: check_tokens(folder / TOKENS))
+        tokens = world.on_main(lambda: (check_tokens(folder / TOKENS), read_key(folder / TOKENS)))
         world.any(False)  # waits for all
     columns = {"step": int, "order": str, "num_ranks": int, "rewards/margins": float}
     log = read_jsonl(trained.find("model").with_name("metrics.jsonl"), columns)
@@ -73,9 +73,9 @@ def read_run(options: AuditOptions, world: World) -> TrainedRun:
 def check_run(run: TrainedRun, options: AuditOptions, world: World) -> Iterator[Check]:
     """The tokens, the reference's key, step 0, the order of the data, and the exported weights."""
     for path in dict.fromkeys(folder / TOKENS for folder in (options.run_dir, *run.options.from_runs)):
-        if path.exists():
+        if path.exists() and is_taken(path, run.tokens[1]):
             name = TOKENS if path.parent == options.run_dir else str(path)
-            yield check(f"{name} from the pairs", lambda path=path: compare_tokens(path, run.tokens))
+            yield check(f"{name} from the pairs", lambda path=path: compare_tokens(path, run.tokens[0]))
     stale = run.plan.stale
     fields = f"; made elsewhere: another {', '.join(stale)}" if stale else ""
     yield Check("reference key", "holds", f"weights, config, tokenizer, tokens and dtype are those of the base{fields}")
@@ -87,6 +87,12 @@ def check_run(run: TrainedRun, options: AuditOptions, world: World) -> Iterator[
         yield Check("exported weights", "unchecked", f"the checkpoint of step {run.num_steps} is not there any more")
     else:
         yield check("exported weights", lambda: check_export(run.options.find("model"), newest))
+
+
+def is_taken(path: Path, key: dict[str, str]) -> bool:
+    """Whether stages take a file for that of this key, the code aside. Beside the pairs may lie tokens of another base."""
+    made = read_key(path)
+    return all(made.get(name) == key[name] for name in key if name != "code")
 
 
 def compare_tokens(path: Path, expected: str) -> str:
