@@ -6,7 +6,8 @@
 Prompts are UltraFeedback's, numbered so that no two are equal; each has 8 sampled judgments (4 right, 3 wrong, 1 unparsed)
 and 2 hinted ones, of reasons that LLMBar's judges wrote: 5 pairs a prompt. Each stage is a process of its own; training's
 starts (pairs as ids, plan of steps and packs, first batch) are under torchrun, with a base of one narrow layer and a
-reference of zeros. On a busy machine the seconds of the CPU say more than the clock's. Memory is what a process has at most: `peak` with mapped files, `anonymous` without.
+reference of zeros. On a busy machine the seconds of the CPU say more than the clock's. Memory is what a process has at
+most, `peak` with mapped files and `anonymous` without; of both, some 260 MiB are this script's imports.
 """
 
 import json

@@ -72,10 +72,10 @@ def read_run(options: AuditOptions, world: World) -> TrainedRun:
 
 def check_run(run: TrainedRun, options: AuditOptions, world: World) -> Iterator[Check]:
     """The tokens, the reference's key, step 0, the order of the data, and the exported weights."""
-    for path in dict.fromkeys(folder / TOKENS for folder in (options.run_dir, *run.options.from_runs)):
-        if path.exists() and is_taken(path, run.tokens[1]):
-            name = TOKENS if path.parent == options.run_dir else str(path)
-            yield check(f"{name} from the pairs", lambda path=path: compare_tokens(path, run.tokens[0]))
+    places = (folder / TOKENS for folder in (options.run_dir, *run.options.from_runs))
+    if path := next((path for path in places if path.exists() and is_taken(path, run.tokens[1])), None):
+        name = TOKENS if path.parent == options.run_dir else str(path)
+        yield check(f"{name} from the pairs", lambda: compare_tokens(path, run.tokens[0]))
     stale = run.plan.stale
     fields = f"; made elsewhere: another {', '.join(stale)}" if stale else ""
     yield Check("reference key", "holds", f"weights, config, tokenizer, tokens and dtype are those of the base{fields}")
