@@ -18,7 +18,7 @@ from conj.train.sharding import ending_process
 
 # What runs in each phase, and at which call the fault strikes: the first save is over when the second one fails.
 PHASES = {
-    "load": (dpo, "load_pairs", 1), "step": (dpo, "gradient_norm", 4), "save": (checkpoint, "save_file", 2),
+    "load": (dpo, "make_plan", 1), "step": (dpo, "gradient_norm", 4), "save": (checkpoint, "save_file", 2),
     "export": (dpo, "export_model", 1),
 }  # fmt: skip
 

@@ -5,15 +5,18 @@ and only sums of gradients cross between nodes, once a step. docs/clusters.md co
 """
 
 import ctypes
+import hashlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -162,13 +165,35 @@ def _join(on_gpu: bool, rank: int, size: int, shard_size: int) -> World:
     store = dist.HashStore()
     if "RANK" in os.environ:
         # torchrun keeps its store when it restarts workers, and with it the addresses of those that are gone: without a
-        # prefix for each attempt, gloo connects to them (seen 3 times in 6, torch 2.13).
+        # prefix for each start, gloo connects to them (seen 3 times in 6, torch 2.13).
         store, _, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(agree_on_start(store, rank, size), store)
     # gloo beside NCCL: with --cpu-offload parameters lie on the host.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=30), store=store, rank=rank, world_size=size)
     return World(rank=rank, size=size, device=device, dp_shard_size=shard_size)
+
+
+def agree_on_start(store: dist.Store, rank: int, size: int) -> str:
+    """A name that all ranks give to this start of theirs, and to no other, in a store that remembers earlier ones.
+
+    torchrun's TORCHELASTIC_RESTART_COUNT is none: each node counts its own failures, and not when it joins those of others.
+    Ranks write down who they are; rank 0 proposes all it finds, until each has said that it is meant itself."""
+    me = uuid4().hex
+    store.set(f"started-{rank}", me)
+    while True:
+        if rank == 0:
+            names = [bytes(name).decode() for name in store.multi_get([f"started-{i}" for i in range(size)])]
+            store.set("starts", " ".join(names))
+        names = store.get("starts").decode().split()
+        start = hashlib.sha256(" ".join(names).encode()).hexdigest()
+        if names[rank : rank + 1] == [me]:
+            store.set(f"{start}-{rank}", "seen")
+            if rank == 0 and store.check([f"{start}-{i}" for i in range(size)]):
+                store.set(start, "agreed")
+            if store.check([start]):
+                return start
+        time.sleep(0.02)
 
 
 @contextmanager
