@@ -43,14 +43,13 @@ def count_bytes(monkeypatch) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("size", "shard", "how"),
+    ("size", "shard", "tied", "how"),
     [
-        (64, 8, {}), (64, 64, {}), (8, 8, {"reshard_after_forward": False}), (16, 4, {"audit_mode": True}),
-        (4, 1, {}), (8, 4, {"dtype": "float32"}),
+        (64, 8, False, {}), (64, 64, True, {}), (8, 8, False, {"reshard_after_forward": False}),
+        (16, 4, True, {"audit_mode": True}), (4, 1, False, {}), (8, 4, True, {"dtype": "float32"}),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_steps_traffic_is_what_its_collectives_move(size, shard, how, tied, tied_model, untied_model, monkeypatch):
+def test_a_steps_traffic_is_what_its_collectives_move(size, shard, tied, how, tied_model, untied_model, monkeypatch):
     folder = tied_model if tied else untied_model
     config, pairs = read_decoder(folder).config, tokenize_pairs(random_pairs(9), JudgeTokenizer.load(folder), 600)
     packs = plan_packs(pairs, range(9), max_tokens=10**6, share="prompt", multiple=NUM_TURNS)
