@@ -34,8 +34,12 @@ from conj.data.options import flag, run_command
 from conj.preflight import ON_ALL_RANKS, SAME_IN_A_SWEEP, at_hand, check, check_costly, survey
 from conj.settings import COMMANDS, Run, as_toml, resolve, run_file_options
 
-# On a CPU, threads that spin while they wait lose a factor of ten as soon as another process wants a core.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+ENVIRONMENT = {
+    # On a CPU, threads that spin while they wait lose a factor of ten as soon as another process wants a core.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # A node that is lost and comes back waits for an address that the others, by default, say only once (torch 2.13).
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
 
 
 def torchrun(num_processes: int, nodes: Mapping) -> list[str]:

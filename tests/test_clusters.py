@@ -15,7 +15,7 @@ from test_hsdp import TRAIN, copies, start, train  # noqa: F401 (a fixture)
 from test_run import resolved, sampled, write_settings  # noqa: F401 (a fixture)
 
 from conj.data.files import read_jsonl
-from conj.run import command_line
+from conj.run import ENVIRONMENT, command_line
 
 SHIMS = {
     # As many copies of the command as there are tasks, each with its number; the worst exit code of them.
@@ -134,7 +134,7 @@ def test_a_node_that_is_lost_and_comes_back_ends_in_the_bits_of_one_rank(start, 
     line = [sys.executable, *launch, *TRAIN, "--audit-mode", "--model", base, "--run-dir", run]
 
     def node() -> subprocess.Popen:
-        return subprocess.Popen(list(map(str, line)), env=ENV, cwd=ROOT, start_new_session=True)
+        return subprocess.Popen(list(map(str, line)), env=ENV | ENVIRONMENT, cwd=ROOT, start_new_session=True)
 
     first = node()
     time.sleep(2)  # it keeps the store
