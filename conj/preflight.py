@@ -29,7 +29,7 @@ from conj.model.folder import DecoderFolder, JudgeModel, check_finite, check_mod
 from conj.sample.engines.vllm import check_engine
 from conj.sample.evaluation.evaluate import find_models, judge_of
 from conj.settings import Run, check_file_options, resolve
-from conj.train.options import DPOOptions, check_machine
+from conj.train.options import DPOOptions, check_machine, choose_shard_size
 
 ON_ALL_RANKS = ("reference", "dpo")  # under torchrun
 SAME_IN_TRAINING = ("dtype", "attention", "kernels", "model")  # a stored reference is of one forward pass
@@ -75,6 +75,11 @@ def check(runs: list[Run]) -> dict[Path, JudgeModel]:
             else:
                 check_engine(model, options)
     if trained := [(stage, options) for stage, options in stages if stage in ON_ALL_RANKS]:
+        for stage, options in trained:
+            try:
+                choose_shard_size(options.dp_shard_size, runs[0].num_ranks, runs[0].num_processes)
+            except InputError as e:
+                raise InputError(f"[{stage}] {e}") from None
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             process.submit(check_machine, trained, runs[0].num_processes).result()
     return models

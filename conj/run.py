@@ -9,17 +9,21 @@ share is made once; in the end one report shows all of them.
 
 All of it is checked before the first stage starts: settings, data, the model folder, and whether what stands in the run
 folder was made with them. Complete stages are skipped, and a run that was killed goes on where it stopped: give the same
-line again. The resolved settings are written to `settings.toml` in the run folder, which is such a file as well.
+line again. With `nnodes` and a `launcher` it is started on one node, runs the other stages there, and starts stages 5 and 6 on
+all of them: docs/clusters.md. The resolved settings are written to `settings.toml` in the run folder, which is such a file as well.
 """
 
 import dataclasses
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import tomli_w
 
@@ -30,15 +34,30 @@ from conj.data.options import flag, run_command
 from conj.preflight import ON_ALL_RANKS, SAME_IN_A_SWEEP, at_hand, check, check_costly, survey
 from conj.settings import COMMANDS, Run, as_toml, resolve, run_file_options
 
-# On a CPU, threads that spin while they wait lose a factor of ten as soon as another process wants a core.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+ENVIRONMENT = {
+    # On a CPU, threads that spin while they wait lose a factor of ten as soon as another process wants a core.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # A node that is lost and comes back waits for an address that the others, by default, say only once (torch 2.13).
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
 
 
-def command_line(stage: str, options, num_processes: int) -> list[str]:
+def torchrun(num_processes: int, nodes: Mapping) -> list[str]:
+    """A command's beginning that starts it on every rank of every node. `nodes`: see `Run`."""
+    nnodes, restarts = nodes.get("nnodes", 1), nodes.get("max_restarts", 0)
+    ranks = [f"--nproc_per_node={num_processes}", *([f"--max_restarts={restarts}"] if restarts else [])]
+    line = [sys.executable, "-m", "torch.distributed.run"]
+    if nnodes == 1:
+        return [*line, "--standalone", *ranks] if num_processes > 1 or restarts else [sys.executable]
+    endpoint = nodes.get("rdzv_endpoint") or f"{socket.gethostname()}:29400"
+    meet = [f"--nnodes={nnodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=conj"]
+    return [*shlex.split(nodes["launcher"]), *line, *meet, *ranks]
+
+
+def command_line(stage: str, options, num_processes: int, nodes: Mapping = MappingProxyType({})) -> list[str]:
     """The stage as a command: every option that is not its default."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    launch = launch if stage in ON_ALL_RANKS and num_processes > 1 else []
-    line = [sys.executable, *launch, "-m", COMMANDS[stage].module]
+    launch = torchrun(num_processes, nodes) if stage in ON_ALL_RANKS else [sys.executable]
+    line = [*launch, "-m", COMMANDS[stage].module]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if value == field.default or value is None:
@@ -54,7 +73,7 @@ def command_line(stage: str, options, num_processes: int) -> list[str]:
 
 def shown(line: list[str]) -> str:
     """A command as one types it."""
-    return shlex.join(["python", *line[1:]])
+    return shlex.join("python" if part == sys.executable else part for part in line)
 
 
 def execute(what: str, line: list[str]) -> None:
@@ -83,7 +102,7 @@ def run_stages(run: Run, found: dict[Path, str]) -> None:
                 continue
             if options.from_runs and manifest.is_complete(artefact, manifest.describe(inputs, options), options):
                 continue
-        execute(stage, command_line(stage, options, run.num_processes))
+        execute(stage, command_line(stage, options, run.num_processes, run.nodes))
 
 
 def dry_run(runs: list[Run], found: dict[Path, str]) -> None:
@@ -95,7 +114,7 @@ def dry_run(runs: list[Run], found: dict[Path, str]) -> None:
             for artefact, state in states.items():
                 print(f"  {stage:10}  {artefact.name:24}  {state}")
             if {"to do", "unfinished"} & set(states.values()):
-                print(f"    {shown(command_line(stage, options, run.num_processes))}")
+                print(f"    {shown(command_line(stage, options, run.num_processes, run.nodes))}")
 
 
 def compare(runs: list[Run]) -> None:

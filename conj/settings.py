@@ -77,15 +77,35 @@ class SharedOptions:
     max_length: int | None = option(None, group=ALL, help="longest prompt + judgment, tokens")
     device: str | None = option(None, group=ALL, help="auto, cpu or cuda")
     seed: int | None = option(None, group=ALL, help="seed of every choice")
-    nproc_per_node: int | None = option(None, group=ALL, help="processes of stages 5 and 6: one a GPU; 1 if not given")
+    nproc_per_node: int | None = option(
+        None, group=ALL, help="processes of stages 5 and 6 on a node: one a GPU; 1 if not given"
+    )
+    nnodes: int | None = option(None, group=ALL, help="nodes that stages 5 and 6 run on; 1 if not given")
+    launcher: str | None = option(
+        None, group=ALL, help="what starts a command on each of these nodes, such as: srun --ntasks-per-node=1"
+    )
+    rdzv_endpoint: str | None = option(
+        None, group=ALL, help="HOST:PORT where nodes meet, for torchrun; by default this host's name and 29400"
+    )
+    max_restarts: int | None = option(
+        None, group=ALL, help="times that stages 5 and 6 start again when a rank fails; 0 if not given"
+    )
+    ray_address: str | None = option(None, group=ALL, help="Ray cluster that stages 2, 3 and 7 sample on")
     stages: tuple[Literal[STAGES], ...] | None = option(None, group=ALL, help="stages to run; all seven if not given")
 
     def __post_init__(self):
-        require_each(self, ("nproc_per_node",), lambda value: value >= 1, "1 or more")
+        require_each(self, ("nproc_per_node", "nnodes"), lambda value: value >= 1, "1 or more")
+        require_each(self, ("max_restarts",), lambda value: value >= 0, "0 or more")
+        require_each(self, ("rdzv_endpoint",), re.compile(r"[^\s:]+:\d{1,5}").fullmatch, "HOST:PORT")
+        require(
+            (self.nnodes or 1) == 1 or bool((self.launcher or "").split()),
+            f"--nnodes {self.nnodes}: expected a --launcher that starts a command on each node, found none",
+        )
 
 
 SHARED = [key(field) for field in dataclasses.fields(SharedOptions)]
-OF_THE_FILE = ("run_dir", "from", "nproc_per_node", "stages")  # no run of a sweep has its own
+OF_TORCHRUN = ("nproc_per_node", "nnodes", "launcher", "rdzv_endpoint", "max_restarts")
+OF_THE_FILE = ("run_dir", "from", "stages", *OF_TORCHRUN)  # no run of a sweep has its own
 
 
 def run_file_options() -> type:
@@ -115,7 +135,12 @@ class Run:
 
     name: str  # in a sweep, else empty
     options: dict[str, manifest.RunOptions]  # by stage, in their order
-    num_processes: int  # of stages 5 and 6
+    num_processes: int  # of stages 5 and 6, on a node
+    nodes: dict = dataclasses.field(default_factory=dict)  # how they start: what is given of OF_TORCHRUN but the first
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_processes * self.nodes.get("nnodes", 1)
 
     @property
     def folder(self) -> Path:
@@ -227,7 +252,8 @@ def resolve(given) -> list[Run]:
             names = {key(field) for field in dataclasses.fields(kind)}
             table = _stage_table(stage, names, (content, own), asked) | place
             options[stage] = _parse(kind, table, f"{where} [{f'runs.{name}.' if name else ''}{stage}]")
-        runs.append(Run(name=name, options=options, num_processes=shared.nproc_per_node or 1))
+        nodes = {name: value for name in OF_TORCHRUN[1:] if (value := getattr(shared, name)) is not None}
+        runs.append(Run(name=name, options=options, num_processes=shared.nproc_per_node or 1, nodes=nodes))
     return runs
 
 
@@ -270,4 +296,4 @@ def as_toml(run: Run, before: dict | None = None) -> dict:
     }
     head = {"run_dir": str(run.folder), "from": _plain(next(iter(run.options.values())).from_runs)}
     tables = {stage: table for stage in STAGES if (table := tables.get(stage, (before or {}).get(stage)))}
-    return head | {"nproc_per_node": run.num_processes, "stages": list(tables)} | tables
+    return head | {"nproc_per_node": run.num_processes, **run.nodes, "stages": list(tables)} | tables

@@ -36,8 +36,8 @@ OPTIONS = {  # their order is that of the help alone
     "repeated": RUN + SAMPLING + "num_samples parser",
     "hinted": RUN + SAMPLING,
     "pairs": RUN + "max_right_vs_wrong max_right_vs_unparsed max_hinted pair_types chosen_length rationale eval_fraction seed",
-    "reference": RUN + COMPUTE + "model max_length max_tokens_per_pack save_every",
-    "dpo": RUN + COMPUTE + (
+    "reference": RUN + COMPUTE + "dp_shard_size model max_length max_tokens_per_pack save_every",
+    "dpo": RUN + COMPUTE + "dp_shard_size " + (
         "model beta nll_alpha learning_rate adam_beta1 adam_beta2 weight_decay warmup_ratio max_grad_norm "
         "num_train_epochs max_steps pairs_per_step max_length max_tokens_per_pack pack_multiple share "
         "activation_checkpointing cpu_offload deterministic audit_mode eval_steps eval_pairs save_every keep_checkpoints report_to seed"

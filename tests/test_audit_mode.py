@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import random_pairs, succeeds, write_model
+from conftest import ROOT, random_pairs, succeeds, write_model
 from test_dpo import ARGUMENTS, go_back, make_reference, metrics_of
 
-from conj.data.files import write_jsonl
+from conj.data.files import read_jsonl, write_jsonl
 from conj.train.checkpoint import list_checkpoints, read_tensors
 
 STEPS = 9  # 3 before each change of ranks
@@ -65,3 +65,37 @@ def test_without_audit_mode_two_ranks_round_otherwise(tmp_path, base):
     for ranks in (1, 2):
         train(tmp_path / str(ranks), base, "float32", ranks, "--max-tokens-per-pack", "600")
     assert not equal(state_of(tmp_path / "1"), state_of(tmp_path / "2"))
+
+
+@pytest.mark.slow
+def test_eight_ranks_train_as_one_with_the_recipes_steps_and_hardly_wait(tmp_path):
+    """24 pairs a step on 8 ranks: the same losses, in audit mode the same bits, and no turn in which a rank has no pack."""
+    model, rows = ROOT / "demo" / "base", random_pairs(150, max_pairs=5)
+    write_jsonl(tmp_path / "1" / "pairs.jsonl", rows)
+    make_reference(tmp_path / "1", model)
+    recipe = [
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--learning-rate",
+        "1e-4",
+        "--pack-multiple",
+        "8",
+        "--max-steps",
+        "4",
+    ]
+    names = ("1", "8", "1-audit", "8-audit")
+    for name in names[1:]:
+        shutil.copytree(tmp_path / "1", tmp_path / name)
+    for name in names:
+        more = ["--audit-mode"] if "audit" in name else []
+        line = [*recipe, *more, "--model", model, "--run-dir", tmp_path / name]
+        succeeds("conj.train.dpo", *line, ranks=int(name[0]))
+    one, eight = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("1", "8"))
+    for a, b in zip(one, eight, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4), a["step"]
+        assert b["order"] == a["order"] and (a["num_ranks"], b["num_ranks"]) == (1, 8)
+    assert sum(row["idle_share"] for row in eight) / len(eight) < 0.1
+    assert metrics_of(tmp_path / "1-audit") == metrics_of(tmp_path / "8-audit")
+    assert equal(state_of(tmp_path / "1-audit"), state_of(tmp_path / "8-audit"))

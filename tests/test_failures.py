@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ENV
 
-from conj.train.sharding import PeerFailed, distributed, explain_failure
+from conj.train.sharding import PeerFailed, agree_on_start, distributed, explain_failure
 
 NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, "
 VERSION = " (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5\n"
@@ -120,3 +123,19 @@ def test_the_rank_that_has_the_cause_names_it_and_the_other_that_it_is_gone():
     assert done.returncode == 1 and done.stderr.count("rank 1: failed: NCCL error in") == 1, done.stderr
     assert done.stderr.count("No space left on device (28); NCCL needs more shared memory") == 1
     assert "rank 0: failed" not in done.stderr and "rank 1: left" not in done.stderr
+
+
+def test_ranks_agree_on_a_name_for_each_start_whatever_an_earlier_one_left_behind():
+    """Nodes count restarts on their own: by torchrun's count, a node that joined again waited for the others for ever."""
+    store = dist.HashStore()
+
+    def start(delays: list[float]) -> set[str]:
+        def join(rank: int) -> str:
+            time.sleep(delays[rank])
+            return agree_on_start(store, rank, len(delays))
+
+        with ThreadPoolExecutor(len(delays)) as threads:
+            return set(threads.map(join, range(len(delays))))
+
+    names = [start(delays) for delays in ([0, 0, 0], [0, 0.2, 0.1], [0.2, 0, 0], [0, 0, 0.3])]
+    assert all(len(found) == 1 for found in names) and len(set.union(*names)) == 4

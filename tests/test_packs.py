@@ -4,6 +4,7 @@ import cProfile
 import inspect
 import pstats
 import random
+import statistics
 import time
 from array import array
 
@@ -14,6 +15,7 @@ from conj import InputError
 from conj.data.packs import deal, group_tokens, pairs_of, plan_packs, plan_steps
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.tokens import TokenizedPairs, tokenize_pairs
+from conj.train.speed import idle_share
 
 # Every 10th percentile of tokens, 0 to 100, under Qwen2's tokenizer: UltraFeedback rows in the judge's prompt, and the
 # reasons of LLMBar's judges in the judgment's JSON. scripts/bench_packing.py draws from the data themselves.
@@ -194,6 +196,57 @@ def test_the_balance_check_sees_packs_that_were_filled_for_one_rank():
     assert balance_lost(pairs, plan_packs(pairs, range(192), max_tokens=16384, share="prompt"), 8) > 0.3
 
 
+def balance_of_an_epoch(pairs, share: str, *, composed: bool, pairs_per_step: int = 24, ranks: int = 8) -> tuple:
+    """The fullest pack of a turn over the mean, a mean over full steps, and all tokens over those of uncut prompts."""
+    multiple = ranks if composed else 1
+    steps = plan_steps(
+        pairs, list(range(len(pairs))), pairs_per_step=pairs_per_step, share=share, seed="0", multiple=multiple
+    )
+    plan = [plan_packs(pairs, step, max_tokens=16384, share=share, multiple=ranks) for step in steps]
+    ratios = [1 / (1 - idle_share(pairs, packs, ranks)) for packs in plan[:-1]]
+    uncut = sum(tokens_of(pairs, plan_packs(pairs, range(len(pairs)), max_tokens=10**6, share=share)))
+    return sum(ratios) / len(ratios), sum(sum(tokens_of(pairs, packs)) for packs in plan) / uncut
+
+
+@pytest.mark.parametrize("share", ["none", "pair", "prompt"])
+def test_ranks_of_a_small_step_carry_the_same_load_within_8_percent(share):
+    """24 pairs on 8 ranks, 3 to 5 pairs a prompt, as the recipe makes them. Uncut, prompts would cost less and ranks wait."""
+    ratio, tokens = balance_of_an_epoch(drawn_pairs(1600, 0, 3, 5), share, composed=True)
+    assert ratio < 1.08 and tokens < 1.25, (ratio, tokens)
+
+
+def test_a_random_step_of_few_prompts_is_not_even():
+    """Negative control: the same packing, of prompts that were not chosen for each other."""
+    ratio, tokens = balance_of_an_epoch(drawn_pairs(800, 0, 3, 5), "prompt", composed=False)
+    assert ratio > 1.12 and tokens > 1.3, (ratio, tokens)
+
+
+@pytest.mark.parametrize(("share", "size"), [("prompt", 24), ("pair", 8), ("none", 8)])
+def test_composed_steps_come_in_random_order_and_hold_whole_prompts(share, size):
+    """Prompts of a step are of like length, but a step's place in the epoch says nothing of it; other seeds make other
+    steps; and but for one a step, to make it exact, prompts stay whole."""
+    pairs = drawn_pairs(600, 0, 3, 5)
+    steps, others = (
+        plan_steps(pairs, list(range(len(pairs))), pairs_per_step=size, share=share, seed=seed, multiple=8)
+        for seed in "01"
+    )
+    means = [sum(len(pairs.prompts[pairs.prompt_of[pair]]) for pair in step) / len(step) for step in steps]
+    assert abs(statistics.correlation(range(len(means)), means)) < 0.2
+    assert len(set(map(frozenset, steps)) & set(map(frozenset, others))) < 0.02 * len(steps)
+    if share == "prompt":
+        places = {(pairs.prompt_of[pair], i) for i, step in enumerate(steps) for pair in step}
+        assert len(places) <= len(pairs.prompts) + len(steps)
+
+
+def test_steps_of_many_prompts_are_those_of_one_rank():
+    """Where a random step is even, nothing is given up for it."""
+    pairs = drawn_pairs(200, 0, 3, 5)
+    for share in ("none", "pair", "prompt"):
+        how = {"pairs_per_step": 96, "share": share, "seed": "0"}
+        plans = [plan_steps(pairs, list(range(len(pairs))), **how, multiple=multiple) for multiple in (1, 8)]
+        assert plans[0] == plans[1]
+
+
 def test_no_rank_idles_in_a_small_step():
     """24 pairs fit one pack: without a multiple one of 8 ranks would do all the work."""
     for seed in range(20):
@@ -223,6 +276,10 @@ def test_a_prompt_too_large_for_a_pack_is_cut_whatever_the_multiple():
 
 def plan_all_steps(pairs) -> None:
     plan_steps(pairs, list(range(len(pairs))), pairs_per_step=24, share="prompt", seed="0")
+
+
+def compose_all_steps(pairs) -> None:
+    plan_steps(pairs, list(range(len(pairs))), pairs_per_step=24, share="prompt", seed="0", multiple=8)
 
 
 def pack_all_steps(pairs) -> None:
@@ -258,6 +315,7 @@ def test_steps_are_planned_without_a_scan_over_all_open_steps():
     them for every prompt, and takes four times the work a prompt when there are four times as many."""
     growth = [num_calls(plan, 4000) / num_calls(plan, 1000) for plan in (plan_all_steps, plan_plainly)]
     assert growth[0] < 5 and growth[1] > 10, growth
+    assert num_calls(compose_all_steps, 1200) / num_calls(compose_all_steps, 400) < 4
 
 
 def test_the_plan_knows_nothing_of_ranks_and_repeats_itself():

@@ -101,9 +101,12 @@ def test_packs_hold_every_pair_once_within_the_budget_on_any_number_of_ranks(pai
             plan_packs(pairs, range(len(pairs)), max_tokens=budget - 1, share=share)
 
 
-@given(pairs=tokenized(), share=shares, pairs_per_step=st.integers(1, 12), seed=st.integers(0, 9))
-def test_an_epoch_holds_every_pair_once_and_only_its_last_step_is_short(pairs, share, pairs_per_step, seed):
-    options = dict(pairs_per_step=pairs_per_step, share=share, seed=str(seed))
+@given(
+    pairs=tokenized(), share=shares, pairs_per_step=st.integers(1, 12), seed=st.integers(0, 9),
+    multiple=st.integers(1, 9),
+)  # fmt: skip
+def test_an_epoch_holds_every_pair_once_and_only_its_last_step_is_short(pairs, share, pairs_per_step, seed, multiple):
+    options = dict(pairs_per_step=pairs_per_step, share=share, seed=str(seed), multiple=multiple)
     steps = plan_steps(pairs, list(range(len(pairs))), **options)
     assert sorted(pair for step in steps for pair in step) == list(range(len(pairs)))
     assert {len(step) for step in steps[:-1]} <= {pairs_per_step} and 1 <= len(steps[-1]) <= pairs_per_step

@@ -13,22 +13,34 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from conj import InputError
+from conj.data.compose import Prompt, compose_steps, measure
 from conj.data.tokens import TokenizedPairs
 
+FEW_PROMPTS = 1.25  # a pack: of fewer, those that share a step decide how even its packs can be
 
-def plan_steps(pairs: TokenizedPairs, members: list, *, pairs_per_step: int, share: str, seed: str) -> list[list[int]]:
+
+def plan_steps(
+    pairs: TokenizedPairs, members: list, *, pairs_per_step: int, share: str, seed: str, multiple: int = 1
+) -> list[list[int]]:
     """One epoch: steps of exactly `pairs_per_step` pair numbers each (the last takes what is left).
 
     `share="prompt"` puts all pairs of a prompt into one step: shuffled prompts go first-fit into open steps, and only
     what then still leaves steps unfilled at the end of the epoch is joined and cut to size, prompts split if need be.
-    The other modes shuffle pairs. `seed` names run and epoch."""
+    The other modes shuffle pairs. Where that gives a step few prompts for `multiple` packs, prompts whose pieces are of
+    like length share it instead (`compose_steps`). `seed` names run and epoch."""
     rng = random.Random(seed)
+    groups = _group(pairs, members, share)
+    if multiple > 1 and len(groups) * pairs_per_step < FEW_PROMPTS * multiple * len(members):
+
+        def measured(part: list[int]) -> Prompt:
+            copies = pairs.prompt_tokens[pairs.prompt_of[part[0]]] * (2 if share == "none" else 1)
+            return measure(part, copies, pairs.judgment_tokens, multiple)
+
+        groups = [part for group in groups for part in _cut(group, pairs_per_step)]
+        rng.shuffle(groups)
+        return compose_steps(groups, measured, pairs_per_step=pairs_per_step, num_packs=multiple, rng=rng)
     if share != "prompt":
         return _cut(rng.sample(members, len(members)), pairs_per_step)
-    by_prompt: dict[int, list[int]] = {}
-    for pair in members:
-        by_prompt.setdefault(pairs.prompt_of[pair], []).append(pair)
-    groups = list(by_prompt.values())
     rng.shuffle(groups)
     full: list[list[int]] = []
     begun: list[list[int]] = []  # steps in the order in which they were begun
@@ -55,6 +67,16 @@ def plan_steps(pairs: TokenizedPairs, members: list, *, pairs_per_step: int, sha
     steps = full + rest
     rng.shuffle(steps)  # first-fit fills early steps with small groups; their order must not show that
     return steps + tail
+
+
+def _group(pairs: TokenizedPairs, members: list, share: str) -> list[list[int]]:
+    """The pairs that share a step: all of a prompt, or each alone."""
+    if share != "prompt":
+        return [[pair] for pair in members]
+    by_prompt: dict[int, list[int]] = {}
+    for pair in members:
+        by_prompt.setdefault(pairs.prompt_of[pair], []).append(pair)
+    return list(by_prompt.values())
 
 
 def _cut(items: list, size: int) -> list[list]:

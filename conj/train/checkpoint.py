@@ -1,10 +1,12 @@
-"""Checkpoints without pickle: each rank writes its rows as safetensors, and a manifest with every file's sha256 comes last.
+"""Checkpoints without pickle: the ranks of one copy of the model write their rows as safetensors, and a manifest with every
+file's sha256 comes last.
 
 A checkpoint is a folder `step-00000120`, written beside its place, synced and renamed: it is there whole or not at
 all. A file that the manifest does not name, or whose hash differs, makes it unfit, and the one before it is taken.
 Writing happens in a thread: no collective is called there, the ranks meet through their files. torch's distributed
 checkpoint is not used: it keeps its metadata in a pickle and loads a flipped bit without a word (seen, torch 2.13).
-Tensors are stored as rows of dim 0 with their offset, so any number of ranks can read what another number wrote.
+Tensors are stored as rows of dim 0 with their offset, so any number of ranks, in any number of copies, can read what another
+number wrote.
 """
 
 import json
@@ -103,7 +105,8 @@ def copy_by_chunks(copies: list[tuple[Tensor, Tensor]], chunks: list[Tensor], se
 class Saver:
     """Writes checkpoints in a thread of each rank while training goes on, one at a time.
 
-    A step waits only for the copy of the state to host memory: 12 bytes a parameter, over all ranks. It is kept from the
+    A step waits only for the copy of the state to host memory: 12 bytes a parameter, over the ranks that hold one copy of the
+    model. Those that hold another write nothing and need no such memory. It is kept from the
     first save on: fresh memory would cost a page fault for every 4 KiB, at each."""
 
     folder: Path
@@ -123,6 +126,8 @@ class Saver:
             beside.mkdir(parents=True)
         dist.barrier()
         state = training_state(model, optimizer)
+        if not self.world.holds_first_copy:
+            return
         if not self._host:
             self._host = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in state.items()}
         copy_to_host(state, self._host)
@@ -152,7 +157,7 @@ class Saver:
             entry = {"name": name, "sha256": sha256_file(beside / name), "first_row": offsets}
             write_atomic(beside / f"{name}.json", json.dumps(entry).encode())
             if self.world.is_main:
-                _complete(beside, step, num_updates, self.identity, self.world.size)
+                _complete(beside, step, num_updates, self.identity, self.world.shard_size)
                 for old in [path for path in list_checkpoints(self.folder) if path.name < beside.name][self.keep :]:
                     shutil.rmtree(old)
         except Exception as e:

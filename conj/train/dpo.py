@@ -42,6 +42,7 @@ from conj.train.sharding import (
     distributed,
     ending_process,
     leave_on_sigterm,
+    reduce_at,
     reshard,
 )
 
@@ -73,8 +74,8 @@ def run_packs(
         if options.nll_alpha:  # the mean negative logprob of the chosen judgment's tokens
             losses = losses - options.nll_alpha * logps[:, 0] / batch.num_tokens[:, 0]
         if torch.is_grad_enabled():
-            if options.audit_mode:  # gradients of a step meet once, in float64, and are rounded once
-                model.set_requires_gradient_sync(turn == num_turns)
+            # In audit mode gradients of a step meet once, in float64, and are rounded once.
+            reduce_at(model, turn == num_turns, once=options.audit_mode)
             (losses.sum() / len(members)).backward()
         rows += [place[pair] for pair in batch.pair_numbers]
         columns.append(torch.column_stack([losses.detach(), rewards, logps.detach()]))
@@ -156,7 +157,7 @@ def main(options: DPOOptions) -> None:
     """From pairs and reference logprobs to `model/`, top to bottom."""
     started = time.perf_counter()
     checkpoints, [(artefact, inputs)] = options.run_dir / "checkpoints", options.makes().items()
-    with distributed(options.device) as world:
+    with distributed(options.device, options.dp_shard_size) as world:
         select_arithmetic(options, world.device)
         plan = make_plan(options, world)
         pairs, reference, steps = plan.pairs, plan.reference, plan.steps

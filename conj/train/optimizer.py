@@ -36,15 +36,17 @@ def learning_rate_at(step: int, num_steps: int, options) -> float:
 def gradient_norm(model: nn.Module, world: World, *, audit_mode: bool = False) -> Tensor:
     """() float64, on the ranks' device: the norm of all gradients over all ranks, in one pass over them.
 
-    In audit mode its bits do not depend on who holds which rows: float64 sums of each row, then of all in one order."""
+    In audit mode its bits do not depend on who holds which rows: float64 sums of each row, then of all in one order. Of
+    several copies the first counts, for all ranks: a norm that differed in a bit would let copies drift apart."""
     parameters = [p for p in model.parameters() if p.grad is not None]
+    counts = float(world.holds_first_copy)
     if audit_mode:
-        return world.sum(_squares_of_rows(parameters)).sum().sqrt().to(world.device)
+        return world.sum(counts * _squares_of_rows(parameters)).sum().sqrt().to(world.device)
     gradients = [local_tensor(p.grad) for p in parameters]
     if gradients[0].device.type == "cpu":
         gradients = [piece for gradient in gradients for piece in gradient.flatten().split(NORM_PIECE)]
     squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()
-    return world.sum(squares.to(world.device)).sqrt()
+    return world.sum(counts * squares.to(world.device)).sqrt()
 
 
 def _squares_of_rows(parameters: list[nn.Parameter]) -> Tensor:

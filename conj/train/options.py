@@ -63,6 +63,22 @@ def check_machine(options: Iterable[tuple[str, ComputeOptions]], num_processes: 
             raise InputError(f"[{stage}] {e}") from None
 
 
+def choose_shard_size(asked: int | None, num_ranks: int, num_local_ranks: int) -> int:
+    """Ranks that hold one copy of the model together: as asked for, else those of a node, if all nodes have as many. Raises
+    InputError for a number that does not divide the ranks'."""
+    require(
+        asked is None or num_ranks % asked == 0,
+        f"--dp-shard-size: expected a divisor of {num_ranks} ranks, found {asked}",
+    )
+    return asked or (num_local_ranks if num_ranks % num_local_ranks == 0 else num_ranks)
+
+
+DP_SHARD_SIZE = (
+    "ranks that hold one copy of the model together; by default those of a node. More take less memory a rank, and more "
+    "traffic between nodes"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReferenceOptions(RunOptions, ComputeOptions):
     model: Path = option(help=BASE_MODEL, affects_result=False)
@@ -70,6 +86,7 @@ class ReferenceOptions(RunOptions, ComputeOptions):
         TRAINING_MAX_LENGTH, help="tokens of prompt and judgment; pairs over it are counted and left out"
     )
     max_tokens_per_pack: int = option(16384, help="tokens a forward pass takes on each rank", affects_result=False)
+    dp_shard_size: int | None = option(None, help=DP_SHARD_SIZE, affects_result=False)
     save_every: int = option(256, help="forward passes between saves", affects_result=False)
 
     def makes(self) -> dict[Path, list]:
@@ -77,7 +94,8 @@ class ReferenceOptions(RunOptions, ComputeOptions):
         return {self.run_dir / "reference.safetensors": [self.find("pairs.jsonl"), by, self.model]}
 
     def __post_init__(self):
-        require_each(self, ("max_length", "max_tokens_per_pack", "save_every"), lambda value: value > 0, "at least 1")
+        above_0 = ("max_length", "max_tokens_per_pack", "dp_shard_size", "save_every")
+        require_each(self, above_0, lambda value: value > 0, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +132,7 @@ class DPOOptions(RunOptions, ComputeOptions):
         help="what backward computes again: nothing; selective: results of elementwise steps (a third of a block's "
         "memory, for a few percent of a step); full: all but each block's input",
     )
+    dp_shard_size: int | None = option(None, help=DP_SHARD_SIZE, affects_result=False)
     cpu_offload: bool = option(False, help="keep master weights, gradients and optimizer state in host memory")
     deterministic: bool = option(False, help="a backward of attention that sums in a fixed order; slower on a GPU")
     audit_mode: bool = option(
@@ -139,7 +158,7 @@ class DPOOptions(RunOptions, ComputeOptions):
 
     def __post_init__(self):
         above_0 = ("beta", "learning_rate", "max_grad_norm", "num_train_epochs", "max_steps", "pairs_per_step")
-        above_0 += ("max_length", "max_tokens_per_pack", "pack_multiple")
+        above_0 += ("max_length", "max_tokens_per_pack", "pack_multiple", "dp_shard_size")
         above_0 += ("eval_steps", "eval_pairs", "save_every", "keep_checkpoints")
         require_each(self, above_0, lambda value: value > 0, "more than 0")
         require_each(

@@ -48,7 +48,7 @@ def make_plan(options, world: World, *, elsewhere: bool = False, folders: Sequen
     missing = int(reference[usable].isnan().any(dim=1).sum())
     require(missing == 0, f"{path}: {missing} pairs have no reference logprob")
 
-    of_step = {"pairs_per_step": options.pairs_per_step, "share": options.share}
+    of_step = {"pairs_per_step": options.pairs_per_step, "share": options.share, "multiple": options.pack_multiple}
     of_pack = {"max_tokens": options.max_tokens_per_pack, "multiple": options.pack_multiple, "share": options.share}
     seeds = [f"{options.seed}:{epoch}" for epoch in range(options.num_train_epochs)]
     members = [step for seed in seeds for step in plan_steps(pairs, train, seed=seed, **of_step)]

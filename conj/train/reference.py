@@ -226,7 +226,7 @@ def save_reference(path: Path, logps: Tensor, key: dict[str, str]) -> None:
 def main(options: ReferenceOptions) -> None:
     started = time.perf_counter()
     [(artefact, inputs)] = options.makes().items()
-    with distributed(options.device) as world:
+    with distributed(options.device, options.dp_shard_size) as world:
         backends.select(world.device, dtype=options.dtype, attention=options.attention, kernels=options.kernels)
         pairs, tokenizer, usable = map_pairs(options, world)
         key = world.on_main(

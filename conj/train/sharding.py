@@ -1,15 +1,22 @@
-"""Processes, and a model spread over them: FSDP2 with the same code on one CPU process, one GPU, or many of either."""
+"""Processes, and a model spread over them: FSDP2 with the same code on one CPU process, one GPU, or many of either.
+
+On more nodes than one each holds a copy of the model, sharded over its own ranks (HSDP): weights are gathered inside a node,
+and only sums of gradients cross between nodes, once a step. docs/clusters.md counts both.
+"""
 
 import ctypes
+import hashlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -23,6 +30,7 @@ from conj.model.config import ModelConfig
 from conj.model.decoder import DTYPES, Decoder
 from conj.model.folder import read_decoder
 from conj.model.weights import load_weights
+from conj.train.options import choose_shard_size
 
 SECONDS_TO_LEAVE = 25  # torchrun kills 30 seconds after it asked to leave
 
@@ -36,10 +44,20 @@ class World:
     rank: int
     size: int
     device: torch.device
+    dp_shard_size: int | None = None  # ranks that hold one copy of the model together, in order of rank; all if None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def shard_size(self) -> int:
+        return self.dp_shard_size or self.size
+
+    @property
+    def holds_first_copy(self) -> bool:
+        """What every copy has, this rank writes down or counts, and those of other copies do not."""
+        return self.rank < self.shard_size
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks, of a tensor on any device; one on the ranks' own is overwritten."""
@@ -57,7 +75,8 @@ class World:
         """What a run's bits depend on beside versions of packages."""
         on_gpu = self.device.type == "cuda"
         device = torch.cuda.get_device_name(self.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
-        return {"device": device, "ranks": self.size, "threads": torch.get_num_threads()}
+        ranks = {"ranks": self.size, "dp_shard_size": self.shard_size}
+        return {"device": device, **ranks, "threads": torch.get_num_threads()}
 
     def on_main(self, function: Callable[[], object]):
         """What `function` gives on the main rank, on every rank; an InputError there too, so that none waits for it."""
@@ -114,15 +133,17 @@ def explain_failure(error: Exception) -> tuple[bool, str] | None:
 
 
 @contextmanager
-def distributed(device: str = "auto") -> Iterator[World]:
+def distributed(device: str = "auto", dp_shard_size: int | None = None) -> Iterator[World]:
     """The process group that torchrun describes, or one of this process alone: NCCL on GPUs, gloo on CPUs.
 
-    Raises InputError for a `device` that is not here, or not for as many ranks. A rank whose collective or CUDA fails
+    `dp_shard_size`: see `DPOOptions`. Raises InputError for a `device` that is not here, or not for as many ranks, and for a
+    number of ranks that `dp_shard_size` does not divide. A rank whose collective or CUDA fails
     prints one line and ends: the cause where it is its own, else that another rank is gone, which says why itself."""
     on_gpu = backends.choose_device(backends.this_machine(device), device) == "cuda"
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    shard_size = choose_shard_size(dp_shard_size, size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     try:
-        yield _join(on_gpu, rank, size)
+        yield _join(on_gpu, rank, size, shard_size)
     except (RuntimeError, PeerFailed) as e:
         if (why := explain_failure(e)) is None:
             raise
@@ -138,19 +159,41 @@ def distributed(device: str = "auto") -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _join(on_gpu: bool, rank: int, size: int) -> World:
+def _join(on_gpu: bool, rank: int, size: int, shard_size: int) -> World:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     torch.cuda.set_device(device) if on_gpu else keep_freed_memory()
     store = dist.HashStore()
     if "RANK" in os.environ:
         # torchrun keeps its store when it restarts workers, and with it the addresses of those that are gone: without a
-        # prefix for each attempt, gloo connects to them (seen 3 times in 6, torch 2.13).
+        # prefix for each start, gloo connects to them (seen 3 times in 6, torch 2.13).
         store, _, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(agree_on_start(store, rank, size), store)
     # gloo beside NCCL: with --cpu-offload parameters lie on the host.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=30), store=store, rank=rank, world_size=size)
-    return World(rank=rank, size=size, device=device)
+    return World(rank=rank, size=size, device=device, dp_shard_size=shard_size)
+
+
+def agree_on_start(store: dist.Store, rank: int, size: int) -> str:
+    """A name that all ranks give to this start of theirs, and to no other, in a store that remembers earlier ones.
+
+    torchrun's TORCHELASTIC_RESTART_COUNT is none: each node counts its own failures, and not when it joins those of others.
+    Ranks write down who they are; rank 0 proposes all it finds, until each has said that it is meant itself."""
+    me = uuid4().hex
+    store.set(f"started-{rank}", me)
+    while True:
+        if rank == 0:
+            names = [bytes(name).decode() for name in store.multi_get([f"started-{i}" for i in range(size)])]
+            store.set("starts", " ".join(names))
+        names = store.get("starts").decode().split()
+        start = hashlib.sha256(" ".join(names).encode()).hexdigest()
+        if names[rank : rank + 1] == [me]:
+            store.set(f"{start}-{rank}", "seen")
+            if rank == 0 and store.check([f"{start}-{i}" for i in range(size)]):
+                store.set(start, "agreed")
+            if store.check([start]):
+                return start
+        time.sleep(0.02)
 
 
 @contextmanager
@@ -215,9 +258,12 @@ def build_sharded_model(folder: Path, world: World, dtype: str, **settings) -> D
 
 def shard_model(
     config: ModelConfig, world: World, dtype: str, *, activation_checkpointing: str = "none", cpu_offload: bool = False,
-    reduce_dtype: torch.dtype = torch.float32,
+    reduce_dtype: torch.dtype = torch.float32, reshard_after_forward: bool = True,
 ) -> Decoder:  # fmt: skip
-    """A decoder with fp32 master weights (no values yet) spread over all ranks; computes in `dtype`, sums in `reduce_dtype`.
+    """A decoder with fp32 master weights (no values yet) spread over the ranks; computes in `dtype`, sums in `reduce_dtype`.
+
+    Each `world.shard_size` ranks hold a copy together. A block's weights are given back after its forward and gathered
+    again for its backward, unless `reshard_after_forward` is off: then they stand, in `dtype`, until then.
 
     One rank that holds everything has nothing to gather or to reduce, and FSDP2 would copy each weight twice and each
     gradient three times: there blocks cast their weights themselves and autograd adds the gradients up. With `cpu_offload`
@@ -231,19 +277,23 @@ def shard_model(
         layer.activation_checkpointing = activation_checkpointing
     if world.size > 1 or cpu_offload or reduce_dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=reduce_dtype)
-        _fully_shard(
-            model, world, mp_policy=policy, offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-        )
+        offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+        _fully_shard(model, world, reshard_after_forward, mp_policy=policy, offload_policy=offload)
     return model.to_empty(device="cpu" if cpu_offload else world.device)
 
 
-def _fully_shard(model: Decoder, world: World, **settings) -> None:
-    settings["mesh"] = init_device_mesh(world.device.type, (world.size,))
+def _fully_shard(model: Decoder, world: World, reshard_after_forward: bool, **settings) -> None:
+    replicas, kind = world.size // world.shard_size, world.device.type
+    if replicas > 1:
+        names = ("replicate", "shard")
+        settings["mesh"] = init_device_mesh(kind, (replicas, world.shard_size), mesh_dim_names=names)
+    else:
+        settings["mesh"] = init_device_mesh(kind, (world.size,))
     for layer in model.model.layers:
-        fully_shard(layer, **settings)
+        fully_shard(layer, reshard_after_forward=reshard_after_forward, **settings)
     if model.lm_head is not None:  # a group of its own: reduced apart from the head, gradients take half the memory
-        fully_shard(model.model.embed_tokens, **settings)
-    fully_shard(model, **settings)
+        fully_shard(model.model.embed_tokens, reshard_after_forward=reshard_after_forward, **settings)
+    fully_shard(model, **settings)  # its backward comes at once: FSDP2 keeps the root's weights
     # The loss is already a mean over the step's pairs: ranks add up, they do not average. One rank does not divide
     # anyway, and a factor would cost it a copy of all gradients.
     for module in (m for m in model.modules() if isinstance(m, FSDPModule) and world.size > 1):
@@ -251,7 +301,18 @@ def _fully_shard(model: Decoder, world: World, **settings) -> None:
         module.set_force_sum_reduction_for_comms(True)
 
 
-def reshard(model: Decoder) -> None:
-    """After a forward without backward, which FSDP2 leaves the root gathered for: checkpoints need its shards."""
+def reduce_at(model: Decoder, is_last: bool, *, once: bool) -> None:
+    """Says before the backward of a pack whether it is the step's last, after which gradients have to meet.
+
+    Those of a copy's ranks are summed pack by pack, or with `once` after the last, which keeps them whole until then. Copies
+    always add up once a step: that sum crosses between nodes."""
     if isinstance(model, FSDPModule):
-        model.reshard()
+        model.set_requires_all_reduce(is_last)
+        if once:
+            model.set_requires_gradient_sync(is_last)
+
+
+def reshard(model: Decoder) -> None:
+    """After a forward without backward, which FSDP2 leaves weights gathered for: checkpoints need shards."""
+    for module in (m for m in model.modules() if isinstance(m, FSDPModule)):
+        module.reshard()

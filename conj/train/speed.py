@@ -1,4 +1,5 @@
-"""How fast a step is, by written formulas: FLOPs, the device's measured matmul ceiling, memory, ranks that wait.
+"""How fast a step is, by written formulas: FLOPs, bytes between ranks, the device's measured matmul ceiling, memory, ranks
+that wait.
 
 What the log of a run and the benchmarks share, so that both count the same.
 """
@@ -12,7 +13,7 @@ import torch
 from conj.data.packs import Group, group_tokens
 from conj.data.tokens import TokenizedPairs
 from conj.model.config import ModelConfig
-from conj.model.decoder import DTYPES
+from conj.model.decoder import DTYPES, Decoder
 
 
 def step_flops(pairs: TokenizedPairs, packs: list[list[Group]], config: ModelConfig) -> tuple[int, int]:
@@ -50,6 +51,33 @@ def idle_share(pairs: TokenizedPairs, packs: list[list[Group]], num_ranks: int) 
     tokens = [sum(group_tokens(pairs, group) for group in pack) for pack in packs]
     longest = sum(max(tokens[i : i + num_ranks]) for i in range(0, len(tokens), num_ranks))
     return 1 - sum(tokens) / (num_ranks * longest)
+
+
+def step_traffic(
+    config: ModelConfig, *, num_turns: int, shard_size: int, num_copies: int = 1, dtype: str = "bfloat16",
+    reshard_after_forward: bool = True, audit_mode: bool = False,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes that each rank sends in a step of `num_turns` packs a rank, and receives as many; rings, which send least.
+
+    `gathered`: weights, in `dtype`, within a copy of the model that `shard_size` ranks hold: each block's for its forward
+    and, with `reshard_after_forward`, again for its backward; the root's (norm and head) once. `reduced`: gradients, fp32,
+    after each pack. `between_copies`: each rank's sums of them, once. In audit mode both are float64, once."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    root = [model.model.norm.weight, (model.lm_head or model.model.embed_tokens).weight]
+
+    def padded(parameters: list) -> int:
+        return sum(-(-len(p) // shard_size) * shard_size * (p.numel() // len(p)) for p in parameters)
+
+    own = {id(p) for p in root}
+    blocks = padded([p for p in model.parameters() if id(p) not in own])
+    every, itemsize = blocks + padded(root), 8 if audit_mode else 4
+    weights = ((1 + reshard_after_forward) * blocks + every - blocks) * DTYPES[dtype].itemsize
+    return {
+        "gathered": num_turns * weights * (shard_size - 1) // shard_size,
+        "reduced": (1 if audit_mode else num_turns) * itemsize * every * (shard_size - 1) // shard_size,
+        "between_copies": 2 * itemsize * (every // shard_size) * (num_copies - 1) // num_copies,
+    }
 
 
 def synchronize(device: str) -> None:
