@@ -6,8 +6,8 @@
     [dpo]
     learning_rate = 1e-6
 
-What stands above the tables reaches every stage that has such an option; what stands in a stage's table wins, and the
-command line over both. `[runs.NAME.STAGE]` tables make a sweep: each NAME is a run folder below `run_dir` with the file's
+What stands above the tables reaches every stage that has such an option (one that asks an endpoint has no device of its own);
+what stands in a stage's table wins, and the command line over both. `[runs.NAME.STAGE]` tables make a sweep: each NAME is a run folder below `run_dir` with the file's
 other settings. Keys are the stages' options; paths are as seen from where the command is given.
 """
 
@@ -260,11 +260,25 @@ def resolve(given) -> list[Run]:
 def _stage_table(stage: str, names: set[str], levels: Iterable[dict], asked: dict) -> dict:
     """A stage's options: of each level (the file, then a sweep's run) what is for all stages, over it the stage's own
     table; over all of them the command line, in the same order."""
-    table = {}
+    table, own = {}, {k.removeprefix(f"{stage}."): v for k, v in asked.items() if k.startswith(f"{stage}.")}
+    given = own.keys() | {k for level in levels for k in level.get(stage, {})}
     for level in levels:
         table |= {k: v for k, v in level.items() if k in SHARED and k in names} | level.get(stage, {})
-    table |= {k: v for k, v in asked.items() if k in names}
-    return table | {k.removeprefix(f"{stage}."): v for k, v in asked.items() if k.startswith(f"{stage}.")}
+    table |= {k: v for k, v in asked.items() if k in names} | own
+    unread = _unread(stage, table)
+    return {k: v for k, v in table.items() if k in given or k not in unread}
+
+
+def _unread(stage: str, table: dict) -> tuple[str, ...]:
+    """What is for all stages, and not for one that asks an endpoint: it has its own."""
+    if "api_model" in table:
+        return ("device", "dtype")
+    if stage != "evaluate" or "judge" not in table or table.get("judgments"):
+        return ()
+    from conj.sample.evaluation.judges import load_judge
+
+    judge = load_judge(table["judge"], Path(table["judge_text"]) if "judge_text" in table else None)
+    return ("model", "max_length", "device", "dtype") if judge.backend == "openai" else ()
 
 
 def _plain(value: object) -> object:

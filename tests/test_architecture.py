@@ -25,12 +25,14 @@ ALLOWED = {
 # What a model folder says is read with the tokenizer's rules and refused in the words of the options.
 FOLDER = ("conj.data.options", "conj.data.tokenizer")
 ENGINE = (
-    "model max_new_tokens max_length max_num_seqs device dtype tensor_parallel_size pipeline_parallel_size "
-    "data_parallel_size gpu_memory_utilization "
+    "model max_new_tokens max_length max_num_seqs max_num_batched_tokens device dtype tensor_parallel_size "
+    "pipeline_parallel_size gpu_memory_utilization "
 )
+FLEET = ENGINE + "num_engines ray_address "
+ENDPOINT = "base_url max_concurrency requests_per_minute max_retries request_timeout "
 COMPUTE = "device dtype attention kernels "
 RUN = "run_dir from_runs "
-SAMPLING = "temperature top_p top_k repetition_penalty seed " + ENGINE
+SAMPLING = "temperature top_p top_k repetition_penalty seed api_model " + FLEET + ENDPOINT
 OPTIONS = {  # their order is that of the help alone
     "preprocess": RUN + "data seed subsets limit",
     "repeated": RUN + SAMPLING + "num_samples parser",
@@ -42,13 +44,13 @@ OPTIONS = {  # their order is that of the help alone
         "num_train_epochs max_steps pairs_per_step max_length max_tokens_per_pack pack_multiple share "
         "activation_checkpointing cpu_offload deterministic audit_mode eval_steps eval_pairs save_every keep_checkpoints report_to seed"
     ),
-    "evaluate": RUN + ENGINE + (
-        "base_url max_concurrency requests_per_minute max_retries request_timeout data subsets limit judge "
+    "evaluate": RUN + FLEET + ENDPOINT + (
+        "data subsets limit judge "
         "judge_text name judgments parser num_samples temperature verdict_probability seed num_resamples"
     ),
     "audit": "run_dir model device num_pairs replay reference against seed",
     "push": "run_dir repo_id private revision",
-    "attacks": RUN + ENGINE + "data subsets limit parser seed num_resamples",
+    "attacks": RUN + FLEET + "data subsets limit parser seed num_resamples",
     "judge": ENGINE + "question answer_1 answer_2",
 }  # fmt: skip
 RECIPE = {  # the published recipe, and where ours differs on purpose (DESIGN, README)
@@ -89,8 +91,9 @@ def test_imports_go_one_way(part):
                 assert name.startswith(tuple(f"{module}." for module in allowed)), f"{path.name} imports {name}"
 
 
-def test_vllm_is_imported_in_one_place():
-    assert [p.name for p in files() if any(n.split(".")[0] == "vllm" for n in imports(p))] == ["vllm.py"]
+@pytest.mark.parametrize(("package", "place"), [("vllm", "vllm.py"), ("ray", "ray_cluster.py")])
+def test_an_engine_is_imported_in_one_place(package, place):
+    assert [p.name for p in files() if any(n.split(".")[0] == package for n in imports(p))] == [place]
 
 
 def test_data_knows_no_processes():
@@ -127,8 +130,12 @@ def test_the_options_of_a_command_are_these_documented_and_read(command):
 @pytest.mark.parametrize("command", RECIPE)
 def test_the_defaults_are_the_recipe(command):
     """A default that drifts makes another method of it, and nobody would see."""
-    defaults = {field.name: field.default for field in dataclasses.fields(COMMANDS[command].load_options())}
-    assert {name: defaults[name] for name in RECIPE[command]} == RECIPE[command]
+    kind = COMMANDS[command].load_options()
+    needed = {name: Path("given") for name in ("run_dir", "model") if name in kind.__dataclass_fields__}
+    if command == "preprocess":
+        needed["data"] = ("given",)
+    options = kind(**needed)
+    assert {name: getattr(options, name) for name in RECIPE[command]} == RECIPE[command]
 
 
 @pytest.mark.parametrize("command", OPTIONS)

@@ -90,7 +90,8 @@ def test_a_file_cut_at_every_byte_and_killed_again_ends_as_the_undisturbed_one(f
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # it only matters to a power cut, and takes the time
     rows = whole.splitlines(keepends=True)
     random.Random(0).shuffle(rows)
-    killed, names = b"".join(rows), {tuple(request.key.values()) for request in arguments[1]}
+    killed, task = b"".join(rows), arguments[1]
+    names = {(row["id"], *key.values()) for row in task.prompts() for key in task.keys}
     assert killed != whole and len(rows) == len(names) == 4
     for length in range(len(killed) + 1):
         artefact.write_bytes(killed[:length])
@@ -101,7 +102,7 @@ def test_a_file_cut_at_every_byte_and_killed_again_ends_as_the_undisturbed_one(f
                 stage.append_samples(*arguments)
             made += 1
         lines = map(json.loads, artefact.read_bytes().split(b"\n")[:-1])
-        there = {tuple(row.values())[: len(arguments[1][0].key)] for row in lines}
+        there = {tuple(row.values())[: 1 + len(task.keys[0])] for row in lines}
         asked = use_fake_engine(monkeypatch, write)
         stage.append_samples(*arguments)
         assert artefact.read_bytes() == whole, length
@@ -170,8 +171,9 @@ def test_a_seed_depends_on_the_runs_seed_and_the_rows_key_alone(recorded, tied_m
     generated, made = engine.generate, {}  # the seed of every request, by its row's key
 
     def generate(live, requests, model, decoding):
-        made.update({dump_line(request.key): request_seed(decoding.seed, request.key) for request in requests})
-        return generated(live, requests, model, decoding)
+        for request, completion in generated(live, requests, model, decoding):
+            made[dump_line(request.key)] = request_seed(decoding.seed, request.key)
+            yield request, completion
 
     monkeypatch.setattr(engine, "generate", generate)
 

@@ -3,10 +3,12 @@
 import contextlib
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,19 +22,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_run
 
 from conj import InputError
 from conj.data.files import read_jsonl
-from conj.data.preprocess import load_prompts
+from conj.data.manifest import read_manifest
+from conj.data.preprocess import PreprocessOptions, load_prompts, preprocess
 from conj.data.prompts import judge_messages, judgment_text
 from conj.data.verdicts import parse_strict
 from conj.model.folder import check_model
 from conj.sample.engines.completion import Completion, Decoding, Request
-from conj.sample.engines.http import EndpointOptions, complete_by_http
-from conj.sample.engines.vllm import ENVIRONMENT, EngineOptions, complete_by_vllm
+from conj.sample.engines.fleet import FleetOptions, complete_by_engines
+from conj.sample.engines.http import EXTRA, EndpointOptions, complete_by_http
+from conj.sample.engines.vllm import ENVIRONMENT
 from conj.sample.evaluation.judges import load_judge
-from conj.sample.stage import append_samples, count_judgments
+from conj.sample.hinted import HintedOptions, sample_hinted
+from conj.sample.repeated import RepeatedOptions, sample_repeated
+from conj.sample.rows import outcomes
+from conj.sample.stage import Task, append_samples
 
 JUDGE = load_judge("gpt-4o")
 DECODING = Decoding(max_new_tokens=7, seed=3)
@@ -148,15 +155,19 @@ def row_of(request: Request, completion: Completion) -> dict:
     return {"text": completion.text, "verdict": verdict.value, "rung": verdict.rung}
 
 
-def labels_of(requests: list[Request]) -> dict[str, int]:
-    return {request.key["id"]: 1 for request in requests}
+def task_of(requests: list[Request], judge: Callable = row_of, labels: dict[str, int] | None = None) -> Task:
+    """Of requests that differ in their id alone, or that every prompt has the same of."""
+    by_id = {id: list(group) for id, group in itertools.groupby(requests, lambda request: request.key["id"])}
+    prompts = [{"id": id, "label": (labels or {}).get(id, 1)} for id in by_id]
+    keys = [{name: value for name, value in r.key.items() if name != "id"} for r in next(iter(by_id.values()))]
+    return Task(prompts=lambda: prompts, keys=keys, make_requests=lambda row: by_id[row["id"]], judge=judge)
 
 
 def judge_all(file: Path, url: str, requests: list[Request], decoding: Decoding = DECODING, **options) -> list[dict]:
     options = EndpointOptions(base_url=url, **{"max_concurrency": 4, "request_timeout": 20.0} | options)
-    complete = functools.partial(complete_by_http, judge=JUDGE, options=options, decoding=decoding)
-    labels = labels_of(requests)
-    return append_samples(file, requests, complete, row_of, "verdict", labels, decoding.verdict_probability)
+    complete = functools.partial(complete_by_http, model=JUDGE.model, options=options, decoding=decoding)
+    append_samples(file, task_of(requests), complete, None, decoding)
+    return read_jsonl(file)
 
 
 @pytest.fixture(autouse=True)
@@ -285,7 +296,7 @@ def test_a_prompt_that_the_server_will_not_judge_is_a_judgment_without_a_verdict
     refused = [row for row in rows if row["finish_reason"] == reason]
     assert len(rows) == 12 and len(refused) == 1
     assert (refused[0]["text"], refused[0]["verdict"], refused[0]["rung"]) == ("", None, "none")
-    assert count_judgments(rows, {row["id"]: 1 for row in rows}, "verdict")[f"refused_{reason}"] == 1
+    assert outcomes(refused[0], 1, "verdict") == ["unparsed", f"refused_{reason}", "rung_none"]
 
 
 @pytest.mark.parametrize("said", [
@@ -335,11 +346,32 @@ def test_keys_and_texts_that_no_encoding_holds(tmp_path, monkeypatch):
         judge_all(tmp_path / "none.jsonl", None, requests)
 
 
-def test_decoding_without_a_word_in_the_api_is_refused(tmp_path):
-    """Left out without a word, it would be another decoding than the manifest says."""
-    for decoding in Decoding(max_new_tokens=1, top_k=5), Decoding(max_new_tokens=1, repetition_penalty=1.2):
-        with pytest.raises(InputError, match="gpt-4o: the API has no (top_k|repetition_penalty)"):
-            judge_all(tmp_path / "rows.jsonl", "http://127.0.0.1:1/v1", make_requests(1), decoding)
+def test_a_stage_needs_no_model_beside_an_endpoint_but_one_by_whose_tokens_long_reasons_are_cut(tmp_path):
+    """The judge that writes is elsewhere, and larger than this machine; a reason of any length is not for training."""
+    run = make_run(tmp_path, 3)
+    with serving(lambda number, body: (200, {}, "回答2更好。它说")) as server:
+        given = {"run_dir": run, "api_model": "large", "base_url": server.url}
+        sample_repeated(RepeatedOptions(num_samples=2, **given))
+        with pytest.raises(InputError, match="--max-new-tokens: expected at most 400, found 512, or a --model"):
+            HintedOptions(**given)
+        sample_hinted(HintedOptions(max_new_tokens=400, **given))
+        assert {body["model"] for body in server.bodies} == {"large"} and len(server.bodies) == 12
+        assert not {"top_k", "repetition_penalty"} & {name for body in server.bodies for name in body}
+    made = read_manifest(run / "repeated.jsonl")
+    assert made["inputs"][1] == {"path": "endpoint model large", "sha256": None} and made["options"]["top_k"] is None
+    rows = read_jsonl(run / "hinted.jsonl")
+    assert [row["text"] for row in rows[:2]] == [judgment_text("回答2更好。它说", hint) for hint in (1, 2)]
+    assert rows[0].keys() > {"prompt_tokens", "completion_tokens"} and len(rows) == 6
+
+
+def test_what_the_api_has_no_words_for_goes_out_only_where_it_is_asked_for(tmp_path):
+    """Left out without a word, it would be another decoding than the manifest says; sent unasked, OpenAI's own endpoint
+    refuses every request."""
+    warm = Decoding(max_new_tokens=1, temperature=1.0, top_k=50, repetition_penalty=1.0)
+    for decoding, sent in (warm, {"top_k": 50, "repetition_penalty": 1.0}), (Decoding(max_new_tokens=1), {}):
+        with serving(well) as server:
+            judge_all(tmp_path / f"{len(sent)}.jsonl", server.url, make_requests(1), decoding)
+        assert {name: server.bodies[0][name] for name in EXTRA if name in server.bodies[0]} == sent
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -385,15 +417,56 @@ def wait_until_ready(server: subprocess.Popen, port: int, log: Path, seconds: fl
     raise AssertionError(f"the server did not start: {log.read_text()[-3000:]}")
 
 
-@pytest.mark.vllm
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (scripts/setup.sh)")
-def test_vllms_server_gives_the_offline_verdicts_and_may_be_killed(tmp_path):
-    """The same judge behind HTTP and in the process writes the same judgments, with the same probabilities, also when
-    the server is killed in the middle and started again on its port: nothing lost, nothing twice."""
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (scripts/setup.sh)"
+)
+
+
+@pytest.fixture
+def vllm_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@needs_vllm
+def test_stages_by_vllms_server_write_the_rows_of_those_in_process(tmp_path, vllm_port):
+    """Sampled, with the recipe's decoding: another template, seed, top-k or penalty on the way would write other texts.
+    Only what is known of the tokens differs."""
+    data, log = ROOT / "demo" / "train.jsonl", tmp_path / "server.log"
+    preprocess(PreprocessOptions(run_dir=tmp_path / "here", data=(str(data),), limit=24))
+    shutil.copytree(tmp_path / "here", tmp_path / "served")
+    few = {"max_new_tokens": 48, "model": BASE}
+    server = start_vllm(vllm_port, log)
+    try:
+        wait_until_ready(server, vllm_port, log)
+        endpoint = {"api_model": str(BASE), "base_url": f"http://127.0.0.1:{vllm_port}/v1", "repetition_penalty": 1.0}
+        served = few | endpoint | {"run_dir": tmp_path / "served"}
+        sample_repeated(RepeatedOptions(num_samples=4, top_k=50, **served))
+        sample_hinted(HintedOptions(top_k=0, **served))
+    finally:
+        kill(server)
+    sample_repeated(RepeatedOptions(num_samples=4, run_dir=tmp_path / "here", **few))
+    sample_hinted(HintedOptions(run_dir=tmp_path / "here", **few))
+    for name in ("repeated.jsonl", "hinted.jsonl"):
+        here, there = (read_jsonl(tmp_path / folder / name) for folder in ("here", "served"))
+        for row, other in zip(here, there, strict=True):
+            ids, counted = row.pop("token_ids"), [other.pop("completion_tokens"), other.pop("prompt_tokens")]
+            assert row == other and counted[0] == len(ids)
+        print(f"{name}: {len(here)} rows, {len({row['text'] for row in here})} texts, equal")
+    made = read_manifest(tmp_path / "served" / "repeated.jsonl")
+    assert made["inputs"][1]["path"] == f"endpoint model {BASE}" and made["options"]["top_k"] == 50
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@needs_vllm
+def test_vllms_server_gives_the_offline_verdicts_and_may_be_killed(tmp_path, vllm_port):
+    """The same judge behind HTTP and in the process writes the same judgments, with the same probabilities, also when
+    the server is killed in the middle and started again on its port: nothing lost, nothing twice."""
+    port = vllm_port
     log, file, model = tmp_path / "server.log", tmp_path / "http.jsonl", check_model(BASE, None)
     (tmp_path / "served.toml").write_text(f'prompt = "con-j"\nbackend = "openai"\nmodel = "{BASE}"\n')
     judge, decoding = load_judge(str(tmp_path / "served.toml")), Decoding(max_new_tokens=64, verdict_probability=True)
@@ -417,19 +490,21 @@ def test_vllms_server_gives_the_offline_verdicts_and_may_be_killed(tmp_path):
         killer = threading.Thread(target=kill_and_restart, daemon=True)
         killer.start()
         options = EndpointOptions(base_url=f"http://127.0.0.1:{port}/v1", max_concurrency=2, max_retries=40)
-        complete = functools.partial(complete_by_http, judge=judge, options=options, decoding=decoding)
+        complete = functools.partial(complete_by_http, model=judge.model, options=options, decoding=decoding)
         began = time.monotonic()
-        rows = append_samples(file, over_http, complete, row_of, "verdict", labels_of(over_http), True)
+        append_samples(file, task_of(over_http), complete, None, decoding)
+        rows = read_jsonl(file)
         print(f"killed with {killed_at} of {len(rows)} rows in the file, done after {time.monotonic() - began:.0f} s")
         killer.join()
     finally:
         for server in servers:
             kill(server)
     assert 10 <= killed_at[0] < len(over_http) == len(rows)
-    options = EngineOptions(model=BASE, max_num_seqs=8)
-    complete = functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding)
+    options = FleetOptions(model=BASE, max_num_seqs=8)
+    complete = functools.partial(complete_by_engines, model=model, options=options, decoding=decoding)
     file = tmp_path / "offline.jsonl"
-    expected = append_samples(file, offline, complete, row_of, "verdict", labels_of(offline), True)
+    append_samples(file, task_of(offline), complete, model, decoding)
+    expected = read_jsonl(file)
     verdicts = Counter(row["verdict"] for row in expected)
     shown = [f"{row['p_first']:.2g}" for row in expected if row["p_first"] is not None][:8]
     print(f"offline: verdicts {dict(verdicts)}; the first answer is better with {', '.join(shown)} …")

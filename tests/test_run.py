@@ -49,6 +49,24 @@ def resolved(*arguments) -> list:
 # ---- From the file to every stage ----
 
 
+def test_what_is_shared_reaches_no_stage_behind_an_endpoint_that_has_its_own(tmp_path):
+    """It was refused there, and a file could not unset it. In the stage's own table it is still a mistake."""
+    file = write_settings(tmp_path, '[repeated]\napi_model = "large"\nbase_url = "http://localhost:1/v1"\ntop_k = 40\n')
+    judge = ["--evaluate.judge", "gpt-4o", "--device", "cpu", "--dtype", "float32", "--max-length", "900"]
+    [run] = resolved(file, *judge)
+    repeated, hinted, judged = (run.options[stage] for stage in ("repeated", "hinted", "evaluate"))
+    assert (repeated.device, repeated.dtype, repeated.max_length) == ("auto", "auto", 900)
+    assert repeated.model == hinted.model == ROOT / "demo" / "base"  # whose tokens are counted
+    assert (repeated.top_k, repeated.repetition_penalty) == (40, None) and hinted.repetition_penalty == 1.0
+    assert (hinted.device, run.options["dpo"].device, judged.device) == ("cpu", "cpu", "auto")
+    assert judged.model is judged.max_length is None
+    assert [str(path) for path in repeated.makes()[repeated.run_dir / "repeated.jsonl"]][1] == "endpoint model large"
+    line = command_line("repeated", repeated, 1)
+    assert {"--api-model=large", "--base-url=http://localhost:1/v1", "--top-k=40"} < set(line)
+    with pytest.raises(InputError, match="--device: large is behind an endpoint"):
+        resolved(file, *judge, "--repeated.device", "cpu")
+
+
 def test_what_stands_above_reaches_every_stage_a_table_wins_and_the_command_line_wins_over_both(tmp_path):
     [run] = resolved(write_settings(tmp_path))
     assert list(run.options) == list(STAGES)

@@ -4,6 +4,9 @@ import importlib.util
 import json
 import os
 import sys
+import tracemalloc
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +14,7 @@ import pytest
 from conftest import assert_one_line_error, change_config, command, kill_when, make_run, succeeds, write_model
 from fake_engine import use_fake_engine
 from kill_common import num_lines
-from test_endpoint import row_of
+from test_endpoint import row_of, task_of
 
 from conj import InputError
 from conj.data.files import read_jsonl, write_jsonl
@@ -25,7 +28,7 @@ from conj.sample.hinted import HintedOptions, cut_reason, hinted_judgment, sampl
 from conj.sample.judge import JudgeOptions, judge
 from conj.sample.judge import main as print_judgment
 from conj.sample.repeated import RepeatedOptions, sample_repeated
-from conj.sample.stage import append_samples, split_overlong
+from conj.sample.stage import Task, append_samples
 
 # ---- Files ----
 
@@ -74,13 +77,16 @@ def test_prompts_that_do_not_fit_are_left_out_whole_counted_and_named(tied_model
     assert (counts["right"], counts["wrong"], counts["unparsed"]) == (2, 6, 0)  # p1 has label 2; p3 would, too
 
 
-def test_a_prompt_fits_exactly_up_to_the_context(tied_model):
+def test_a_prompt_fits_exactly_up_to_the_context(tied_model, tmp_path):
     """One token too many makes vLLM cut the judgment; one too few leaves out a prompt that fits."""
-    model = check_model(tied_model, 100)
-    fits, too_long = (Request(key={"id": str(n)}, prompt_ids=[1] * n) for n in (60, 61))
-    assert split_overlong([fits, too_long], model, 40) == ([fits], ["61"])
+    model, decoding = check_model(tied_model, 100), Decoding(max_new_tokens=40)
+    fits, too_long = (Request(key={"id": str(n), "index": 0}, prompt_ids=[1] * n) for n in (60, 61))
+    asked = []
+    _, overlong_ids, _ = append_samples(tmp_path / "rows", task_of([fits, too_long]), noting(asked), model, decoding)
+    assert asked == [fits] and overlong_ids == ["61"]
     with pytest.raises(InputError, match="every prompt is too long; the shortest has 61 tokens"):
-        split_overlong([too_long], model, 40)
+        append_samples(tmp_path / "none", task_of([too_long]), noting(asked), model, decoding)
+    assert asked == [fits]  # before an engine starts
 
 
 def test_control_tokens_in_an_answer_stay_text(tied_model, tmp_path, monkeypatch):
@@ -187,7 +193,9 @@ def test_a_damaged_model_folder_is_refused_before_the_engine_starts(model_copy, 
     (["--max-length", "9999"], ["--max-length", "2048", "9999"]),
     (["--temperature", "0"], ["--temperature", "above 0"]),
     (["--pipeline-parallel-size", "0"], ["--pipeline-parallel-size", "1 or more"]),
-    (["--data-parallel-size", "2"], ["--data-parallel-size 2", "vllm serve", 'backend = "openai"']),
+    (["--num-engines", "0"], ["--num-engines", "1 or more"]),
+    (["--base-url", "http://x/v1"], ["--base-url", "expected --api-model"]),
+    (["--api-model", "m", "--device", "cpu"], ["--device", "m is behind an endpoint"]),
     (["--run-dir", "nowhere"], ["nowhere/prompts.jsonl", "no such file"]),
 ])  # fmt: skip
 def test_bad_options_end_in_one_line(tied_model, tmp_path, arguments, parts):
@@ -215,6 +223,8 @@ def stub_vllm(monkeypatch, device_type: str, engine_args=None) -> None:
     platform = SimpleNamespace(is_cpu=lambda: device_type == "cpu", device_type=device_type)
     monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
     monkeypatch.setitem(sys.modules, "vllm.distributed", SimpleNamespace(cleanup_dist_env_and_memory=None))
+    usage = SimpleNamespace(UsageContext=SimpleNamespace(LLM_CLASS="LLM_CLASS"))
+    monkeypatch.setitem(sys.modules, "vllm.usage.usage_lib", usage)
     engine = SimpleNamespace(from_engine_args=None)
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(EngineArgs=engine_args, LLMEngine=engine))
 
@@ -249,7 +259,20 @@ def test_a_device_that_vllm_is_not_built_for_is_refused(built_for, device, said,
 # ---- Where completions come from ----
 
 
-def completions(requests: list[Request]):
+def requests_of(*ids: str) -> list[Request]:
+    return [Request(key={"id": id, "index": 0}, prompt_ids=[1]) for id in ids]
+
+
+def noting(asked: list[Request] | deque):
+    def complete(requests: Iterable[Request], count: int):
+        for request in requests:
+            asked.append(request)
+            yield request, Completion(text="x", token_ids=[1], finish_reason="stop")
+
+    return complete
+
+
+def completions(requests: Iterable[Request], count: int):
     for request in requests:
         text = judgment_text("r", 1) if request.key["id"] == "parsed" else '{"更好的回答": 1'
         yield request, Completion(text=text, token_ids=[1], finish_reason="stop", p_first=0.75)
@@ -258,33 +281,61 @@ def completions(requests: list[Request]):
 @pytest.mark.parametrize("asked", [True, False])
 def test_the_probability_is_kept_if_asked_for_and_only_of_a_verdict(asked, tmp_path):
     """A judgment that the parser refuses has no verdict, and so no probability of one."""
-    labels = {"parsed": 1, "cut off": 1}
-    requests = [Request(key={"id": id}, prompt_ids=[1]) for id in labels]
-    rows = append_samples(tmp_path / "rows.jsonl", requests, completions, row_of, "verdict", labels, asked)
+    requests, decoding = requests_of("parsed", "cut off"), Decoding(max_new_tokens=1, verdict_probability=asked)
+    append_samples(tmp_path / "rows.jsonl", task_of(requests), completions, None, decoding)
+    rows = read_jsonl(tmp_path / "rows.jsonl")
     assert [row.get("p_first", "not asked") for row in rows] == ([0.75, None] if asked else ["not asked"] * 2)
 
 
 def test_the_bar_tells_which_judgments_are_right_and_goes_on_after_a_kill(tmp_path, capsys):
     """A model that writes no verdicts, or one verdict only, is seen after a minute, not after a night."""
     labels = {"parsed": 1, "cut off": 1, "also parsed": 2, "parsed 2": 2}
-    requests = [Request(key={"id": id}, prompt_ids=[1]) for id in labels]
+    requests = requests_of(*labels)
 
     def judge(request: Request, completion: Completion) -> dict:
         value = None if request.key["id"] == "cut off" else 1
         return {"text": completion.text, "verdict": value, "rung": "json"}
 
     for so_far, shares in ((2, "right=50%, wrong=0%, unparsed=50%"), (4, "right=25%, wrong=50%, unparsed=25%")):
-        append_samples(tmp_path / "rows.jsonl", requests[:so_far], completions, judge, "verdict", labels)
+        task = task_of(requests[:so_far], judge, labels)
+        append_samples(tmp_path / "rows.jsonl", task, completions, None, Decoding(max_new_tokens=1))
         assert shares in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_memory_grows_by_a_few_bytes_a_judgment_also_when_a_run_goes_on(tmp_path):
+    """80,000 prompts with ten judgments each took 10 GB, 17 on a resume: held are neither prompts nor rows, but where a row
+    starts. `scripts/bench_sampling.py` measures the whole."""
+
+    def peak_bytes(num_prompts: int) -> int:
+        ids = [f"{i:016x}" for i in range(num_prompts)]
+
+        def make_requests(row: dict) -> list[Request]:
+            prompt_ids = list(range(1000, 2000))  # 36 kB
+            return [Request(key={"id": row["id"], "index": i}, prompt_ids=prompt_ids) for i in range(10)]
+
+        task = Task(
+            prompts=lambda: ({"id": id, "label": 1} for id in ids), keys=[{"index": i} for i in range(10)],
+            make_requests=make_requests, judge=row_of,
+        )  # fmt: skip
+        file, decoding = tmp_path / f"{num_prompts}.jsonl", Decoding(max_new_tokens=1)
+        tracemalloc.start()
+        append_samples(file, task, noting(deque(maxlen=1)), None, decoding)
+        os.truncate(file, file.stat().st_size // 2)
+        append_samples(file, task, noting(deque(maxlen=1)), None, decoding)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    assert (peak_bytes(200) - peak_bytes(50)) / 1500 < 120  # of a row; 800,000 are under 100 MB
 
 
 def test_the_source_of_completions_is_closed_when_judging_fails(tmp_path):
     """Left open, the engine keeps the memory of a GPU."""
     closed = []
 
-    def complete(requests: list[Request]):
+    def complete(requests: Iterable[Request], count: int):
         try:
-            yield from completions(requests)
+            yield from completions(requests, count)
         finally:
             closed.append(True)
 
@@ -292,8 +343,8 @@ def test_the_source_of_completions_is_closed_when_judging_fails(tmp_path):
         raise InputError("no")
 
     with pytest.raises(InputError) as held:  # its traceback keeps the generator alive
-        requests = [Request(key={"id": "a"}, prompt_ids=[1])]
-        append_samples(tmp_path / "rows.jsonl", requests, complete, judge, "verdict", {"a": 1})
+        task = task_of(requests_of("a"), judge)
+        append_samples(tmp_path / "rows.jsonl", task, complete, None, Decoding(max_new_tokens=1))
     assert held and closed == [True]
 
 

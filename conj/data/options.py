@@ -211,6 +211,13 @@ def require_each(options, names: Sequence[str], holds: Callable, expected: str) 
             raise InputError(f"--{name.replace('_', '-')}: expected {expected}, found {value}")
 
 
+def refuse(options, names: Sequence[str], why: str) -> None:
+    """Raises InputError, naming them, where one of these options is given: it would be ignored."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != defaults[name]]
+    require(not given, f"{', '.join(given)}: {why}")
+
+
 def require(condition: bool, message: str) -> None:
     """Raises InputError with `message` unless `condition` holds."""
     if not condition:

@@ -1,4 +1,4 @@
-"""Stage 3: the base model gives reasons for a verdict it is told, one for the label and one against it: `hinted.jsonl`.
+"""Stage 3: the base model, or another behind an endpoint, gives reasons for a verdict it is told, one for the label and one against it: `hinted.jsonl`.
 
 The reason is put into the JSON of a judgment with the verdict of the hint, so that every prompt gets a right and a
 wrong judgment, also where sampling gave only one kind (paper, section 3.2). Run it again after a kill and it goes on.
@@ -9,13 +9,13 @@ wrong judgment, also where sampling gave only one kind (paper, section 3.2). Run
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from conj.data.options import option, run_command
+from conj.data.options import option, require, run_command
 from conj.data.preprocess import question_of
 from conj.data.prompts import REASON_KEY, VERDICT_KEY, judge_messages, judgment_text
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.verdicts import parse_reason, parse_strict
-from conj.model.folder import TRAINING_MAX_LENGTH, check_model
 from conj.sample.engines.completion import Completion, Request
 from conj.sample.stage import SamplingOptions, sample_prompts
 
@@ -26,33 +26,46 @@ SENTENCE_END = re.compile(r'(?:[。！？…]|[.!?](?=[\s"”’」』）)]|$))[
 
 @dataclass(frozen=True, kw_only=True)
 class HintedOptions(SamplingOptions):
+    TOP_K: ClassVar[int] = 0
+
     temperature: float = option(1.0, help="sampling temperature, above 0")
-    top_k: int = option(0, help="sample from this many likeliest tokens; 0: all")
+    top_k: int | None = option(
+        None, help="sample from this many likeliest tokens, 0: all; by default all, or what the endpoint does"
+    )
     top_p: float = option(0.9, help="sample from the likeliest tokens that add up to this share, above 0 up to 1")
 
     def makes(self) -> dict[Path, list]:
-        return {self.run_dir / "hinted.jsonl": [self.find("prompts.jsonl"), self.model]}
+        return {self.run_dir / "hinted.jsonl": self.made_from()}
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.model is not None or self.max_new_tokens <= MAX_REASON_TOKENS,
+            f"--max-new-tokens: expected at most {MAX_REASON_TOKENS}, found {self.max_new_tokens}, or a --model, by whose "
+            "tokens a longer reason is cut",
+        )
 
 
 def sample_hinted(options: HintedOptions) -> None:
     """Writes `hinted.jsonl`. Raises InputError for unusable prompts, model or options."""
-    model = check_model(options.model, options.max_length, most=TRAINING_MAX_LENGTH)
+    model = options.read_model()
+    kinds = ("hint", "hint_reversed")
 
     def make_requests(row: dict) -> list[Request]:
         requests = []
-        for kind, hint in ("hint", row["label"]), ("hint_reversed", 3 - row["label"]):
+        for kind, hint in zip(kinds, (row["label"], 3 - row["label"])):
             messages = judge_messages(question_of(row), row["answer_1"], row["answer_2"], hint=hint)
             key = {"id": row["id"], "kind": kind, "index": 0}
-            requests.append(Request(key=key, prompt_ids=model.tokenizer.prompt_ids(messages), hint=hint))
+            requests.append(Request(key=key, hint=hint, **options.prompt(model, messages)))
         return requests
 
     def judge(request: Request, completion: Completion) -> dict:
-        return hinted_judgment(completion, request.hint, model.tokenizer)
+        return hinted_judgment(completion, request.hint, model and model.tokenizer)
 
-    sample_prompts(options, model, make_requests, judge)
+    sample_prompts(options, model, [{"kind": kind, "index": 0} for kind in kinds], make_requests, judge)
 
 
-def hinted_judgment(completion: Completion, hint: int, tokenizer: JudgeTokenizer) -> dict:
+def hinted_judgment(completion: Completion, hint: int, tokenizer: JudgeTokenizer | None) -> dict:
     """What the model wrote for a hint, as a judgment with that verdict; as written and without a verdict if it cannot
     be one: it is empty, has no full sentence up to where it is cut, or is JSON with another verdict or none.
 
@@ -71,13 +84,14 @@ def hinted_judgment(completion: Completion, hint: int, tokenizer: JudgeTokenizer
     return {"text": completion.text, "verdict": None, "rung": "none"}
 
 
-def cut_reason(reason: str, tokenizer: JudgeTokenizer, torn: bool) -> str:
-    """The reason up to its last full sentence within 400 tokens; whole if it is no longer and not torn."""
-    ids = tokenizer.encode_text(reason)
+def cut_reason(reason: str, tokenizer: JudgeTokenizer | None, torn: bool) -> str:
+    """The reason up to its last full sentence within 400 tokens; whole if it is no longer and not torn. Without a tokenizer
+    it is no longer: no more was asked for."""
+    ids = tokenizer.encode_text(reason) if tokenizer else []
     if len(ids) <= MAX_REASON_TOKENS and not torn:
         return reason
     # The last token may hold a part of a character only, which is decoded as U+FFFD.
-    longest = len(tokenizer.decode(ids[:MAX_REASON_TOKENS]).rstrip("\ufffd"))
+    longest = len(tokenizer.decode(ids[:MAX_REASON_TOKENS]).rstrip("\ufffd")) if tokenizer else len(reason)
     ends = [match.end() for match in SENTENCE_END.finditer(reason) if match.end() <= longest]
     return reason[: ends[-1]] if ends else ""
 

@@ -1,9 +1,10 @@
-"""Stage 2: the base model writes n judgments of every prompt, to `repeated.jsonl`.
+"""Stage 2: the base model, or another behind an endpoint, writes n judgments of every prompt, to `repeated.jsonl`.
 
 Sampled warm, so that both right and wrong ones come out; which is which, the label says when pairs are made (paper,
 section 3.1). Run it again after a kill and it goes on.
 
     python -m conj.sample.repeated --run-dir runs/demo --model demo/base
+    python -m conj.sample.repeated --run-dir runs/mine --api-model Qwen/Qwen2.5-72B-Instruct --base-url http://HOST:8000/v1
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from conj.data.options import option, require_each, run_command
 from conj.data.preprocess import question_of
 from conj.data.prompts import judge_messages
 from conj.data.verdicts import PARSERS
-from conj.model.folder import TRAINING_MAX_LENGTH, check_model
 from conj.sample.engines.completion import Completion, Request
 from conj.sample.stage import SamplingOptions, sample_prompts
 
@@ -27,7 +27,7 @@ class RepeatedOptions(SamplingOptions):
     parser: Literal["strict", "released"] = option("strict", help="how verdicts are read; released: as published")
 
     def makes(self) -> dict[Path, list]:
-        return {self.run_dir / "repeated.jsonl": [self.find("prompts.jsonl"), self.model]}
+        return {self.run_dir / "repeated.jsonl": self.made_from()}
 
     def __post_init__(self):
         super().__post_init__()
@@ -36,18 +36,18 @@ class RepeatedOptions(SamplingOptions):
 
 def sample_repeated(options: RepeatedOptions) -> None:
     """Writes `repeated.jsonl`. Raises InputError for unusable prompts, model or options."""
-    model = check_model(options.model, options.max_length, most=TRAINING_MAX_LENGTH)
+    model = options.read_model()
+    keys = [{"kind": "repeated", "index": index} for index in range(options.num_samples)]
 
     def make_requests(row: dict) -> list[Request]:
-        prompt_ids = model.tokenizer.prompt_ids(judge_messages(question_of(row), row["answer_1"], row["answer_2"]))
-        keys = ({"id": row["id"], "kind": "repeated", "index": index} for index in range(options.num_samples))
-        return [Request(key=key, prompt_ids=prompt_ids) for key in keys]
+        prompt = options.prompt(model, judge_messages(question_of(row), row["answer_1"], row["answer_2"]))
+        return [Request(key={"id": row["id"], **key}, **prompt) for key in keys]
 
     def judge(request: Request, completion: Completion) -> dict:
         verdict = PARSERS[options.parser](completion.text)
         return {"text": completion.text, "verdict": verdict.value, "rung": verdict.rung}
 
-    sample_prompts(options, model, make_requests, judge)
+    sample_prompts(options, model, keys, make_requests, judge)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 
 from conj.data.prompts import VERDICT_KEY
@@ -18,13 +18,13 @@ CARD_VERDICT = (VERDICT_KEY + r'["\']?\s*[:：]\s*["\']?(?:回答)?([12])', "1",
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How the next token is chosen. The defaults are greedy."""
+    """How the next token is chosen. The defaults are greedy. None: not asked for; an endpoint does as it does by itself."""
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
-    top_k: int = 0  # 0: all tokens
-    repetition_penalty: float = 1.0
+    top_k: int | None = None  # 0: all tokens
+    repetition_penalty: float | None = None
     seed: int = 0
     verdict_probability: bool = False  # asks for the likeliest tokens, and fills Completion.p_first
     verdict_place: tuple[str, str, str] = CARD_VERDICT  # where and how a judgment names the better answer
@@ -39,6 +39,10 @@ class Request:
     hint: int | None = None  # the verdict that the prompt gives away
     messages: list[dict] | None = None  # the chat messages of a prompt that goes out as text, over HTTP
 
+    @property
+    def name(self) -> str:
+        return name_of(self.key)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
@@ -51,6 +55,12 @@ class Completion:
 
 
 Completions = Generator[tuple[Request, Completion]]  # each request with its completion, as it finishes
+# Given the requests, which are made as they are asked for, and how many there are at most.
+Complete = Callable[[Iterable[Request], int], Completions]
+
+
+def name_of(key: dict) -> str:
+    return json.dumps(list(key.values()))  # not a tuple: there true and 1 are one name, and a list is none
 
 
 def request_seed(seed: int, key: dict) -> int:

@@ -7,7 +7,8 @@ The API key is OPENAI_API_KEY, as everywhere.
 
 A prompt that is too long for the server, or that its filter stops, is a judgment without a verdict, and is counted.
 
-Refused: decoding that the API has no words for (top-k, repetition penalty).
+The API has no words for top-k and repetition penalty: where they are asked for they go out as vLLM's extra parameters, which
+its server and others know; one that does not says so and ends the run.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from conj import InputError
@@ -29,7 +31,8 @@ from conj.sample.engines.completion import (
     first_probability,
     request_seed,
 )
-from conj.sample.evaluation.judges import Judge
+
+EXTRA = ("top_k", "repetition_penalty")  # names of Decoding and of vLLM's server
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,45 +55,47 @@ class EndpointOptions:
         require_each(self, ("requests_per_minute", "request_timeout"), lambda value: value > 0, "above 0")
 
 
-def complete_by_http(requests: list, judge: Judge, options: EndpointOptions, decoding: Decoding) -> Completions:
-    """Each request with its completion, as it finishes.
+def complete_by_http(
+    requests: Iterable[Request], count: int, model: str, options: EndpointOptions, decoding: Decoding
+) -> Completions:
+    """Each request with its completion, as it finishes; `count`: how many they are at most.
 
     Raises InputError when one is refused, or its retries are used up; not before all that is there was given out."""
-    refused = [name for name, off in (("top_k", 0), ("repetition_penalty", 1.0)) if getattr(decoding, name) != off]
-    require(not refused, f"{judge.name}: the API has no {', '.join(refused)}")
-    waiting, finished, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
-    for request in requests:
-        waiting.put(request)
+    requests, lock, finished, stop = iter(requests), threading.Lock(), queue.SimpleQueue(), threading.Event()
+    num_threads = min(options.max_concurrency, count)
 
     def work() -> None:
-        while not stop.is_set():
-            try:
-                request = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                finished.put((request, _complete(client, request, judge, decoding)))
-            except Exception as e:
-                stop.set()
-                finished.put((request, e))
+        request = None
+        try:
+            while not stop.is_set():
+                with lock:  # they are made as they are asked for
+                    request = next(requests, None)
+                if request is None:
+                    break
+                finished.put((request, _complete(client, request, model, decoding)))
+        except Exception as e:
+            stop.set()
+            finished.put((request, e))
+        finally:
+            finished.put(None)
 
     with _client(options) as client, contextlib.ExitStack() as leaving:
         leaving.callback(stop.set)
         # Daemons: one that waits for its next try would else hold up the end of the program.
-        for _ in range(min(options.max_concurrency, len(requests))):
+        for _ in range(num_threads):
             threading.Thread(target=work, daemon=True).start()
         num_done, failed = 0, None
-        for _ in requests:
-            if failed and finished.empty():
-                break
-            request, outcome = finished.get()
-            if isinstance(outcome, Completion):
+        while num_threads and not (failed and finished.empty()):
+            found = finished.get()
+            if found is None:
+                num_threads -= 1
+            elif isinstance(found[1], Completion):
                 num_done += 1
-                yield request, outcome
+                yield found
             else:
-                failed = failed or (request, outcome)
+                failed = failed or found
         if failed:
-            raise _input_error(*failed, num_done, len(requests), judge, options)
+            raise _input_error(*failed, num_done, count, model, options)
 
 
 def _client(options: EndpointOptions):
@@ -125,16 +130,18 @@ def _limit_rate(requests_per_minute: float | None):
     return wait
 
 
-def _complete(client, request: Request, judge: Judge, decoding: Decoding) -> Completion:
+def _complete(client, request: Request, model: str, decoding: Decoding) -> Completion:
+    extra = {name: value for name in EXTRA if (value := getattr(decoding, name)) is not None}
     asked = {"logprobs": True, "top_logprobs": NUM_TOP_LOGPROBS} if decoding.verdict_probability else {}
     messages = [message | {"content": replace_surrogates(message["content"])} for message in request.messages]
     try:
         reply = client.chat.completions.create(
-            model=judge.model, messages=messages, temperature=decoding.temperature, top_p=decoding.top_p,
+            model=model, messages=messages, temperature=decoding.temperature, top_p=decoding.top_p,
             max_tokens=decoding.max_new_tokens, seed=request_seed(decoding.seed, request.key), **asked,
+            extra_body=extra,
         )  # fmt: skip
     except ValueError as e:  # not JSON
-        raise InputError(f"{judge.model}: expected a chat completion, found no JSON: {first_line(e)}") from None
+        raise InputError(f"{model}: expected a chat completion, found no JSON: {first_line(e)}") from None
     except Exception as e:
         if reason := _why_refused(e):
             return Completion(text="", token_ids=None, finish_reason=reason)
@@ -142,7 +149,7 @@ def _complete(client, request: Request, judge: Judge, decoding: Decoding) -> Com
     try:
         return _read(reply, decoding)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # any JSON may come from a server
-        raise InputError(f"{judge.model}: expected a chat completion, found {brief(reply)}") from None
+        raise InputError(f"{model}: expected a chat completion, found {brief(reply)}") from None
 
 
 def _read(reply, decoding: Decoding) -> Completion:
@@ -182,14 +189,16 @@ def _first_probability(text: str, tokens: list, decoding: Decoding) -> float | N
     return first_probability(text, decoding.verdict_place, len(tokens), length, top)
 
 
-def _input_error(request: Request, error, done: int, asked: int, judge: Judge, options: EndpointOptions) -> Exception:
+def _input_error(
+    request: Request | None, error, done: int, asked: int, model: str, options: EndpointOptions
+) -> Exception:
     """What to tell the user; a mistake of ours is passed on as it is."""
     import openai
 
-    judgment = ", ".join(f"{column} {brief(value)}" for column, value in request.key.items())
-    where = f"{judge.model} at {options.base_url or 'the OpenAI API'}, {judgment}"
-    if not isinstance(error, openai.APIError):
+    if request is None or not isinstance(error, openai.APIError):
         return error
+    judgment = ", ".join(f"{column} {brief(value)}" for column, value in request.key.items())
+    where = f"{model} at {options.base_url or 'the OpenAI API'}, {judgment}"
     status = getattr(error, "status_code", None)
     if status is not None and status < 500 and status not in (408, 409, 429):
         return InputError(f"{where}: refused: {first_line(error)}")

@@ -46,7 +46,14 @@ class EngineOptions:
     )
     max_new_tokens: int = option(512, help="longest judgment, tokens")
     max_length: int | None = option(None, help="longest prompt + judgment, tokens; by default the model's, up to 8192")
-    max_num_seqs: int = option(256, help="number of judgments written at the same time", affects_result=False)
+    max_num_seqs: int | None = option(
+        None,
+        help="number of judgments written at the same time; by default vLLM's for the device",
+        affects_result=False,
+    )
+    max_num_batched_tokens: int | None = option(
+        None, help="most tokens of prompts and judgments a step; by default vLLM's for the device", affects_result=False
+    )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", help="auto: what the installed vLLM is built for; another is refused", affects_result=False
     )
@@ -55,23 +62,20 @@ class EngineOptions:
     )
     tensor_parallel_size: int = option(1, help="number of GPUs that share each layer", affects_result=False)
     pipeline_parallel_size: int = option(1, help="number of stages that the layers are dealt to", affects_result=False)
-    data_parallel_size: int = option(
-        1, help="number of copies of the model; more than one only behind vLLM's own server", affects_result=False
-    )
     gpu_memory_utilization: float = option(
         0.9, help="share of a GPU's memory that vLLM takes, above 0 up to 1", affects_result=False
     )
 
     def __post_init__(self):
-        sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-        require_each(self, ("max_new_tokens", "max_num_seqs", *sizes), lambda value: value >= 1, "1 or more")
-        require(  # vLLM says of its own offline class: not supported for single-process usage and may hang
-            self.data_parallel_size == 1,
-            f"--data-parallel-size {self.data_parallel_size}: vLLM has no copies within one process; start them with "
-            f"`vllm serve {self.model} --data-parallel-size {self.data_parallel_size}` and judge through that server "
-            '(a judge with backend = "openai")',
-        )
+        counts = ("max_new_tokens", "max_num_seqs", "max_num_batched_tokens")
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+        require_each(self, (*counts, *sizes), lambda value: value >= 1, "1 or more")
         require_each(self, ("gpu_memory_utilization",), lambda value: 0 < value <= 1, "above 0 up to 1")
+
+    @property
+    def num_gpus(self) -> int:
+        """That one engine takes."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 def check_engine(model: JudgeModel, options: EngineOptions) -> None:
@@ -103,6 +107,7 @@ def running_engine(model: JudgeModel, options: EngineOptions) -> Iterator:
             from vllm import EngineArgs, LLMEngine
             from vllm.distributed import cleanup_dist_env_and_memory
             from vllm.platforms import current_platform
+            from vllm.usage.usage_lib import UsageContext
     except ImportError as e:
         raise InputError(f"sampling needs vLLM, which cannot be imported ({e}); scripts/setup.sh installs it") from None
     built_for = current_platform.device_type  # empty: built for GPUs, and sees none
@@ -113,10 +118,13 @@ def running_engine(model: JudgeModel, options: EngineOptions) -> Iterator:
         "model": str(model.folder), "skip_tokenizer_init": True, "dtype": options.dtype,
         "generation_config": "vllm",  # the model's own sampling defaults stay out
         "max_model_len": model.max_length, "max_num_seqs": options.max_num_seqs, "enable_prefix_caching": True,
+        "max_num_batched_tokens": options.max_num_batched_tokens,
         "tensor_parallel_size": options.tensor_parallel_size, "disable_log_stats": True, "use_tqdm_on_load": False,
         "pipeline_parallel_size": options.pipeline_parallel_size,
         "gpu_memory_utilization": options.gpu_memory_utilization,
     }  # fmt: skip
+    if options.num_gpus > 1:
+        arguments["distributed_executor_backend"] = "mp"  # within a Ray actor it would be Ray
     if options.dtype == "auto":
         arguments["dtype"] = "float32" if current_platform.is_cpu() else "bfloat16"
     if current_platform.is_cpu():
@@ -125,11 +133,12 @@ def running_engine(model: JudgeModel, options: EngineOptions) -> Iterator:
             "enforce_eager": True,  # compiling costs 45 s and gains nothing on a small model
             # A seeded request crashes vLLM's CPU sampler when its prompt is prefilled in chunks.
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(model.max_length, DEFAULT_MAX_LENGTH),
+            "max_num_batched_tokens": options.max_num_batched_tokens or max(model.max_length, DEFAULT_MAX_LENGTH),
         }
     try:
         with warnings.catch_warnings(action="ignore"):
-            engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+            # As its class for offline use: what fills a GPU, not what answers soon.
+            engine = LLMEngine.from_engine_args(EngineArgs(**arguments), UsageContext.LLM_CLASS)
     except Exception as e:  # weights that do not fit the config, too little memory: vLLM's errors share no class
         raise InputError(f"{model.folder}: vLLM cannot start with this model: {brief_line(str(e))}") from None
     try:
@@ -149,13 +158,16 @@ def complete_by_vllm(
         yield from generate(engine, requests, model, decoding)
 
 
-def generate(engine, requests: Iterable[Request], model: JudgeModel, decoding: Decoding) -> Completions:
-    """Each request with its completion, as it finishes."""
+def generate(engine, requests: Iterable[Request | None], model: JudgeModel, decoding: Decoding) -> Completions:
+    """Each request with its completion, as it finishes. Where a None stands, there are no more for the moment; the
+    generator ends when nothing is left to do."""
     requests, running = enumerate(requests), {}
     while True:
         # Twice as many as run at the same time: the engine always has a next one, and its queue stays short.
         room = 2 * engine.vllm_config.scheduler_config.max_num_seqs - len(running)
         for number, request in itertools.islice(requests, room):
+            if request is None:
+                break
             running[str(number)] = request
             prompt = {"prompt_token_ids": request.prompt_ids}
             engine.add_request(str(number), prompt, _sampling_params(request, model, decoding))
@@ -171,8 +183,8 @@ def _sampling_params(request: Request, model: JudgeModel, decoding: Decoding):
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k,
-        repetition_penalty=decoding.repetition_penalty, max_tokens=decoding.max_new_tokens,
+        temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k or 0,
+        repetition_penalty=decoding.repetition_penalty or 1.0, max_tokens=decoding.max_new_tokens,
         seed=request_seed(decoding.seed, request.key), stop_token_ids=model.end_ids, detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY, logprobs=NUM_TOP_LOGPROBS if decoding.verdict_probability else None,
     )  # fmt: skip

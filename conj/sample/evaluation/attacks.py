@@ -33,15 +33,15 @@ from conj.data.readers import DATA_PARTS, describe_data
 from conj.data.verdicts import PARSERS
 from conj.model.folder import JudgeModel, check_model
 from conj.sample.engines.completion import Completion, Decoding, Request
-from conj.sample.engines.vllm import EngineOptions, complete_by_vllm
+from conj.sample.engines.fleet import FleetOptions, complete_by_engines
 from conj.sample.evaluation.scores import UNPARSED, summarize
-from conj.sample.stage import write_judgments
+from conj.sample.stage import Task, write_judgments
 
 PLAIN = "none"  # the judgments without an attack
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackOptions(RunOptions, EngineOptions):
+class AttackOptions(RunOptions, FleetOptions):
     data: tuple[str, ...] = option(
         help=f"benchmarks: files, folders, hub names, each {DATA_PARTS}", affects_result=False
     )
@@ -127,10 +127,13 @@ def judge_attacked(model: JudgeModel, prompts: list[dict], options: AttackOption
         return made | {"label": labels[request.key["id"]], "rung": rung}
 
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
-    complete = functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding)
+    complete = functools.partial(complete_by_engines, model=model, options=options, decoding=decoding)
+    keys = [{"attack": name, "order": order} for name in (PLAIN, *ATTACKS) for order in (1, 2)]
+    make_requests = functools.partial(attack_requests, model=model)
+    task = Task(prompts=lambda: prompts, keys=keys, make_requests=make_requests, judge=judge, outcome="choice")
     write_judgments(
-        artefact, prompts, lambda row: attack_requests(row, model), judge, complete, inputs=inputs, model=model,
-        options=options, decoding=decoding, data_counts=data_counts, outcome="choice",
+        artefact, task, complete, inputs=inputs, model=model, options=options, decoding=decoding,
+        data_counts=data_counts,
     )  # fmt: skip
 
 

@@ -28,24 +28,24 @@ from conj.data.card import write_card
 from conj.data.files import read_jsonl
 from conj.data.layouts import swapped
 from conj.data.manifest import RunOptions
-from conj.data.options import option, require, require_each, run_command
+from conj.data.options import option, refuse, require, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
 from conj.data.readers import DATA_PARTS, describe_data
 from conj.model.folder import JudgeModel, check_model
 from conj.sample.engines.completion import Completion, Decoding, Request
+from conj.sample.engines.fleet import ENGINES_ALONE, FleetOptions, complete_by_engines
 from conj.sample.engines.http import EndpointOptions, complete_by_http
-from conj.sample.engines.vllm import EngineOptions, complete_by_vllm
 from conj.sample.evaluation.figures import Judged, score_all
 from conj.sample.evaluation.judges import Judge, judge_prompt, load_judge
 from conj.sample.evaluation.judgments import read_judgments_file
 from conj.sample.evaluation.report import write_report
-from conj.sample.stage import write_judgments
+from conj.sample.stage import Task, write_judgments
 
 NAME = re.compile(r"[\w.+-]{1,100}")  # of a judge: it becomes a part of file names
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(RunOptions, EngineOptions, EndpointOptions):
+class EvaluateOptions(RunOptions, FleetOptions, EndpointOptions):
     model: Path | None = option(
         None,
         help="the judge's model, a Hugging Face folder, or ORG/NAME on the hub, with @REVISION or without; by default that "
@@ -92,7 +92,7 @@ class EvaluateOptions(RunOptions, EngineOptions, EndpointOptions):
         return {judgments_path(self.run_dir, name): given + ([model.folder] if model else []) for name, model in models}
 
     def __post_init__(self):
-        EngineOptions.__post_init__(self)
+        FleetOptions.__post_init__(self)
         EndpointOptions.__post_init__(self)
         require_each(self, ("num_resamples", "limit", "num_samples"), lambda value: value >= 1, "1 or more")
         require_each(self, ("temperature",), lambda value: value >= 0, "0 or more")
@@ -100,8 +100,9 @@ class EvaluateOptions(RunOptions, EngineOptions, EndpointOptions):
         require_each(self, ("seed",), lambda value: value >= 0, "0 or more")
         require(bool(self.data or self.judgments), "--data: expected benchmarks, or --judgments to score")
         if self.judgments:
-            self.refuse("with --judgments no model is asked", "judge", "judge_text", "model", "name", "base_url",
-                         "num_samples", "temperature", "verdict_probability", "parser")  # fmt: skip
+            unread = ("judge", "judge_text", "model", "name", "base_url", "num_samples", "temperature",
+                      "verdict_probability", "parser")  # fmt: skip
+            refuse(self, unread, "with --judgments no model is asked")
         require_each(self, ("name",), NAME.fullmatch, "letters, digits, dots, dashes, plus signs and underscores")
 
     def at_hand(self) -> "EvaluateOptions":
@@ -119,12 +120,6 @@ class EvaluateOptions(RunOptions, EngineOptions, EndpointOptions):
     def takes_part(self) -> bool:
         """Whether only some rows or subsets of the data are asked for."""
         return bool(self.subsets) or self.limit is not None
-
-    def refuse(self, why: str, *names: str) -> None:
-        """Raises InputError where one of these options is given: it would be ignored."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != defaults[name]]
-        require(not given, f"{', '.join(given)}: {why}")
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -229,11 +224,10 @@ def find_models(options: EvaluateOptions, judge: Judge) -> dict[str, JudgeModel 
     fits = NAME.fullmatch(name) is not None
     require(fits, f"judge {judge.name!r}: expected a name of {NAME.pattern}; give it one by --name")
     if judge.backend == "openai":
-        options.refuse(f"judge {judge.name} is behind an endpoint", "model", "max_length", "device", "dtype",
-                        "tensor_parallel_size", "pipeline_parallel_size")  # fmt: skip
+        refuse(options, ("model", "max_length", *ENGINES_ALONE), f"judge {judge.name} is behind an endpoint")
         return {name: None}
-    options.refuse(f'judge {judge.name} runs on vLLM; a judge file with backend = "openai" asks an endpoint',
-                    "base_url", "requests_per_minute")  # fmt: skip
+    advice = f'judge {judge.name} runs on vLLM; a judge file with backend = "openai" asks an endpoint'
+    refuse(options, ("base_url", "requests_per_minute"), advice)
     known = judge.model or "any model"
     require(options.model is not None, f"--model: expected a folder for judge {judge.name} ({known})")
     max_length = options.max_length or judge.max_length
@@ -269,13 +263,16 @@ def judge_prompts(
             "label": labels[request.key["id"]], "rung": verdict.rung,
         } | ({} if dollars is None else {"dollars": dollars})  # fmt: skip
 
-    by_engine = functools.partial(complete_by_vllm, model=model, options=options, decoding=decoding)
-    by_endpoint = functools.partial(complete_by_http, judge=judge, options=options, decoding=decoding)
+    if model is None:
+        complete = functools.partial(complete_by_http, model=judge.model, options=options, decoding=decoding)
+    else:
+        complete = functools.partial(complete_by_engines, model=model, options=options, decoding=decoding)
+    keys = [{"order": order, "sample": sample} for order in (1, 2) for sample in range(options.num_samples)]
+    make_requests = functools.partial(both_orders, judge=judge, model=model, num_samples=options.num_samples)
+    task = Task(prompts=lambda: prompts, keys=keys, make_requests=make_requests, judge=read, outcome="choice")
     write_judgments(
-        artefact, prompts, functools.partial(both_orders, judge=judge, model=model, num_samples=options.num_samples),
-        read, by_engine if model else by_endpoint, inputs=inputs, model=model, options=options, decoding=decoding,
-        data_counts=counts, outcome="choice",
-    )  # fmt: skip
+        artefact, task, complete, inputs=inputs, model=model, options=options, decoding=decoding, data_counts=counts
+    )
 
 
 def describe_judge(judge: Judge) -> str:
