@@ -71,8 +71,8 @@ def test_without_audit_mode_two_ranks_round_otherwise(tmp_path, base):
 @pytest.mark.slow
 def test_eight_ranks_train_as_one_with_the_recipes_steps_and_hardly_wait(tmp_path):
     """24 pairs a step on 8 ranks, 3 to 5 pairs a prompt: the same losses, in audit mode the same bits, and the ranks wait for
-    the fullest pack in less than 8 % of their time (87 % with a plan for one rank)."""
-    model, rows = ROOT / "demo" / "base", random_pairs(150, max_pairs=5)
+    the fullest pack in less than 9 % of their time (87 % with a plan for one rank)."""
+    model, rows = ROOT / "demo" / "base", random_pairs(400, max_pairs=5)
     count = Counter(row["id"] for row in rows)
     write_jsonl(tmp_path / "1" / "pairs.jsonl", [row for row in rows if count[row["id"]] >= 3])
     make_reference(tmp_path / "1", model)
@@ -99,6 +99,6 @@ def test_eight_ranks_train_as_one_with_the_recipes_steps_and_hardly_wait(tmp_pat
     for a, b in zip(one, eight, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4), a["step"]
         assert b["order"] == a["order"] and (a["num_ranks"], b["num_ranks"]) == (1, 8)
-    assert sum(row["idle_share"] for row in eight) / len(eight) < 0.08
+    assert sum(row["idle_share"] for row in eight) / len(eight) < 0.09
     assert metrics_of(tmp_path / "1-audit") == metrics_of(tmp_path / "8-audit")
     assert equal(state_of(tmp_path / "1-audit"), state_of(tmp_path / "8-audit"))
