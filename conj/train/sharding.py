@@ -215,13 +215,14 @@ def build_sharded_model(folder: Path, world: World, dtype: str, **settings) -> D
 
 def shard_model(
     config: ModelConfig, world: World, dtype: str, *, activation_checkpointing: str = "none", cpu_offload: bool = False,
-    reduce_dtype: torch.dtype = torch.float32,
+    reduce_dtype: torch.dtype = torch.float32, reshard_after_forward: bool = True,
 ) -> Decoder:  # fmt: skip
     """A decoder with fp32 master weights (no values yet) spread over all ranks; computes in `dtype`, sums in `reduce_dtype`.
 
     One rank that holds everything has nothing to gather or to reduce, and FSDP2 would copy each weight twice and each
     gradient three times: there blocks cast their weights themselves and autograd adds the gradients up. With `cpu_offload`
-    master weights, gradients and optimizer state stay in the host's memory."""
+    master weights, gradients and optimizer state stay in the host's memory. Without `reshard_after_forward` what a forward
+    gathers stays until the backward: one gather of each block less, for all of its weights in `dtype`."""
     if cpu_offload and world.device.type == "cpu":
         raise InputError("--cpu-offload: expected a GPU, found a CPU")
     with torch.device("meta"):
@@ -232,18 +233,19 @@ def shard_model(
     if world.size > 1 or cpu_offload or reduce_dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=reduce_dtype)
         _fully_shard(
-            model, world, mp_policy=policy, offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-        )
+            model, world, mp_policy=policy, offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+            reshard_after_forward=reshard_after_forward,
+        )  # fmt: skip
     return model.to_empty(device="cpu" if cpu_offload else world.device)
 
 
-def _fully_shard(model: Decoder, world: World, **settings) -> None:
+def _fully_shard(model: Decoder, world: World, *, reshard_after_forward: bool, **settings) -> None:
     settings["mesh"] = init_device_mesh(world.device.type, (world.size,))
     for layer in model.model.layers:
-        fully_shard(layer, **settings)
+        fully_shard(layer, **settings, reshard_after_forward=reshard_after_forward)
     if model.lm_head is not None:  # a group of its own: reduced apart from the head, gradients take half the memory
         fully_shard(model.model.embed_tokens, **settings)
-    fully_shard(model, **settings)
+    fully_shard(model, **settings)  # the root's, the head, always stays until its backward, which comes next
     # The loss is already a mean over the step's pairs: ranks add up, they do not average. One rank does not divide
     # anyway, and a factor would cost it a copy of all gradients.
     for module in (m for m in model.modules() if isinstance(m, FSDPModule) and world.size > 1):
@@ -252,6 +254,7 @@ def _fully_shard(model: Decoder, world: World, **settings) -> None:
 
 
 def reshard(model: Decoder) -> None:
-    """After a forward without backward, which FSDP2 leaves the root gathered for: checkpoints need its shards."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    """After a forward without backward, which leaves the root gathered, and without `reshard_after_forward` all blocks:
+    checkpoints need their shards."""
+    for module in (m for m in model.modules() if isinstance(m, FSDPModule)):
+        module.reshard()
