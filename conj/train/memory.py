@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+from conj.data.packs import Group, TokenizedPairs
 from conj.model.config import ModelConfig, parameter_shapes
 
 GIB = 2**30
@@ -28,6 +29,18 @@ class PackShape:
     tokens: int
     predicted: int
     keys: int
+
+
+def pack_shape(pairs: TokenizedPairs, pack: list[Group]) -> PackShape:
+    """Of a planned pack. A judgment's queries see their prompt's keys and their own, but for the token never read."""
+    tokens = predicted = keys = 0
+    for group in pack:
+        judgments = sum(pairs.judgment_tokens[pair] for pair in group.pairs)
+        copies = (2 * len(group.pairs) if group.split else 1) * pairs.prompt_tokens[group.prompt]
+        tokens += copies + judgments
+        predicted += judgments + 2 * len(group.pairs)
+        keys += copies + 2 * len(group.pairs) * pairs.prompt_tokens[group.prompt] + judgments
+    return PackShape(tokens=tokens, predicted=predicted, keys=keys)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,19 +101,30 @@ class DPOOptions(RunOptions, ComputeOptions):
     max_length: int = option(
         TRAINING_MAX_LENGTH, help="tokens of prompt and judgment; pairs over it are counted and left out"
     )
-    max_tokens_per_pack: int = option(16384, help="tokens a forward pass takes on each rank")
-    pack_multiple: int = option(
-        1, help="the packs of a step are a multiple of this: set it to the number of ranks, and none of them idles"
+    max_tokens_per_pack: int | None = option(
+        None,
+        help="tokens a forward pass takes on each rank, at most; by default as many as fit, up to 16384",
+        automatic=True,
+    )
+    pack_multiple: int | None = option(
+        None,
+        help="the packs of a step are a multiple of this, so that as many ranks have work; by default the number of ranks",
+        automatic=True,
     )
     share: Literal["prompt", "pair", "none"] = option(
         "prompt",
         help="who shares one encoding of a prompt: all its pairs (they then share a step), the two judgments of a pair, none",
     )
-    activation_checkpointing: Literal[ACTIVATION_CHECKPOINTING] = option(
-        "none",
+    activation_checkpointing: Literal[ACTIVATION_CHECKPOINTING] | None = option(
+        None,
         help="what backward computes again: nothing; selective: results of elementwise steps (a third of a block's "
-        "memory, for a few percent of a step); full: all but each block's input",
+        "memory, for a few percent of a step); full: all but each block's input; by default as little as memory allows",
+        automatic=True,
     )
+    reshard_after_forward: bool | None = option(
+        None, help="give gathered weights back between forward and backward; by default where they do not fit beside a pack",
+        affects_result=False, automatic=True,
+    )  # fmt: skip
     cpu_offload: bool = option(False, help="keep master weights, gradients and optimizer state in host memory")
     deterministic: bool = option(False, help="a backward of attention that sums in a fixed order; slower on a GPU")
     audit_mode: bool = option(
