@@ -71,7 +71,8 @@ class LiveBytes(TorchDispatchMode):
         inputs = {key_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         of_host = bool(inputs) and inputs <= self.on_host
         for tensor in (t for t in tree_leaves(result) if isinstance(t, Tensor)):
-            if local_tensor(tensor).device.type != "meta":
+            is_of_others = key_of(tensor) in inputs and key_of(tensor) not in self.sizes  # a view of what was there before
+            if local_tensor(tensor).device.type != "meta" and not is_of_others:
                 self.hold(local_tensor(tensor).untyped_storage(), of_host != self.crossing)
         return result
 
@@ -95,9 +96,6 @@ class LiveBytes(TorchDispatchMode):
         self.live += size
         self.peak = max(self.peak, self.live)
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.live)
-
-    def now(self) -> int:
-        return self.live
 
 
 def key_of(tensor: Tensor) -> int:
