@@ -71,7 +71,9 @@ class LiveBytes(TorchDispatchMode):
         inputs = {key_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         of_host = bool(inputs) and inputs <= self.on_host
         for tensor in (t for t in tree_leaves(result) if isinstance(t, Tensor)):
-            is_of_others = key_of(tensor) in inputs and key_of(tensor) not in self.sizes  # a view of what was there before
+            is_of_others = (
+                key_of(tensor) in inputs and key_of(tensor) not in self.sizes
+            )  # a view of what was there before
             if local_tensor(tensor).device.type != "meta" and not is_of_others:
                 self.hold(local_tensor(tensor).untyped_storage(), of_host != self.crossing)
         return result

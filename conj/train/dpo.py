@@ -34,7 +34,7 @@ from conj.train.fit import describe_training
 from conj.train.log import COLUMNS, step_order, summary, training_log
 from conj.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
 from conj.train.options import DPOOptions
-from conj.train.plan import machine_of, make_plan
+from conj.train.plan import make_plan, naming_what_fits
 from conj.train.reference import check_reference
 from conj.train.sharding import (
     World,
@@ -162,7 +162,7 @@ def main(options: DPOOptions) -> None:
         plan = make_plan(options, world)
         options, pairs, reference, steps = plan.options, plan.pairs, plan.reference, plan.steps
         if world.is_main:
-            print(describe_training(options, pairs, steps, machine_of(world)))
+            print(describe_training(options, pairs, steps, world.machine()))
 
         # Is it done already? If not: model, optimizer, and where an earlier run of the same inputs and options stopped.
         if not world.on_main(lambda: begin(artefact, inputs=inputs, options=options)):
@@ -184,6 +184,7 @@ def main(options: DPOOptions) -> None:
         with (
             training_log(options, plan, num_done, run_identity, world) as log,
             leave_on_sigterm() as asked_to_leave,
+            naming_what_fits(plan, world),
         ):
             leaving, batches = False, batches_of(pairs, reference, steps[num_done:], world)
             for step in range(num_done + 1, len(steps) + 1):

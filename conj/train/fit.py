@@ -28,7 +28,7 @@ from conj.train.memory import (
     step_memory,
     usable,
 )
-from conj.train.options import DPOOptions
+from conj.train.options import DPOOptions, ReferenceOptions
 
 LARGEST_PACK = 16384  # tokens: more gain nothing, a block's matmuls are long enough
 SMALLEST_PACK = 1024
@@ -113,7 +113,7 @@ def choose_options(
         shape, num_turns = plan(trial.max_tokens_per_pack)
         if count_step(trial, config, shape, num_turns, machine).total <= machine.usable:
             kept = dataclasses.replace(trial, reshard_after_forward=False)
-            if trial.reshard_after_forward is not None:
+            if trial.reshard_after_forward is not None or machine.num_ranks == 1:  # one rank gathers nothing
                 return trial
             fits = count_step(kept, config, shape, num_turns, machine).total <= machine.usable
             return kept if fits else dataclasses.replace(trial, reshard_after_forward=True)
@@ -192,31 +192,21 @@ def does_not_fit(
     """One line: what stage 6 takes, what there is, and what would fit."""
     found = count_step(options, config, shape, num_turns, machine)
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in found.parts.items() if size > GIB / 2)
-    return (
-        f"stage 6: expected at most {machine.usable / GIB:.1f} GiB on a GPU of {machine.gpu_bytes / GIB:.1f}, found "
-        f"{found.total / GIB:.1f} by count ({parts}); {advice(options, config, shape, num_turns, machine, can_change=can_change)}"
-    )
+    what_fits = advice(options, config, shape, num_turns, machine, can_change=can_change)
+    return f"{_too_large(6, found.total, machine)} ({parts}); {what_fits}"
 
 
 def advice(
-    options: DPOOptions,
-    config: ModelConfig,
-    shape: PackShape,
-    num_turns: int,
-    machine: Machine,
-    *,
-    can_change: bool = True,
-) -> str:
-    """The options that would take less and fit, with what they take by count; else how many GPUs."""
+    options: DPOOptions, config: ModelConfig, shape: PackShape, num_turns: int, machine: Machine,
+    *, can_change: bool = True, most: int | None = None,
+) -> str:  # fmt: skip
+    """The options that would fit, or take no more than `most` bytes, with what they take by count; else how many GPUs."""
     found, changes = [], _changes(options, shape) if can_change else [{"reshard_after_forward": True}]
     for change in changes:
         tokens = change.get("max_tokens_per_pack", shape.tokens)
-        smaller = PackShape(
-            tokens=tokens, predicted=shape.predicted * tokens // shape.tokens, keys=shape.keys * tokens // shape.tokens
-        )
         turns = num_turns if tokens == shape.tokens else 2
-        total = count_step(dataclasses.replace(options, **change), config, smaller, turns, machine).total
-        if total <= machine.usable:
+        total = count_step(dataclasses.replace(options, **change), config, shape.scaled(tokens), turns, machine).total
+        if total <= min(machine.usable, most or machine.usable):
             given = " ".join(_flag(name, value) for name, value in change.items())
             found.append(f"{given} takes {total / GIB:.1f} GiB")
     if found:
@@ -258,24 +248,36 @@ def _flag(name: str, value: object) -> str:
 
 
 def check_reference_fits(
-    max_tokens: int, dtype: str, pairs: TokenizedPairs, packs: list[list[Group]], config: ModelConfig, machine: Machine
+    options: ReferenceOptions, pairs: TokenizedPairs, packs: list[list[Group]], config: ModelConfig, machine: Machine
 ) -> None:
     """Raises InputError where a pack of stage 5 does not fit a GPU, with the packs that would."""
     if machine.gpu_bytes is None or not packs:
         return
-    shape, how = largest_of(pairs, [packs], config), {"num_ranks": machine.num_ranks, "width": WIDTHS[dtype]}
-    found = reference_memory(config, shape, **how).total
+    shape = largest_of(pairs, [packs], config)
+    sizes = [shape.tokens, *(size for size in (12288, 8192, 6144, 4096, 2048) if size < shape.tokens)]
+    taken = {size: _count_reference(options, config, shape.scaled(size), machine) for size in sizes}
+    fitting = next((f"--max-tokens-per-pack {size}" for size in sizes if taken[size] <= machine.usable), "more GPUs")
     require(
-        found <= machine.usable,
-        f"stage 5: expected at most {machine.usable / GIB:.1f} GiB on a GPU of {machine.gpu_bytes / GIB:.1f}, found "
-        f"{found / GIB:.1f} by count with packs of up to {max_tokens} tokens; a smaller --max-tokens-per-pack or more GPUs "
-        "take less",
+        taken[shape.tokens] <= machine.usable, f"{_too_large(5, taken[shape.tokens], machine)}; {fitting} would fit"
     )
 
 
-def describe_training(options: DPOOptions, pairs: TokenizedPairs, steps: Sequence[list], machine: Machine) -> str:
-    """What a run of stage 6 will do and take, in a few lines: packs, ranks, memory, disk, by count."""
-    config, num_packs = read_config(options.model), sum(map(len, steps)) / len(steps)
+def _count_reference(options: ReferenceOptions, config: ModelConfig, shape: PackShape, machine: Machine) -> int:
+    return reference_memory(config, shape, num_ranks=machine.num_ranks, width=WIDTHS[options.dtype]).total
+
+
+def _too_large(stage: int, found: int, machine: Machine) -> str:
+    there = f"{machine.usable / GIB:.1f} GiB for it on a GPU of {machine.gpu_bytes / GIB:.1f}"
+    return f"stage {stage}: expected at most {there}, found {found / GIB:.1f} by count"
+
+
+def describe_training(
+    options: DPOOptions, pairs: TokenizedPairs, steps: Sequence[list], machine: Machine, *, config: ModelConfig | None = None,
+    num_steps: int | None = None,
+) -> str:  # fmt: skip
+    """What a run of stage 6 will do and take, in a few lines: packs, ranks, memory, disk, by count. `num_steps` of a run of
+    which `steps` are some."""
+    config, num_packs = config or read_config(options.model), sum(map(len, steps)) / len(steps)
     shape, idle = largest_of(pairs, steps, config), idle_turns(steps, machine.num_ranks)
     num_turns = max(-(-len(packs) // machine.num_ranks) for packs in steps)
     chosen = " ".join(
@@ -285,7 +287,7 @@ def describe_training(options: DPOOptions, pairs: TokenizedPairs, steps: Sequenc
     )
     ranks = f"{machine.num_ranks} rank{'s' if machine.num_ranks > 1 else ''}"
     lines = [
-        f"{len(steps)} steps of {options.pairs_per_step} pairs, {num_packs:.1f} packs a step, the largest of {shape.tokens} tokens; "
+        f"{num_steps or len(steps)} steps of {options.pairs_per_step} pairs, {num_packs:.1f} packs a step, the largest of {shape.tokens} tokens; "
         f"{ranks}, {idle:.0%} of their turns without a pack",
         chosen,
     ]
@@ -301,3 +303,29 @@ def describe_training(options: DPOOptions, pairs: TokenizedPairs, steps: Sequenc
         f"host {sum(host.values()) / GIB:.1f} GiB a machine ({parts}); disk {sum(disk.values()) / 1e9:.1f} GB, by count"
     )
     return "\n".join(f"{'stage 6' if i == 0 else '       '} {line}" for i, line in enumerate(lines))
+
+
+def after_out_of_memory(
+    options: DPOOptions, pairs: TokenizedPairs, steps: Sequence[list], machine: Machine, *, can_change: bool
+) -> str:
+    """What to give a run that fits by count, and did not at run time: a twentieth less than was counted at least."""
+    config = read_config(options.model)
+    shape, num_turns = largest_of(pairs, steps, config), max(-(-len(packs) // machine.num_ranks) for packs in steps)
+    counted = count_step(options, config, shape, num_turns, machine).total
+    what_fits = advice(options, config, shape, num_turns, machine, can_change=can_change, most=counted * 19 // 20)
+    return f"{counted / GIB:.1f} GiB by count; {what_fits}"
+
+
+def check_least(stage: str, options: DPOOptions | ReferenceOptions, machine: Machine) -> None:
+    """Raises InputError for a stage that fits no GPU of the machine whatever the pairs are: even with the smallest pack."""
+    config, shape = read_config(options.model), PackShape(tokens=256, predicted=64, keys=256)
+    if stage == "reference":
+        least = _count_reference(options, config, shape, machine)
+        require(
+            least <= machine.usable, f"{_too_large(5, least, machine)} with the smallest pack; more GPUs take less each"
+        )
+        return
+    how = options.activation_checkpointing or "full"
+    options = dataclasses.replace(options, activation_checkpointing=how, reshard_after_forward=True)
+    if count_step(options, config, shape, 1, machine).total > machine.usable:
+        raise InputError(does_not_fit(options, config, shape, 1, machine))

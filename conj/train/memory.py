@@ -30,6 +30,11 @@ class PackShape:
     predicted: int
     keys: int
 
+    def scaled(self, tokens: int) -> "PackShape":
+        """A pack of other size, made of the same."""
+        predicted, keys = (number * tokens // self.tokens for number in (self.predicted, self.keys))
+        return PackShape(tokens=tokens, predicted=predicted, keys=keys)
+
 
 def pack_shape(pairs: TokenizedPairs, pack: list[Group]) -> PackShape:
     """Of a planned pack. A judgment's queries see their prompt's keys and their own, but for the token never read."""

@@ -49,9 +49,12 @@ class ComputeOptions:
 
 
 def check_machine(options: Iterable[tuple[str, ComputeOptions]], num_processes: int) -> None:
-    """Raises InputError, naming the stage, for what cannot run on this machine. Imports torch and may start CUDA: for a
-    process of its own."""
+    """Raises InputError, naming the stage, for what cannot run on this machine, or does not fit its GPUs. Imports torch and
+    may start CUDA: for a process of its own."""
+    import torch
+
     from conj.model import backends
+    from conj.train.fit import Machine, check_least
 
     for stage, asked in options:
         machine = dataclasses.replace(backends.this_machine(asked.device), num_local_ranks=num_processes)
@@ -59,6 +62,9 @@ def check_machine(options: Iterable[tuple[str, ComputeOptions]], num_processes: 
             backends.choose(
                 machine, device=asked.device, dtype=asked.dtype, attention=asked.attention, kernels=asked.kernels
             )
+            if backends.choose_device(machine, asked.device) == "cuda":
+                size = torch.cuda.get_device_properties(0).total_memory
+                check_least(stage, asked, Machine(num_ranks=num_processes, num_local=num_processes, gpu_bytes=size))
         except InputError as e:
             raise InputError(f"[{stage}] {e}") from None
 

@@ -1,6 +1,7 @@
 """What a run of stage 6 trains on, and in which order."""
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor
 from conj.data.options import require
 from conj.data.packs import Group, TokenizedPairs, plan_packs, plan_steps
 from conj.train.checkpoint import list_checkpoints
-from conj.train.fit import Machine, settle_options
+from conj.train.fit import after_out_of_memory, settle_options
 from conj.train.options import DPOOptions
 from conj.train.reference import load_pairs, load_reference, reference_key
-from conj.train.sharding import World
+from conj.train.sharding import NotEnoughMemory, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ def make_plan(options, world: World, *, elsewhere: bool = False) -> Plan:
     members = [step for seed in seeds for step in plan_steps(pairs, train, seed=seed, **of_step)][: options.max_steps]
     if not elsewhere:  # before files are hashed: what does not fit is refused in the first seconds
         has_begun = any(list_checkpoints(options.run_dir / "checkpoints"))
-        options = world.on_main(lambda: settle_options(options, has_begun, pairs, members, machine_of(world)))
+        options = world.on_main(lambda: settle_options(options, has_begun, pairs, members, world.machine()))
 
     where = {"dtype": options.dtype, "device": world.device}
     key = world.on_main(lambda: reference_key(options.model, tokenizer, pairs, **where))
@@ -57,8 +58,13 @@ def make_plan(options, world: World, *, elsewhere: bool = False) -> Plan:
     )  # fmt: skip
 
 
-def machine_of(world: World) -> Machine:
-    """The ranks, and the memory of the main one's GPU, of which kind the others are taken to be."""
-    on_gpu = world.device.type == "cuda"
-    gpu_bytes = torch.cuda.get_device_properties(world.device).total_memory if on_gpu else None
-    return Machine(num_ranks=world.size, num_local=int(os.environ.get("LOCAL_WORLD_SIZE", 1)), gpu_bytes=gpu_bytes)
+@contextmanager
+def naming_what_fits(plan: Plan, world: World) -> Iterator[None]:
+    """Out of memory becomes an error that names what was asked for and the options that would fit; on any rank."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        asked = ". ".join(str(e).split(". ")[:3])
+        can_change = not any(list_checkpoints(plan.options.run_dir / "checkpoints"))
+        what_fits = after_out_of_memory(plan.options, plan.pairs, plan.steps, world.machine(), can_change=can_change)
+        raise NotEnoughMemory(f"{asked}; {what_fits}") from e

@@ -23,12 +23,17 @@ from conj.model.config import ModelConfig
 from conj.model.decoder import DTYPES, Decoder
 from conj.model.folder import read_decoder
 from conj.model.weights import load_weights
+from conj.train.fit import Machine
 
 SECONDS_TO_LEAVE = 25  # torchrun kills 30 seconds after it asked to leave
 
 
 class PeerFailed(Exception):
     """Another rank failed, and says why itself."""
+
+
+class NotEnoughMemory(RuntimeError):
+    """A GPU's memory was not enough; says what was asked for and what would fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,12 @@ class World:
         total = torch.tensor(int(flag))
         dist.all_reduce(total)
         return bool(total)
+
+    def machine(self) -> Machine:
+        """The ranks, and the memory of this one's GPU, of which kind the others are taken to be."""
+        size = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return Machine(num_ranks=self.size, num_local=num_local, gpu_bytes=size)
 
     def describe(self) -> dict:
         """What a run's bits depend on beside versions of packages."""
@@ -108,6 +119,8 @@ def explain_failure(error: Exception) -> tuple[bool, str] | None:
     lower = text.lower().rpartition("original reason for failure was:")[2]
     if isinstance(error, PeerFailed) or any(part in lower for part in PEER_IS_GONE):
         return True, text
+    if isinstance(error, NotEnoughMemory):
+        return False, text
     if advice := next((advice for part, advice in ADVICE.items() if part in lower), None):
         return False, f"{text}; {advice}"
     return (False, text) if "gloo" in lower or "nccl" in lower else None
