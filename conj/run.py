@@ -30,7 +30,7 @@ import tomli_w
 from conj.data import manifest
 from conj.data.card import write_card
 from conj.data.files import write_atomic
-from conj.data.options import flag, run_command
+from conj.data.options import flag, run_command, unresolved
 from conj.preflight import ON_ALL_RANKS, SAME_IN_A_SWEEP, at_hand, check, check_costly, survey
 from conj.settings import COMMANDS, Run, as_toml, resolve, run_file_options
 
@@ -105,6 +105,15 @@ def run_stages(run: Run, found: dict[Path, str]) -> None:
         execute(stage, command_line(stage, options, run.num_processes, run.nodes))
 
 
+def as_begun(run: Run) -> Run:
+    """The run with its automatic options as its stages have chosen them."""
+    options = dict(run.options)
+    for stage in (stage for stage in options if unresolved(options[stage])):
+        [(artefact, inputs)] = options[stage].makes().items()
+        options[stage] = manifest.with_recorded(options[stage], artefact, inputs)
+    return dataclasses.replace(run, options=options)
+
+
 def dry_run(runs: list[Run], found: dict[Path, str]) -> None:
     """Prints the case of each file, and the commands that would run."""
     for run in runs:
@@ -142,6 +151,7 @@ def main(given) -> None:
         before = tomllib.loads(kept.read_text("utf-8")) if kept.exists() else {}
         write_atomic(kept, tomli_w.dumps(as_toml(run, before)).encode())
         run_stages(run, found)
+        write_atomic(kept, tomli_w.dumps(as_toml(as_begun(run), before)).encode())
         write_card(run.folder)  # also where every stage was complete
     if "evaluate" in runs[0].options:
         if len(runs) > 1:

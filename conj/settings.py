@@ -45,6 +45,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "run": Command("conj.run", "conj.settings:run_file_options"),
     "check": Command("conj.preflight", "conj.settings:check_file_options"),
+    "plan": Command("conj.plan", "conj.plan:plan_options"),
     "preprocess": Command("conj.data.preprocess", "conj.data.preprocess:PreprocessOptions"),
     "repeated": Command("conj.sample.repeated", "conj.sample.repeated:RepeatedOptions"),
     "hinted": Command("conj.sample.hinted", "conj.sample.hinted:HintedOptions"),

@@ -27,7 +27,7 @@ from conj.data.preprocess import load_prompts, question_of
 from conj.data.prompts import judge_messages, judgment_text
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.tokens import TokenizedPairs
-from conj.train.speed import idle_share
+from conj.train.flops import idle_share
 
 SHAPES = [(24, 1), (8, 8), (24, 4), (24, 8), (48, 8), (96, 8), (192, 8), (192, 64), (384, 64)]  # pairs a step, ranks
 COLUMNS = {

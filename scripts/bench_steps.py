@@ -42,10 +42,11 @@ from conj.model import backends
 from conj.model.config import ModelConfig, parameter_shapes
 from conj.model.weights import local_tensor
 from conj.train.dpo import DPOOptions, batches_of, build_optimizer, select_arithmetic, train_step
+from conj.train.flops import training_flops
 from conj.train.options import ACTIVATION_CHECKPOINTING
 from conj.train.reference import compute_logps
 from conj.train.sharding import World, distributed, ending_process, shard_model
-from conj.train.speed import matmul_ceiling, peak_memory_bytes, synchronize, training_flops
+from conj.train.speed import matmul_ceiling, peak_memory_bytes, synchronize
 
 TINY = {"D": 64, "F": 160, "N": 4, "K": 2, "H": 16, "V": 5000, "L": 2, "tie": False}
 KERNEL_KINDS = {  # the first pattern that a kernel's name matches

@@ -31,7 +31,8 @@ from bench_common import argument_parser, require_quiet, where_measured
 from bench_sides import GEOMETRIES, make_model, run_conj, run_reference, run_trl, steps_of, write_pairs
 
 from conj.model.config import read_config
-from conj.train.speed import matmul_ceiling, training_flops
+from conj.train.flops import training_flops
+from conj.train.speed import matmul_ceiling
 
 SHARES = ("prompt", "pair", "none")
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # after a few steps; more means that the work was not equal

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from conj import InputError
 from conj.data.files import read_jsonl, write_jsonl
-from conj.data.manifest import hash_input, manifest_path, write_sealed
+from conj.data.manifest import hash_input, manifest_path, read_manifest, write_sealed
 from conj.data.packs import plan_packs
 from conj.train import dpo, optimizer, reference
 from conj.train.checkpoint import list_checkpoints
@@ -65,8 +65,10 @@ def policy(ready, tied_model):
 
 def go_back(run, step: int) -> None:
     """As if the run had been killed after this step's checkpoint."""
+    made = read_manifest(run / "model")
+    begun = {name: made[name] for name in ("artefact", "inputs", "options")}
+    write_sealed(manifest_path(run / "model"), begun | {"complete": False})
     shutil.rmtree(run / "model")
-    (run / "model.manifest.json").unlink()
     for path in list_checkpoints(run / "checkpoints"):
         if path.name > f"step-{step:08d}":
             shutil.rmtree(path)
@@ -318,11 +320,10 @@ def test_one_rank_holds_each_weight_and_gradient_once(ready, tied_model):
         model = build_sharded_model(tied_model, world, "float32")
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         dpo.run_packs(model, pairs, packs, batches_of(pairs, logps, [packs], world), options, world)
-        live.now()
         shapes = [tuple(p.shape) for p in model.parameters()]
         own |= {p.grad.untyped_storage()._cdata for p in model.parameters()}
         weights = sum(p.nbytes for p in model.parameters())
-        others = [size for key, (_, size) in live.storages.items() if key not in own]
+        others = [size for key, size in live.sizes.items() if key not in own]
     assert len(own) == 2 * len(shapes) and sum(others) < 0.1 * weights
 
 

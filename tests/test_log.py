@@ -22,10 +22,10 @@ from conj.data.packs import Group, plan_packs
 from conj.model.config import read_config
 from conj.train import dpo, options
 from conj.train.audit.compare import STEP_FIELDS
+from conj.train.flops import idle_share, step_flops
 from conj.train.log import COLUMNS, summary
 from conj.train.reference import compute_logps
 from conj.train.sharding import build_sharded_model, distributed
-from conj.train.speed import idle_share, step_flops
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from conj import InputError
 from conj.data.packs import deal, group_tokens, pairs_of, plan_packs, plan_steps
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.tokens import TokenizedPairs, tokenize_pairs
-from conj.train.speed import idle_share
+from conj.train.flops import idle_share
 
 # Every 10th percentile of tokens, 0 to 100, under Qwen2's tokenizer: UltraFeedback rows in the judge's prompt, and the
 # reasons of LLMBar's judges in the judgment's JSON. scripts/bench_packing.py draws from the data themselves.

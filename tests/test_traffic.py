@@ -6,7 +6,8 @@ import torch.distributed as dist
 from conftest import random_pairs
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from conj.data.packs import plan_packs, tokenize_pairs
+from conj.data.packs import plan_packs
+from conj.data.tokens import tokenize_pairs
 from conj.data.tokenizer import JudgeTokenizer
 from conj.model.folder import read_decoder
 from conj.train.batch import collate

@@ -70,6 +70,16 @@ def find_model(name: Path, recorded: Recorded = lambda repo: None) -> Path:
     return download_model(repo, revision or recorded(repo))
 
 
+def find_texts(name: Path) -> Path:
+    """The folder of a model as `find_model` finds it; of one on the hub only the texts are fetched, no weights."""
+    if name.exists():
+        return name
+    repo, revision = split_repo(name) or ("", None)
+    if "/" not in repo:
+        raise InputError(f"{name}: no such model folder")
+    return _fetch(repo, revision, TEXT_FILES)
+
+
 @functools.cache
 def download_model(repo: str, revision: str | None) -> Path:
     """A model's folder in the hub's cache: its texts, then the weights that its index names."""

@@ -22,7 +22,7 @@ from conj import InputError
 from conj.data.files import sha256_file, write_atomic
 from conj.data.hub import find_model
 from conj.data.identity import changed_since, describe_inputs, describe_made, hash_input, show_change
-from conj.data.options import option, require
+from conj.data.options import option, require, unresolved
 from conj.data.readers import pin_data
 from conj.data.versions import describe_code
 
@@ -42,6 +42,7 @@ ARTEFACTS = (
 )
 
 
+AUTO = "auto"  # an automatic option that is not resolved: whatever was recorded
 BASE_MODEL = "base model: a Hugging Face folder, or ORG/NAME on the hub, with @REVISION or without"
 FROM_RUNS = "run folders to build on: what is complete there is not made again"
 
@@ -157,10 +158,21 @@ def read_manifest(artefact: Path) -> dict | None:
 
 
 def describe_options(options) -> dict:
-    """The options that affect a stage's result, as JSON. Paths are not among them: what they lead to is an input."""
+    """The options that affect a stage's result, as JSON. Paths are not among them: what they lead to is an input. Automatic
+    ones that are not resolved yet are AUTO."""
     names = [f.name for f in dataclasses.fields(options) if f.metadata["affects_result"]]
-    values = {name: getattr(options, name) for name in names}
+    values = {name: AUTO if name in unresolved(options) else getattr(options, name) for name in names}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+def with_recorded(options, artefact: Path, inputs: Sequence[str | Path], *, has_begun: bool = True):
+    """These options with the automatic ones as they were resolved when the stage first started: by its own manifest, if it
+    `has_begun` to make anything, or by that of a complete run of otherwise the same, on which the options build."""
+    made, names = read_manifest(artefact) if has_begun else None, unresolved(options)
+    if names and made is None and options.from_runs:
+        there = find_complete(artefact.name, describe(inputs, options), options)
+        made = there and read_manifest(there)
+    return dataclasses.replace(options, **{name: made["options"].get(name) for name in names}) if made else options
 
 
 def describe(inputs: Sequence[str | Path], options, hash_file: Callable = sha256_file) -> dict:
@@ -269,7 +281,7 @@ def _difference(before: dict, now: dict) -> str:
         return f"was made from other inputs (changed: {names or 'their number'})"
     for name in sorted(before["options"].keys() | now["options"].keys()):
         old, new = (m["options"].get(name) for m in (before, now))
-        if old != new:
+        if old != new and new != AUTO:
             return f"was made with {name}={old!r}, now {new!r}"
     return ""
 

@@ -40,6 +40,7 @@ def option(
     *,
     help: str,
     affects_result: bool = True,
+    automatic: bool = False,
     name: str | None = None,
     group: Group | str | None = None,
     positional: bool = False,
@@ -48,9 +49,16 @@ def option(
     field's own; `group`: where the help shows it; `positional`: given without its name.
 
     An option that leaves the artefact as it is (paths, memory, how often to save) says so: a stage that was cut short
-    may go on with another value of it."""
-    metadata = {"help": help, "affects_result": affects_result, "name": name, "group": group, "positional": positional}
+    may go on with another value of it. An `automatic` one is None until the stage chooses it, at its first start; later
+    starts find it in the manifest."""
+    metadata = {"help": help, "affects_result": affects_result, "automatic": automatic, "name": name, "group": group}
+    metadata |= {"positional": positional}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def unresolved(options) -> list[str]:
+    """The automatic options that have no value yet."""
+    return [f.name for f in dataclasses.fields(options) if f.metadata["automatic"] and getattr(options, f.name) is None]
 
 
 def key(field: dataclasses.Field) -> str:

@@ -31,10 +31,11 @@ from conj.model import backends
 from conj.model.export import export_model
 from conj.train.batch import Batch, batches_ahead, to_device
 from conj.train.checkpoint import Saver, find_checkpoint, load_checkpoint
+from conj.train.fit import describe_training
 from conj.train.log import COLUMNS, step_order, summary, training_log
 from conj.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
 from conj.train.options import DPOOptions
-from conj.train.plan import make_plan
+from conj.train.plan import make_plan, naming_what_fits
 from conj.train.reference import check_reference
 from conj.train.sharding import (
     World,
@@ -149,6 +150,7 @@ def build_policy(options: DPOOptions, world: World) -> tuple[nn.Module, torch.op
     model = build_sharded_model(
         options.model, world, options.dtype, activation_checkpointing=options.activation_checkpointing,
         cpu_offload=options.cpu_offload, reduce_dtype=torch.float64 if options.audit_mode else torch.float32,
+        reshard_after_forward=options.reshard_after_forward is not False,
     )  # fmt: skip
     return model, build_optimizer(model, options)
 
@@ -160,11 +162,9 @@ def main(options: DPOOptions) -> None:
     with distributed(options.device, options.dp_shard_size) as world:
         select_arithmetic(options, world.device)
         plan = make_plan(options, world)
-        pairs, reference, steps = plan.pairs, plan.reference, plan.steps
-        places = sum(-(-len(packs) // world.size) * world.size for packs in steps)
-        idle = 1 - sum(map(len, steps)) / places
-        if world.is_main and idle > 0.1:
-            print(f"{idle:.0%} of the ranks' turns have no pack; --pack-multiple {world.size} gives each of them one")
+        options, pairs, reference, steps = plan.options, plan.pairs, plan.reference, plan.steps
+        if world.is_main:
+            print(describe_training(options, pairs, steps, world.machine()))
 
         # Is it done already? If not: model, optimizer, and where an earlier run of the same inputs and options stopped.
         if not world.on_main(lambda: begin(artefact, inputs=inputs, options=options)):
@@ -186,6 +186,7 @@ def main(options: DPOOptions) -> None:
         with (
             training_log(options, plan, num_done, run_identity, world) as log,
             leave_on_sigterm() as asked_to_leave,
+            naming_what_fits(plan, world),
         ):
             leaving, batches = False, batches_of(pairs, reference, steps[num_done:], world)
             for step in range(num_done + 1, len(steps) + 1):

@@ -30,10 +30,11 @@ from conj.data.packs import Group, group_tokens, pairs_of
 from conj.data.progress import progress
 from conj.data.tokens import TokenizedPairs
 from conj.model.config import ModelConfig, read_config
+from conj.train.flops import idle_share, step_flops
 from conj.train.options import DPOOptions
 from conj.train.plan import Plan, describe_evaluations
 from conj.train.sharding import World
-from conj.train.speed import idle_share, peak_memory_bytes, quick_ceiling, step_flops
+from conj.train.speed import peak_memory_bytes, quick_ceiling
 
 COLUMNS = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")  # of each pair
 # What of a row differs from run to run.

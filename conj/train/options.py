@@ -49,9 +49,12 @@ class ComputeOptions:
 
 
 def check_machine(options: Iterable[tuple[str, ComputeOptions]], num_processes: int) -> None:
-    """Raises InputError, naming the stage, for what cannot run on this machine. Imports torch and may start CUDA: for a
-    process of its own."""
+    """Raises InputError, naming the stage, for what cannot run on this machine, or does not fit its GPUs. Imports torch and
+    may start CUDA: for a process of its own."""
+    import torch
+
     from conj.model import backends
+    from conj.train.fit import Machine, check_least
 
     for stage, asked in options:
         machine = dataclasses.replace(backends.this_machine(asked.device), num_local_ranks=num_processes)
@@ -59,6 +62,9 @@ def check_machine(options: Iterable[tuple[str, ComputeOptions]], num_processes: 
             backends.choose(
                 machine, device=asked.device, dtype=asked.dtype, attention=asked.attention, kernels=asked.kernels
             )
+            if backends.choose_device(machine, asked.device) == "cuda":
+                size = torch.cuda.get_device_properties(0).total_memory
+                check_least(stage, asked, Machine(num_ranks=num_processes, num_local=num_processes, gpu_bytes=size))
         except InputError as e:
             raise InputError(f"[{stage}] {e}") from None
 
@@ -119,20 +125,31 @@ class DPOOptions(RunOptions, ComputeOptions):
     max_length: int = option(
         TRAINING_MAX_LENGTH, help="tokens of prompt and judgment; pairs over it are counted and left out"
     )
-    max_tokens_per_pack: int = option(16384, help="tokens a forward pass takes on each rank")
-    pack_multiple: int = option(
-        1, help="the packs of a step are a multiple of this: set it to the number of ranks, and none of them idles"
+    max_tokens_per_pack: int | None = option(
+        None,
+        help="tokens a forward pass takes on each rank, at most; by default as many as fit, up to 16384",
+        automatic=True,
+    )
+    pack_multiple: int | None = option(
+        None,
+        help="the packs of a step are a multiple of this, so that as many ranks have work; by default the number of ranks",
+        automatic=True,
     )
     share: Literal["prompt", "pair", "none"] = option(
         "prompt",
         help="who shares one encoding of a prompt: all its pairs (they then share a step), the two judgments of a pair, none",
     )
-    activation_checkpointing: Literal[ACTIVATION_CHECKPOINTING] = option(
-        "none",
+    activation_checkpointing: Literal[ACTIVATION_CHECKPOINTING] | None = option(
+        None,
         help="what backward computes again: nothing; selective: results of elementwise steps (a third of a block's "
-        "memory, for a few percent of a step); full: all but each block's input",
+        "memory, for a few percent of a step); full: all but each block's input; by default as little as memory allows",
+        automatic=True,
     )
     dp_shard_size: int | None = option(None, help=DP_SHARD_SIZE, affects_result=False)
+    reshard_after_forward: bool | None = option(
+        None, help="give gathered weights back between forward and backward; by default where they do not fit beside a pack",
+        affects_result=False, automatic=True,
+    )  # fmt: skip
     cpu_offload: bool = option(False, help="keep master weights, gradients and optimizer state in host memory")
     deterministic: bool = option(False, help="a backward of attention that sums in a fixed order; slower on a GPU")
     audit_mode: bool = option(

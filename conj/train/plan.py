@@ -6,17 +6,22 @@ function of data, seed and options, as the steps are.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from conj.data.options import require
 from conj.data.packs import Group, group_tokens, pairs_of, plan_packs, plan_steps
 from conj.data.tokens import TokenizedPairs
+from conj.train.checkpoint import list_checkpoints
+from conj.train.fit import after_out_of_memory, of_pack, recorded_options, settle_options
+from conj.train.options import DPOOptions
 from conj.train.reference import load_reference, map_pairs, reference_key
-from conj.train.sharding import World
+from conj.train.sharding import NotEnoughMemory, World
 
 EVAL_SHARE = 0.03  # of a run's time
 FEWEST_EVALUATIONS = 4  # before fewer pairs are evaluated
@@ -26,6 +31,7 @@ FEWEST_EVALUATIONS = 4  # before fewer pairs are evaluated
 class Plan:
     """What a run trains on, in which order: data, seed and options decide it, the number of ranks does not."""
 
+    options: DPOOptions  # with a value for each automatic one
     pairs: TokenizedPairs
     reference: Tensor  # (N, 2) fp32
     train: list[int]  # pair numbers
@@ -40,23 +46,40 @@ def make_plan(options, world: World, *, elsewhere: bool = False, folders: Sequen
     the reference may have been made on another machine or with other versions; `folders`: where tokens are looked for."""
     path = options.find("reference.safetensors")
     pairs, tokenizer, usable = map_pairs(options, world, folders)
+    train, held_out = ([i for i in usable if pairs.is_eval[i] is flag] for flag in (False, True))
+    require(world.size <= len(train), f"{options.run_dir}: {len(train)} training pairs cannot feed {world.size} ranks")
+    has_begun, machine = any(list_checkpoints(options.run_dir / "checkpoints")), world.machine()
+    if not elsewhere:
+        options = world.on_main(lambda: recorded_options(options, has_begun, machine))
+    of_step = {"pairs_per_step": options.pairs_per_step, "share": options.share, "multiple": options.pack_multiple}
+    seeds = [f"{options.seed}:{epoch}" for epoch in range(options.num_train_epochs)]
+    members = [step for seed in seeds for step in plan_steps(pairs, train, seed=seed, **of_step)][: options.max_steps]
+    if not elsewhere:  # before files are hashed: what does not fit is refused in the first seconds
+        options = world.on_main(lambda: settle_options(options, has_begun, pairs, members, machine))
+
     where = {"dtype": options.dtype, "device": world.device}
     key = world.on_main(lambda: reference_key(options.model, tokenizer, pairs, **where))
     reference, stale = load_reference(path, key, len(pairs), elsewhere=elsewhere)
-    train, held_out = ([i for i in usable if pairs.is_eval[i] is flag] for flag in (False, True))
-    require(world.size <= len(train), f"{options.run_dir}: {len(train)} training pairs cannot feed {world.size} ranks")
     missing = int(reference[usable].isnan().any(dim=1).sum())
     require(missing == 0, f"{path}: {missing} pairs have no reference logprob")
 
-    of_step = {"pairs_per_step": options.pairs_per_step, "share": options.share, "multiple": options.pack_multiple}
-    of_pack = {"max_tokens": options.max_tokens_per_pack, "multiple": options.pack_multiple, "share": options.share}
-    seeds = [f"{options.seed}:{epoch}" for epoch in range(options.num_train_epochs)]
-    members = [step for seed in seeds for step in plan_steps(pairs, train, seed=seed, **of_step)]
-    steps = [plan_packs(pairs, step, **of_pack) for step in members][: options.max_steps]
+    steps = [plan_packs(pairs, step, **of_pack(options)) for step in members]
     return Plan(
-        pairs=pairs, reference=reference, train=train, held_out=held_out, stale=stale, steps=steps,
+        options=options, pairs=pairs, reference=reference, train=train, held_out=held_out, stale=stale, steps=steps,
         evaluations=plan_evaluations(pairs, held_out, steps, options),
     )  # fmt: skip
+
+
+@contextmanager
+def naming_what_fits(plan: Plan, world: World) -> Iterator[None]:
+    """Out of memory becomes an error that names what was asked for and the options that would fit; on any rank."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        asked = ". ".join(str(e).split(". ")[:3])
+        can_change = not any(list_checkpoints(plan.options.run_dir / "checkpoints"))
+        what_fits = after_out_of_memory(plan.options, plan.pairs, plan.steps, world.machine(), can_change=can_change)
+        raise NotEnoughMemory(f"{asked}; {what_fits}") from e
 
 
 def plan_evaluations(
@@ -69,14 +92,13 @@ def plan_evaluations(
     number are taken at their word."""
     if not held_out:
         return {}
-    of_pack = {"max_tokens": options.max_tokens_per_pack, "multiple": options.pack_multiple, "share": options.share}
 
     def packs_within(members: list[int], limit: float) -> list[list[Group]]:
         """Of as many of the first members as have so many tokens in all."""
-        packs = plan_packs(pairs, members, **of_pack)
+        packs = plan_packs(pairs, members, **of_pack(options))
         while num_tokens(pairs, packs) > limit:
             members = members[: len(members) * 9 // 10]
-            packs = plan_packs(pairs, members, **of_pack)
+            packs = plan_packs(pairs, members, **of_pack(options))
         return packs
 
     order = random.Random(f"{options.seed}:eval").sample(held_out, len(held_out))
@@ -86,7 +108,7 @@ def plan_evaluations(
     fewest = min(wanted, FEWEST_EVALUATIONS)
     sample = packs_within(order[: options.eval_pairs], room / fewest if by_share else math.inf)
     last = packs_within(order, room - (fewest - 1) * num_tokens(pairs, sample)) or plan_packs(
-        pairs, order[:1], **of_pack
+        pairs, order[:1], **of_pack(options)
     )
     if not by_share:
         after = range(int(options.eval_steps), len(steps), int(options.eval_steps))

@@ -33,6 +33,7 @@ from conj.model import backends
 from conj.model.config import ModelConfig
 from conj.model.folder import check_finite, check_vocabulary, read_decoder
 from conj.train.batch import batches_ahead
+from conj.train.fit import check_reference_fits
 from conj.train.options import ReferenceOptions, hash_forward
 from conj.train.sharding import World, build_sharded_model, distributed, ending_process, reshard
 
@@ -240,6 +241,7 @@ def main(options: ReferenceOptions) -> None:
             logps, _ = load_reference(artefact, key, len(pairs))
         todo = [i for i in usable if logps[i].isnan().any()]
         packs = plan_packs(pairs, todo, max_tokens=options.max_tokens_per_pack, share="prompt")
+        check_reference_fits(options, pairs, packs, read_decoder(options.model).config, world.machine())
         compute_reference(artefact, options, pairs, logps, packs, key, world)
         if world.is_main:
             if not artefact.exists():  # no pair was within the length

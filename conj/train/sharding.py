@@ -30,6 +30,7 @@ from conj.model.config import ModelConfig
 from conj.model.decoder import DTYPES, Decoder
 from conj.model.folder import read_decoder
 from conj.model.weights import load_weights
+from conj.train.fit import Machine
 from conj.train.options import choose_shard_size
 
 SECONDS_TO_LEAVE = 25  # torchrun kills 30 seconds after it asked to leave
@@ -37,6 +38,10 @@ SECONDS_TO_LEAVE = 25  # torchrun kills 30 seconds after it asked to leave
 
 class PeerFailed(Exception):
     """Another rank failed, and says why itself."""
+
+
+class NotEnoughMemory(RuntimeError):
+    """A GPU's memory was not enough; says what was asked for and what would fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,12 @@ class World:
         total = torch.tensor(int(flag))
         dist.all_reduce(total)
         return bool(total)
+
+    def machine(self) -> Machine:
+        """The ranks, and the memory of this one's GPU, of which kind the others are taken to be."""
+        size = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return Machine(num_ranks=self.size, num_local=num_local, gpu_bytes=size)
 
     def describe(self) -> dict:
         """What a run's bits depend on beside versions of packages."""
@@ -127,6 +138,8 @@ def explain_failure(error: Exception) -> tuple[bool, str] | None:
     lower = text.lower().rpartition("original reason for failure was:")[2]
     if isinstance(error, PeerFailed) or any(part in lower for part in PEER_IS_GONE):
         return True, text
+    if isinstance(error, NotEnoughMemory):
+        return False, text
     if advice := next((advice for part, advice in ADVICE.items() if part in lower), None):
         return False, f"{text}; {advice}"
     return (False, text) if "gloo" in lower or "nccl" in lower else None
@@ -267,7 +280,8 @@ def shard_model(
 
     One rank that holds everything has nothing to gather or to reduce, and FSDP2 would copy each weight twice and each
     gradient three times: there blocks cast their weights themselves and autograd adds the gradients up. With `cpu_offload`
-    master weights, gradients and optimizer state stay in the host's memory."""
+    master weights, gradients and optimizer state stay in the host's memory. Without `reshard_after_forward` what a forward
+    gathers stays until the backward: one gather of each block less, for all of its weights in `dtype`."""
     if cpu_offload and world.device.type == "cpu":
         raise InputError("--cpu-offload: expected a GPU, found a CPU")
     with torch.device("meta"):
@@ -313,6 +327,7 @@ def reduce_at(model: Decoder, is_last: bool, *, once: bool) -> None:
 
 
 def reshard(model: Decoder) -> None:
-    """After a forward without backward, which FSDP2 leaves weights gathered for: checkpoints need shards."""
+    """After a forward without backward, which leaves the root gathered, and without `reshard_after_forward` all blocks:
+    checkpoints need their shards."""
     for module in (m for m in model.modules() if isinstance(m, FSDPModule)):
         module.reshard()

@@ -1,0 +1,331 @@
+"""What a run will take, before it starts: memory, disk, packs, tokens, hours.
+
+    conj plan skywork.toml
+    conj plan skywork.toml --gpu-memory 79 --nproc-per-node 8 --train-tflops 400
+
+It reads the data, the model's config.json and its tokenizer, and what the run folder holds so far; no weights. Before there
+are pairs it takes the lengths of a sample of prompts, and assumes the rest, which it says. Memory is by count
+(conj/train/memory.py). Hours are said where a rate is known: given, or that of the run's own files, or measured by `--probe`,
+which takes a few rows through the stages here. A run that does not fit is refused with what would, exit code 2.
+"""
+
+import dataclasses
+import statistics
+import subprocess
+import sys
+import tempfile
+from array import array
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cyclopts import Group
+
+from conj import InputError
+from conj.data import manifest
+from conj.data.files import read_jsonl
+from conj.data.hub import find_texts, name_of
+from conj.data.options import option, require, require_each, run_command
+from conj.data.packs import Group as PackGroup
+from conj.data.packs import plan_packs, plan_steps
+from conj.data.preprocess import load_prompts, question_of, read_prompts
+from conj.data.prompts import judge_messages
+from conj.data.tokenizer import JudgeTokenizer
+from conj.data.tokens import TokenizedPairs, tokenize_pairs
+from conj.model.config import ModelConfig, read_config
+from conj.run import command_line
+from conj.settings import STAGES, Run, check_file_options, resolve
+from conj.train.fit import Machine, check_idle, check_reference_fits, choose_options, describe_training, of_pack
+from conj.train.flops import step_flops
+from conj.train.memory import GIB, Sizes, host_memory, reference_memory
+from conj.train.options import DPOOptions
+
+NUM_SAMPLED = 512  # prompts whose tokens are counted
+MOST_PLANNED = 4000  # prompts in the plan of what is not there yet; their steps stand for all
+BYTES_A_TOKEN = 12  # of a row of judgments: its text and its token ids
+PLAN = Group("The plan", sort_key=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions:
+    gpu_memory: float | None = option(
+        None,
+        group=PLAN,
+        help="GiB of each GPU, as nvidia-smi shows them (80 GB cards have 79); by default those that are here",
+    )
+    nodes: int = option(1, group=PLAN, help="machines, of nproc_per_node GPUs each")
+    host_memory: float | None = option(
+        None, group=PLAN, help="GiB of host memory of each machine; not compared if not given"
+    )
+    train_tflops: float | None = option(
+        None,
+        group=PLAN,
+        help="TFLOP/s of each GPU in stages 5 and 6, what is computed again not counted; by default the run's own",
+    )
+    sample_tokens_per_second: float | None = option(
+        None, group=PLAN, help="tokens that each GPU writes a second in stages 2, 3 and 7; by default the run's own"
+    )
+    pairs_per_prompt: float = option(4.0, group=PLAN, help="pairs that a prompt gives, while there is no pairs.jsonl")
+    judgment_tokens: int | None = option(
+        None,
+        group=PLAN,
+        help="tokens of a judgment, while there is no pairs.jsonl; half of what stage 2 may write if not given",
+    )
+    probe: int | None = option(
+        None, group=PLAN, help="rows of the data to take through stages 1 to 6 here, for their rates"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        above_0 = ("gpu_memory", "nodes", "host_memory", "train_tflops", "sample_tokens_per_second", "pairs_per_prompt")
+        require_each(self, (*above_0, "judgment_tokens", "probe"), lambda value: value > 0, "more than 0")
+
+
+def plan_options() -> type:
+    """The options of `conj plan`: those of `conj check`, the machine, rates and assumptions."""
+    bases = (MachineOptions, check_file_options())
+    return dataclasses.make_dataclass("PlanOptions", [], bases=bases, frozen=True, kw_only=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Of one GPU; None where nothing is known."""
+
+    train_flops: float | None  # a second
+    sample_tokens: float | None  # a second
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What the stages have to do: read from the run's files, or assumed."""
+
+    num_prompts: int
+    prompt_tokens: float  # on average
+    judgment_tokens: float
+    pairs: TokenizedPairs
+    share: float  # of the run's pairs that `pairs` holds
+    notes: list[str]
+
+
+def read_workload(run: Run, given, folder: Path, tokenizer: JudgeTokenizer, config: ModelConfig) -> Workload:
+    """The run's pairs, or pairs as they can be expected of its data."""
+    some = next(iter(run.options.values()))
+    prompts_file, pairs_file = some.find("prompts.jsonl"), some.find("pairs.jsonl")
+    if prompts_file.exists():
+        prompts, source = read_prompts(prompts_file), str(prompts_file)
+    else:
+        asked = run.options.get("preprocess")
+        require(asked is not None, f"{prompts_file}: no such file; make it by its stage first")
+        prompts, _ = load_prompts(asked.data, asked.seed, asked.subsets, asked.limit)
+        source = " ".join(asked.data)
+    sample = prompts[:: -(-len(prompts) // NUM_SAMPLED)]
+    messages = [judge_messages(question_of(row), row["answer_1"], row["answer_2"]) for row in sample]
+    lengths = [len(tokenizer.prompt_ids(one)) for one in messages]
+    notes = [f"{len(prompts)} prompts of {source}; tokens of {len(lengths)} of them"]
+    if pairs_file.exists():
+        pairs = tokenize_pairs(read_jsonl(pairs_file), tokenizer, config.vocab_size)
+        judgment = statistics.fmean(len(ids) for pair in pairs.judgments for ids in pair)
+        share = 1.0
+        notes.append(f"{len(pairs)} pairs of {pairs_file}")
+    else:
+        judgment = given.judgment_tokens or run.options["repeated"].max_new_tokens // 2
+        planned = min(len(prompts), MOST_PLANNED)
+        pairs, share = (
+            expected_pairs(lengths, planned, given.pairs_per_prompt, judgment, eval_fraction(run)),
+            planned / len(prompts),
+        )
+        notes.append(f"assumed: {given.pairs_per_prompt:g} pairs a prompt, {judgment} tokens a judgment")
+    return Workload(
+        num_prompts=len(prompts), prompt_tokens=statistics.fmean(lengths), judgment_tokens=judgment, pairs=pairs,
+        share=share, notes=notes,
+    )  # fmt: skip
+
+
+def eval_fraction(run: Run) -> float:
+    return getattr(run.options.get("pairs"), "eval_fraction", 0.0)
+
+
+def expected_pairs(
+    lengths: Sequence[int], num_prompts: int, pairs_per_prompt: float, judgment: int, held_out: float
+) -> TokenizedPairs:
+    """Pairs of prompts with these lengths in turns, each as many as the mean rounds to, all judgments of one length."""
+    prompts = [array("i", [0]) * length for length in lengths]
+    prompts = [prompts[i % len(prompts)] for i in range(num_prompts)]
+    counts = [int((i + 1) * pairs_per_prompt) - int(i * pairs_per_prompt) for i in range(num_prompts)]
+    prompt_of = [i for i, count in enumerate(counts) for _ in range(count)]
+    ids = array("i", [0]) * max(judgment, 2)
+    num_held_out = round(held_out * num_prompts)
+    return TokenizedPairs(
+        ids=[str(i) for i in prompt_of], is_eval=[i < num_held_out for i in prompt_of], prompts=prompts,
+        prompt_of=prompt_of, judgments=[(ids, ids)] * len(prompt_of),
+    )  # fmt: skip
+
+
+# ---- Rates ----
+
+
+def find_rates(given, run_dir: Path, num_gpus: int) -> Rates:
+    """Rates as given, else those of the run's finished or begun stages."""
+    train, sample, source = given.train_tflops, given.sample_tokens_per_second, "as given"
+    found = rates_of(run_dir, num_gpus)
+    if (train is None and found[0]) or (sample is None and found[1]):
+        source = f"as given, else of {run_dir}" if train or sample else f"of {run_dir}"
+    return Rates(train_flops=train * 1e12 if train else found[0], sample_tokens=sample or found[1], source=source)
+
+
+def rates_of(run_dir: Path, num_gpus: int) -> tuple[float | None, float | None]:
+    """FLOP/s and written tokens a second of each GPU in what a run folder holds: the median step but for the first, and stage
+    2 from the start of its engine to its end."""
+    train = sample = None
+    with suppress(InputError, OSError):
+        rows = read_jsonl(run_dir / "metrics.jsonl", {"flops_per_second": float, "num_ranks": int})[1:]
+        train = statistics.median(row["flops_per_second"] / row["num_ranks"] for row in rows) if rows else None
+    with suppress(InputError, OSError):
+        made = manifest.read_manifest(run_dir / "repeated.jsonl") or {"complete": False}
+        rows = read_jsonl(run_dir / "repeated.jsonl", {"token_ids": list}) if made["complete"] else []
+        if rows and (num_made := made["counts"].get("judgments_made")):
+            mean = statistics.fmean(len(row["token_ids"]) for row in rows)
+            sample = mean * num_made / made["seconds"] / num_gpus
+    return train, sample
+
+
+def probe(run: Run, given, num_rows: int) -> tuple[float | None, float | None]:
+    """Takes the first rows of the data through stages 1 to 6 in a folder of its own, four steps at most, and gives their rates
+    of each GPU. The start of the engine counts: few rows say less than a run will do."""
+    with tempfile.TemporaryDirectory(prefix="conj-probe-") as folder:
+        for stage in STAGES[:-1]:
+            changes = {"run_dir": Path(folder), "from_runs": ()}
+            changes |= {"limit": num_rows} if stage == "preprocess" else {"max_steps": 4} if stage == "dpo" else {}
+            line = command_line(stage, dataclasses.replace(run.options[stage], **changes), run.num_processes)
+            print(f"probe: {stage}", flush=True)
+            if subprocess.run(line, stdout=subprocess.DEVNULL).returncode:
+                raise InputError(f"--probe {num_rows}: stage {stage} failed on the first rows")
+        return rates_of(Path(folder), run.num_processes)
+
+
+# ---- The text ----
+
+
+def hours(amount: float, rate: float | None, num_gpus: int) -> str:
+    """`, 3.1 hours` for what a rate is known of, else nothing."""
+    return f", {amount / rate / num_gpus / 3600:.1f} hours" if rate else ""
+
+
+def training_steps(options: DPOOptions, pairs: TokenizedPairs, max_length: int) -> tuple[list[list[int]], list[int]]:
+    """The pair numbers of each step of the run, and all that are within the length."""
+    usable = [i for i in range(len(pairs)) if pairs.num_tokens(i) <= max_length]
+    train = [i for i in usable if not pairs.is_eval[i]]
+    require(bool(train), "expected pairs to train on, found none within --max-length")
+    seeds = [f"{options.seed}:{epoch}" for epoch in range(options.num_train_epochs)]
+    steps = [
+        step for seed in seeds
+        for step in plan_steps(pairs, train, pairs_per_step=options.pairs_per_step, share=options.share, seed=seed)
+    ]  # fmt: skip
+    return steps[: options.max_steps], usable
+
+
+def plan_run(run: Run, given, machine: Machine) -> None:
+    """Prints what a run will take. Raises InputError where a stage does not fit the machine."""
+    model = find_texts(run.options["dpo"].model)
+    config, tokenizer = read_config(model), JudgeTokenizer.load(model)
+    work, size = read_workload(run, given, model, tokenizer, config), Sizes.of(config).all
+    rates = find_rates(given, run.folder, machine.num_ranks)
+    if given.probe:
+        train, sample = probe(run, given, given.probe)
+        rates = Rates(train_flops=train, sample_tokens=sample, source=f"a probe of {given.probe} rows")
+    gpus = (
+        f"{machine.num_ranks} GPU{'s' * (machine.num_ranks > 1)} of {machine.gpu_bytes / GIB:.1f} GiB"
+        if machine.gpu_bytes
+        else f"{machine.num_ranks} CPU process{'es' * (machine.num_ranks > 1)}"
+    )
+    print(f"{run.folder}: {name_of(model)}, {size / 1e9:.2f} billion parameters, on {gpus}")
+    print("\n".join(f"        {note}" for note in work.notes))
+    if rates.train_flops or rates.sample_tokens:
+        known = [f"{rates.train_flops / 1e12:.4g} TFLOP/s in training" if rates.train_flops else "",
+                 f"{rates.sample_tokens:.4g} tokens/s written" if rates.sample_tokens else ""]  # fmt: skip
+        print(f"        rates of a GPU, {rates.source}: {', '.join(filter(None, known))}")
+    print_sampling(run, work, rates, machine.num_ranks)
+    print_training(run, work, config, rates, machine, given.host_memory)
+
+
+def print_sampling(run: Run, work: Workload, rates: Rates, num_gpus: int) -> None:
+    """Judgments, tokens and hours of stages 2 and 3, and what they leave on the disk."""
+    disk = 0.0
+    for stage, number in (("repeated", 2), ("hinted", 3)):
+        if stage not in run.options:
+            continue
+        judgments = work.num_prompts * getattr(run.options[stage], "num_samples", 2)
+        written = judgments * work.judgment_tokens
+        disk += written * BYTES_A_TOKEN
+        print(f"stage {number} {judgments} judgments, {written / 1e6:.4g} million tokens written, prompts of "
+              f"{work.prompt_tokens:.0f} tokens{hours(written, rates.sample_tokens, num_gpus)}")  # fmt: skip
+    if disk:
+        print(f"        disk {disk / 1e9:.1f} GB of judgments")
+
+
+def print_training(
+    run: Run, work: Workload, config: ModelConfig, rates: Rates, machine: Machine, host_gib: float | None
+) -> None:
+    """Stages 5 and 6: memory, packs, FLOPs, hours. Raises InputError where they do not fit."""
+    pairs, reference, options = work.pairs, run.options.get("reference"), run.options["dpo"]
+    members, usable = training_steps(options, pairs, min(options.max_length, config.max_position_embeddings))
+    if reference is not None:
+        packs = plan_packs(pairs, usable, max_tokens=reference.max_tokens_per_pack, share="prompt")
+        check_reference_fits(reference, pairs, packs, config, machine)
+        flops = sum(step_flops(pairs, packs, config)) / work.share
+        taken = reference_peak(pairs, packs, config, machine)
+        print(f"stage 5 {len(packs) / work.share:.0f} packs, {flops / 1e15:.4g} PFLOP"
+              f"{hours(flops, rates.train_flops, machine.num_ranks)}{taken}")  # fmt: skip
+    options = choose_options(options, pairs, members, config, machine)
+    steps = [plan_packs(pairs, step, **of_pack(options)) for step in members]
+    check_idle(options, steps, machine.num_ranks)
+    num_steps = len(steps) if work.share == 1 else min(round(len(steps) / work.share), options.max_steps or sys.maxsize)
+    print(describe_training(options, pairs, steps, machine, config=config, num_steps=num_steps))
+    flops = 3 * sum(sum(step_flops(pairs, packs, config)) for packs in steps) * num_steps / len(steps)
+    print(
+        f"        {flops / 1e15:.4g} PFLOP, what is computed again not counted{hours(flops, rates.train_flops, machine.num_ranks)}"
+    )
+    if host_gib is not None:
+        host = host_memory(
+            config, num_ranks=machine.num_ranks, num_local=machine.num_local, cpu_offload=options.cpu_offload
+        )
+        found = sum(host.values()) / GIB
+        without = "; without --cpu-offload it is less" if options.cpu_offload else ""
+        require(
+            found <= host_gib,
+            f"stage 6: expected at most {host_gib:g} GiB of host memory, found {found:.1f} by count{without}",
+        )
+
+
+def reference_peak(pairs: TokenizedPairs, packs: list[list[PackGroup]], config: ModelConfig, machine: Machine) -> str:
+    if machine.gpu_bytes is None:
+        return ""
+    from conj.train.fit import largest_of
+
+    found = reference_memory(config, largest_of(pairs, [packs], config), num_ranks=machine.num_ranks)
+    return f"; GPU {found.total / GIB:.1f} of {machine.usable / GIB:.1f} GiB, by count"
+
+
+def machine_of(given, num_processes: int) -> Machine:
+    """The GPUs that are given, or those that are here."""
+    size = given.gpu_memory and int(given.gpu_memory * GIB)
+    if size is None:
+        import torch
+
+        size = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    return Machine(num_ranks=num_processes * given.nodes, num_local=num_processes, gpu_bytes=size)
+
+
+def main(given) -> None:
+    for run in resolve(given):
+        require("dpo" in run.options, "stages: expected dpo among them, found none to plan")
+        machine = machine_of(given, run.num_processes)
+        plan_run(
+            run, given, machine if run.options["dpo"].device != "cpu" else dataclasses.replace(machine, gpu_bytes=None)
+        )
+
+
+if __name__ == "__main__":
+    run_command(main, plan_options(), __doc__)

@@ -1,0 +1,342 @@
+"""What fits the machine: automatic options of stage 6 and refusals, before weights load. Without torch.
+
+A run's first start chooses what was left automatic, from the pairs, the number of ranks and the memory of a GPU: packs for
+every rank; no recomputation if it fits, then selective, then full, then smaller packs; gathered weights kept from forward to
+backward where there is room. The choice is written into the manifest, and later starts keep it on any number of ranks. On a
+CPU nothing is recomputed. What cannot fit is refused, with what would.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from conj import InputError
+from conj.data.manifest import read_manifest, with_recorded
+from conj.data.options import require
+from conj.data.packs import Group, plan_packs
+from conj.data.tokens import TokenizedPairs
+from conj.model.config import ModelConfig, read_config
+from conj.train.memory import (
+    GIB,
+    Block,
+    Memory,
+    PackShape,
+    disk_bytes,
+    host_memory,
+    pack_shape,
+    reference_memory,
+    step_memory,
+    usable,
+)
+from conj.train.options import DPOOptions, ReferenceOptions
+
+LARGEST_PACK = 16384  # tokens: more gain nothing, a block's matmuls are long enough
+SMALLEST_PACK = 1024
+MOST_IDLE = 0.5  # of the ranks' turns
+WIDTHS = {"bfloat16": 2, "float32": 4}
+NOT_AUTOMATIC = {
+    "activation_checkpointing": "none",
+    "reshard_after_forward": True,
+}  # where memory is not counted: on a CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What runs stages 5 and 6."""
+
+    num_ranks: int
+    num_local: int  # of them on one machine
+    gpu_bytes: int | None = None  # of each rank's GPU; None on a CPU
+
+    @property
+    def usable(self) -> int:
+        return usable(self.gpu_bytes, self.num_ranks)
+
+
+def recorded_options(options: DPOOptions, has_begun: bool, machine: Machine) -> DPOOptions:
+    """The options as they were settled when the run began; at its beginning, with packs for every rank."""
+    [(artefact, inputs)] = options.makes().items()
+    options = with_recorded(options, artefact, inputs, has_begun=has_begun or _is_complete(artefact))
+    return dataclasses.replace(options, pack_multiple=options.pack_multiple or machine.num_ranks)
+
+
+def settle_options(
+    options: DPOOptions, has_begun: bool, pairs: TokenizedPairs, members: Sequence[Sequence[int]], machine: Machine
+) -> DPOOptions:
+    """`recorded_options` with what suits the machine now where nothing was recorded. Raises InputError for a run that does
+    not fit, and for one that begins with most of the ranks idle."""
+    [artefact] = options.makes()
+    if _is_complete(artefact):
+        return options
+    options = choose_options(options, pairs, members, read_config(options.model), machine, can_change=not has_begun)
+    if not has_begun:
+        check_idle(options, [plan_packs(pairs, step, **of_pack(options)) for step in members], machine.num_ranks)
+    return options
+
+
+def _is_complete(artefact: Path) -> bool:
+    made = read_manifest(artefact)
+    return made is not None and made["complete"]
+
+
+def of_pack(options: DPOOptions) -> dict:
+    """The options that `plan_packs` takes."""
+    return {"max_tokens": options.max_tokens_per_pack, "multiple": options.pack_multiple, "share": options.share}
+
+
+def idle_turns(steps: Sequence[list], num_ranks: int) -> float:
+    """The share of the ranks' turns that have no pack."""
+    places = sum(-(-len(packs) // num_ranks) * num_ranks for packs in steps)
+    return 1 - sum(map(len, steps)) / places
+
+
+def check_idle(options: DPOOptions, steps: Sequence[list], num_ranks: int) -> None:
+    """Raises InputError where more than half of the ranks' turns have no pack, with the option that gives them one."""
+    idle = idle_turns(steps, num_ranks)
+    better = f"--pack-multiple {num_ranks}"
+    if options.pack_multiple % num_ranks == 0:
+        better = f"--pairs-per-step of {num_ranks} or more, or at most {options.pairs_per_step} ranks"
+    require(
+        idle <= MOST_IDLE,
+        f"expected work for {num_ranks} ranks, found {idle:.0%} of their turns without a pack; {better}",
+    )
+
+
+def choose_options(
+    options: DPOOptions, pairs: TokenizedPairs, members: Sequence[Sequence[int]], config: ModelConfig, machine: Machine,
+    *, can_change: bool = True,
+) -> DPOOptions:  # fmt: skip
+    """The options with a value for each automatic one. `members`: the pair numbers of each step.
+
+    Raises InputError where nothing fits the machine, with what would; of a run that has begun (not `can_change`), that is
+    more GPUs alone."""
+    if options.pack_multiple is None:
+        options = dataclasses.replace(options, pack_multiple=machine.num_ranks)
+    longest = max(pair_tokens(pairs, pair, options.share) for step in members for pair in step)
+    if machine.gpu_bytes is None:
+        chosen = NOT_AUTOMATIC | {"max_tokens_per_pack": max(LARGEST_PACK, longest)}
+        return dataclasses.replace(options, **{k: v for k, v in chosen.items() if getattr(options, k) is None})
+    plan = functools.cache(lambda size: largest_pack(
+        pairs, members, dataclasses.replace(options, max_tokens_per_pack=size), config, machine.num_ranks))  # fmt: skip
+    for trial in _candidates(options, pairs, members, longest):
+        shape, num_turns = plan(trial.max_tokens_per_pack)
+        if count_step(trial, config, shape, num_turns, machine).total <= machine.usable:
+            kept = dataclasses.replace(trial, reshard_after_forward=False)
+            if trial.reshard_after_forward is not None or machine.num_ranks == 1:  # one rank gathers nothing
+                return trial
+            fits = count_step(kept, config, shape, num_turns, machine).total <= machine.usable
+            return kept if fits else dataclasses.replace(trial, reshard_after_forward=True)
+    raise InputError(does_not_fit(trial, config, shape, num_turns, machine, can_change=can_change))
+
+
+def _candidates(
+    options: DPOOptions, pairs: TokenizedPairs, members: Sequence[Sequence[int]], longest: int
+) -> Iterator[DPOOptions]:
+    """What is automatic, in the order in which it is preferred. Packs are halved, first while a prompt's pairs fit one, and
+    only then, with full recomputation, down to the longest pair."""
+    hows = (options.activation_checkpointing,)
+    if hows == (None,):
+        hows = ("none", "full") if options.kernels == "compile" else ("none", "selective", "full")
+    sizes = [options.max_tokens_per_pack]
+    if sizes == [None]:
+        sizes = [max(LARGEST_PACK, longest)]
+        while sizes[-1] > max(longest, SMALLEST_PACK):
+            sizes.append(max(longest, SMALLEST_PACK, sizes[-1] * 3 // 4))
+    whole = max(longest, *(prompt_tokens(pairs, step, options.share) for step in members))
+    for how in hows:
+        for size in (size for size in sizes if size >= whole or size == sizes[0]):
+            yield dataclasses.replace(options, activation_checkpointing=how, max_tokens_per_pack=size)
+    for size in (size for size in sizes if size < whole):
+        yield dataclasses.replace(options, activation_checkpointing=hows[-1], max_tokens_per_pack=size)
+
+
+def pair_tokens(pairs: TokenizedPairs, pair: int, share: str) -> int:
+    """Tokens that a pair takes alone in a pack."""
+    copies = 2 if share == "none" else 1
+    return copies * pairs.prompt_tokens[pairs.prompt_of[pair]] + pairs.judgment_tokens[pair]
+
+
+def prompt_tokens(pairs: TokenizedPairs, step: Sequence[int], share: str) -> int:
+    """The most tokens that a prompt with all its pairs of the step takes."""
+    if share != "prompt":
+        return max(pair_tokens(pairs, pair, share) for pair in step)
+    totals: dict[int, int] = {}
+    for pair in step:
+        prompt = pairs.prompt_of[pair]
+        totals[prompt] = totals.get(prompt, pairs.prompt_tokens[prompt]) + pairs.judgment_tokens[pair]
+    return max(totals.values())
+
+
+def largest_pack(
+    pairs: TokenizedPairs, members: Sequence[Sequence[int]], options: DPOOptions, config: ModelConfig, num_ranks: int
+) -> tuple[PackShape, int]:
+    """The pack that takes most memory, and the most packs that a rank has in a step."""
+    steps = [plan_packs(pairs, step, **of_pack(options)) for step in members]
+    return largest_of(pairs, steps, config), max(-(-len(packs) // num_ranks) for packs in steps)
+
+
+def largest_of(pairs: TokenizedPairs, steps: Sequence[list[list[Group]]], config: ModelConfig) -> PackShape:
+    shapes = {pack_shape(pairs, pack) for packs in steps for pack in packs}
+    return max(shapes, key=lambda shape: Block.of(config, shape, "none", 2).kept)
+
+
+def count_step(options: DPOOptions, config: ModelConfig, shape: PackShape, num_turns: int, machine: Machine) -> Memory:
+    """A GPU's memory at the peak of a step, under these options."""
+    return step_memory(
+        config, shape, num_ranks=machine.num_ranks, num_turns=num_turns, width=WIDTHS[options.dtype],
+        activation_checkpointing=options.activation_checkpointing, audit_mode=options.audit_mode,
+        cpu_offload=options.cpu_offload, reshard_after_forward=options.reshard_after_forward is not False,
+    )  # fmt: skip
+
+
+def does_not_fit(
+    options: DPOOptions,
+    config: ModelConfig,
+    shape: PackShape,
+    num_turns: int,
+    machine: Machine,
+    *,
+    can_change: bool = True,
+) -> str:
+    """One line: what stage 6 takes, what there is, and what would fit."""
+    found = count_step(options, config, shape, num_turns, machine)
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in found.parts.items() if size > GIB / 2)
+    what_fits = advice(options, config, shape, num_turns, machine, can_change=can_change)
+    return f"{_too_large(6, found.total, machine)} ({parts}); {what_fits}"
+
+
+def advice(
+    options: DPOOptions, config: ModelConfig, shape: PackShape, num_turns: int, machine: Machine,
+    *, can_change: bool = True, most: int | None = None,
+) -> str:  # fmt: skip
+    """The options that would fit, or take no more than `most` bytes, with what they take by count; else how many GPUs."""
+    found, changes = [], _changes(options, shape) if can_change else [{"reshard_after_forward": True}]
+    for change in changes:
+        tokens = change.get("max_tokens_per_pack", shape.tokens)
+        turns = num_turns if tokens == shape.tokens else 2
+        total = count_step(dataclasses.replace(options, **change), config, shape.scaled(tokens), turns, machine).total
+        if total <= min(machine.usable, most or machine.usable):
+            given = " ".join(_flag(name, value) for name, value in change.items())
+            found.append(f"{given} takes {total / GIB:.1f} GiB")
+    if found:
+        return ", or ".join(found[:3])
+    for num_ranks in (2**i for i in range(1, 11) if 2**i > machine.num_ranks):
+        more = dataclasses.replace(machine, num_ranks=num_ranks)
+        how = (
+            dataclasses.replace(options, activation_checkpointing="full", cpu_offload=False) if can_change else options
+        )
+        if (total := count_step(how, config, shape, num_turns, more).total) <= more.usable:
+            with_what = " with --activation-checkpointing full" if can_change else ""
+            return f"{num_ranks} such GPUs take {total / GIB:.1f} GiB each{with_what}"
+    return "a smaller model"
+
+
+def _changes(options: DPOOptions, shape: PackShape) -> Iterator[dict]:
+    """What takes less memory, the cheapest first."""
+    more = {"none": ("selective", "full"), "selective": ("full",), "full": ()}[options.activation_checkpointing]
+    if options.reshard_after_forward is False:
+        yield {"reshard_after_forward": True}
+    for how in more:
+        if how != "selective" or options.kernels != "compile":
+            yield {"activation_checkpointing": how}
+    yield from (
+        {"max_tokens_per_pack": shape.tokens * share // 8 // 256 * 256} for share in (6, 4, 3, 2) if shape.tokens > 2048
+    )
+    full = {"activation_checkpointing": "full"} if more else {}
+    if shape.tokens > 2048:
+        yield full | {"max_tokens_per_pack": shape.tokens // 4 // 256 * 256}
+    if options.audit_mode:
+        yield full | {"audit_mode": False}
+    if not options.cpu_offload:
+        yield full | {"cpu_offload": True}
+
+
+def _flag(name: str, value: object) -> str:
+    flag = name.replace("_", "-")
+    return f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
+
+
+def check_reference_fits(
+    options: ReferenceOptions, pairs: TokenizedPairs, packs: list[list[Group]], config: ModelConfig, machine: Machine
+) -> None:
+    """Raises InputError where a pack of stage 5 does not fit a GPU, with the packs that would."""
+    if machine.gpu_bytes is None or not packs:
+        return
+    shape = largest_of(pairs, [packs], config)
+    sizes = [shape.tokens, *(size for size in (12288, 8192, 6144, 4096, 2048) if size < shape.tokens)]
+    taken = {size: _count_reference(options, config, shape.scaled(size), machine) for size in sizes}
+    fitting = next((f"--max-tokens-per-pack {size}" for size in sizes if taken[size] <= machine.usable), "more GPUs")
+    require(
+        taken[shape.tokens] <= machine.usable, f"{_too_large(5, taken[shape.tokens], machine)}; {fitting} would fit"
+    )
+
+
+def _count_reference(options: ReferenceOptions, config: ModelConfig, shape: PackShape, machine: Machine) -> int:
+    return reference_memory(config, shape, num_ranks=machine.num_ranks, width=WIDTHS[options.dtype]).total
+
+
+def _too_large(stage: int, found: int, machine: Machine) -> str:
+    there = f"{machine.usable / GIB:.1f} GiB for it on a GPU of {machine.gpu_bytes / GIB:.1f}"
+    return f"stage {stage}: expected at most {there}, found {found / GIB:.1f} by count"
+
+
+def describe_training(
+    options: DPOOptions, pairs: TokenizedPairs, steps: Sequence[list], machine: Machine, *, config: ModelConfig | None = None,
+    num_steps: int | None = None,
+) -> str:  # fmt: skip
+    """What a run of stage 6 will do and take, in a few lines: packs, ranks, memory, disk, by count. `num_steps` of a run of
+    which `steps` are some."""
+    config, num_packs = config or read_config(options.model), sum(map(len, steps)) / len(steps)
+    shape, idle = largest_of(pairs, steps, config), idle_turns(steps, machine.num_ranks)
+    num_turns = max(-(-len(packs) // machine.num_ranks) for packs in steps)
+    chosen = " ".join(
+        _flag(name, value)
+        for name in ("max_tokens_per_pack", "pack_multiple", "activation_checkpointing", "reshard_after_forward")
+        if (value := getattr(options, name)) is not None
+    )
+    ranks = f"{machine.num_ranks} rank{'s' if machine.num_ranks > 1 else ''}"
+    lines = [
+        f"{num_steps or len(steps)} steps of {options.pairs_per_step} pairs, {num_packs:.1f} packs a step, the largest of {shape.tokens} tokens; "
+        f"{ranks}, {idle:.0%} of their turns without a pack",
+        chosen,
+    ]
+    if machine.gpu_bytes is not None:
+        found = count_step(options, config, shape, num_turns, machine)
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in found.parts.items() if size >= GIB / 20)
+        lines.append(f"GPU {found.total / GIB:.1f} of {machine.usable / GIB:.1f} GiB ({parts}), by count")
+    offload = options.cpu_offload
+    host = host_memory(config, num_ranks=machine.num_ranks, num_local=machine.num_local, cpu_offload=offload)
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in host.items())
+    disk = disk_bytes(config, options.keep_checkpoints)
+    lines.append(
+        f"host {sum(host.values()) / GIB:.1f} GiB a machine ({parts}); disk {sum(disk.values()) / 1e9:.1f} GB, by count"
+    )
+    return "\n".join(f"{'stage 6' if i == 0 else '       '} {line}" for i, line in enumerate(lines))
+
+
+def after_out_of_memory(
+    options: DPOOptions, pairs: TokenizedPairs, steps: Sequence[list], machine: Machine, *, can_change: bool
+) -> str:
+    """What to give a run that fits by count, and did not at run time: a twentieth less than was counted at least."""
+    config = read_config(options.model)
+    shape, num_turns = largest_of(pairs, steps, config), max(-(-len(packs) // machine.num_ranks) for packs in steps)
+    counted = count_step(options, config, shape, num_turns, machine).total
+    what_fits = advice(options, config, shape, num_turns, machine, can_change=can_change, most=counted * 19 // 20)
+    return f"{counted / GIB:.1f} GiB by count; {what_fits}"
+
+
+def check_least(stage: str, options: DPOOptions | ReferenceOptions, machine: Machine) -> None:
+    """Raises InputError for a stage that fits no GPU of the machine whatever the pairs are: even with the smallest pack."""
+    config, shape = read_config(options.model), PackShape(tokens=256, predicted=64, keys=256)
+    if stage == "reference":
+        least = _count_reference(options, config, shape, machine)
+        require(
+            least <= machine.usable, f"{_too_large(5, least, machine)} with the smallest pack; more GPUs take less each"
+        )
+        return
+    how = options.activation_checkpointing or "full"
+    options = dataclasses.replace(options, activation_checkpointing=how, reshard_after_forward=True)
+    if count_step(options, config, shape, 1, machine).total > machine.usable:
+        raise InputError(does_not_fit(options, config, shape, 1, machine))
