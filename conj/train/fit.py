@@ -8,6 +8,7 @@ CPU nothing is recomputed. What cannot fit is refused, with what would.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -65,9 +66,24 @@ def settle_options(
     if is_complete:
         return options
     options = choose_options(options, pairs, members, read_config(options.model), machine, can_change=not has_begun)
+    if options.cpu_offload:
+        check_host(read_config(options.model), machine, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if not has_begun:
         check_idle(options, [plan_packs(pairs, step, **of_pack(options)) for step in members], machine.num_ranks)
     return options
+
+
+def check_host(config: ModelConfig, machine: Machine, host_bytes: int, cpu_offload: bool = True) -> None:
+    """Raises InputError where the memory of a machine's host is too small for stage 6."""
+    host = host_memory(config, num_ranks=machine.num_ranks, num_local=machine.num_local, cpu_offload=cpu_offload)
+    found = sum(host.values())
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in host.items())
+    advice = "; without --cpu-offload, on more GPUs, it is less" if cpu_offload else ""
+    require(
+        found <= host_bytes,
+        f"stage 6: expected at most the {host_bytes / GIB:.1f} GiB of host memory that a machine has, found "
+        f"{found / GIB:.1f} by count ({parts}){advice}",
+    )
 
 
 def of_pack(options: DPOOptions) -> dict:
