@@ -11,19 +11,14 @@ which takes a few rows through the stages here. A run that does not fit is refus
 
 import dataclasses
 import statistics
-import subprocess
 import sys
-import tempfile
 from array import array
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cyclopts import Group
 
-from conj import InputError
-from conj.data import manifest
 from conj.data.files import read_jsonl
 from conj.data.hub import find_texts, name_of
 from conj.data.options import option, require, require_each, run_command
@@ -34,12 +29,20 @@ from conj.data.prompts import judge_messages
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.tokens import TokenizedPairs, tokenize_pairs
 from conj.model.config import ModelConfig, read_config
-from conj.run import command_line
-from conj.settings import STAGES, Run, check_file_options, resolve
-from conj.train.fit import Machine, check_idle, check_reference_fits, choose_options, describe_training, of_pack
+from conj.rates import Rates, find_rates, probe
+from conj.settings import Run, check_file_options, resolve
+from conj.train.advice import Machine, largest_of
+from conj.train.fit import (
+    check_host,
+    check_idle,
+    check_reference_fits,
+    choose_options,
+    describe_training,
+    of_pack,
+)
 from conj.train.flops import step_flops
-from conj.train.memory import GIB, Sizes, host_memory, reference_memory
-from conj.train.options import DPOOptions
+from conj.train.memory import GIB, Sizes, reference_memory
+from conj.train.options import DPOOptions, choose_shard_size
 
 NUM_SAMPLED = 512  # prompts whose tokens are counted
 MOST_PLANNED = 4000  # prompts in the plan of what is not there yet; their steps stand for all
@@ -54,7 +57,6 @@ class MachineOptions:
         group=PLAN,
         help="GiB of each GPU, as nvidia-smi shows them (80 GB cards have 79); by default those that are here",
     )
-    nodes: int = option(1, group=PLAN, help="machines, of nproc_per_node GPUs each")
     host_memory: float | None = option(
         None, group=PLAN, help="GiB of host memory of each machine; not compared if not given"
     )
@@ -66,6 +68,10 @@ class MachineOptions:
     sample_tokens_per_second: float | None = option(
         None, group=PLAN, help="tokens that each GPU writes a second in stages 2, 3 and 7; by default the run's own"
     )
+    num_prompts: int | None = option(
+        None, group=PLAN, help="prompts of the data, to plan without it; with --prompt-tokens"
+    )
+    prompt_tokens: int | None = option(None, group=PLAN, help="tokens of each prompt, to plan without the data")
     pairs_per_prompt: float = option(4.0, group=PLAN, help="pairs that a prompt gives, while there is no pairs.jsonl")
     judgment_tokens: int | None = option(
         None,
@@ -78,23 +84,17 @@ class MachineOptions:
 
     def __post_init__(self):
         super().__post_init__()
-        above_0 = ("gpu_memory", "nodes", "host_memory", "train_tflops", "sample_tokens_per_second", "pairs_per_prompt")
-        require_each(self, (*above_0, "judgment_tokens", "probe"), lambda value: value > 0, "more than 0")
+        above_0 = ("gpu_memory", "host_memory", "train_tflops", "sample_tokens_per_second", "pairs_per_prompt")
+        above_0 += ("num_prompts", "prompt_tokens", "judgment_tokens", "probe")
+        require_each(self, above_0, lambda value: value > 0, "more than 0")
+        both = (self.num_prompts is None) == (self.prompt_tokens is None)
+        require(both, "--num-prompts, --prompt-tokens: expected both, found one")
 
 
 def plan_options() -> type:
     """The options of `conj plan`: those of `conj check`, the machine, rates and assumptions."""
     bases = (MachineOptions, check_file_options())
     return dataclasses.make_dataclass("PlanOptions", [], bases=bases, frozen=True, kw_only=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """Of one GPU; None where nothing is known."""
-
-    train_flops: float | None  # a second
-    sample_tokens: float | None  # a second
-    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,46 +109,46 @@ class Workload:
     notes: list[str]
 
 
-def read_workload(run: Run, given, folder: Path, tokenizer: JudgeTokenizer, config: ModelConfig) -> Workload:
+def read_workload(run: Run, given, tokenizer: JudgeTokenizer, config: ModelConfig) -> Workload:
     """The run's pairs, or pairs as they can be expected of its data."""
     some = next(iter(run.options.values()))
     prompts_file, pairs_file = some.find("prompts.jsonl"), some.find("pairs.jsonl")
-    if prompts_file.exists():
-        prompts, source = read_prompts(prompts_file), str(prompts_file)
+    if given.num_prompts:
+        number, lengths = given.num_prompts, [given.prompt_tokens]
+        notes = [f"assumed: {number} prompts of {given.prompt_tokens} tokens"]
     else:
-        asked = run.options.get("preprocess")
-        require(asked is not None, f"{prompts_file}: no such file; make it by its stage first")
-        prompts, _ = load_prompts(asked.data, asked.seed, asked.subsets, asked.limit)
-        source = " ".join(asked.data)
-    sample = prompts[:: -(-len(prompts) // NUM_SAMPLED)]
-    messages = [judge_messages(question_of(row), row["answer_1"], row["answer_2"]) for row in sample]
-    lengths = [len(tokenizer.prompt_ids(one)) for one in messages]
-    notes = [f"{len(prompts)} prompts of {source}; tokens of {len(lengths)} of them"]
-    if pairs_file.exists():
+        rows, source = read_rows(run, prompts_file)
+        sample = rows[:: -(-len(rows) // NUM_SAMPLED)]
+        messages = [judge_messages(question_of(row), row["answer_1"], row["answer_2"]) for row in sample]
+        number, lengths = len(rows), [len(tokenizer.prompt_ids(one)) for one in messages]
+        notes = [f"{number} prompts of {source}; tokens of {len(lengths)} of them"]
+    if pairs_file.exists() and not given.num_prompts:
         pairs = tokenize_pairs(read_jsonl(pairs_file), tokenizer, config.vocab_size)
         judgment = statistics.fmean(len(ids) for pair in pairs.judgments for ids in pair)
         share = 1.0
         notes.append(f"{len(pairs)} pairs of {pairs_file}")
     else:
         judgment = given.judgment_tokens or run.options["repeated"].max_new_tokens // 2
-        planned = min(len(prompts), MOST_PLANNED)
-        pairs, share = (
-            expected_pairs(lengths, planned, given.pairs_per_prompt, judgment, eval_fraction(run)),
-            planned / len(prompts),
-        )
+        planned = min(number, MOST_PLANNED)
+        pairs, share = (expected_pairs(lengths, planned, given.pairs_per_prompt, judgment, run), planned / number)
         notes.append(f"assumed: {given.pairs_per_prompt:g} pairs a prompt, {judgment} tokens a judgment")
     return Workload(
-        num_prompts=len(prompts), prompt_tokens=statistics.fmean(lengths), judgment_tokens=judgment, pairs=pairs,
+        num_prompts=number, prompt_tokens=statistics.fmean(lengths), judgment_tokens=judgment, pairs=pairs,
         share=share, notes=notes,
     )  # fmt: skip
 
 
-def eval_fraction(run: Run) -> float:
-    return getattr(run.options.get("pairs"), "eval_fraction", 0.0)
+def read_rows(run: Run, prompts_file: Path) -> tuple[list[dict], str]:
+    """The run's prompts, made already or as stage 1 would make them, and where they are from."""
+    if prompts_file.exists():
+        return read_prompts(prompts_file), str(prompts_file)
+    asked = run.options.get("preprocess")
+    require(asked is not None, f"{prompts_file}: no such file; make it by its stage first")
+    return load_prompts(asked.data, asked.seed, asked.subsets, asked.limit)[0], " ".join(asked.data)
 
 
 def expected_pairs(
-    lengths: Sequence[int], num_prompts: int, pairs_per_prompt: float, judgment: int, held_out: float
+    lengths: Sequence[int], num_prompts: int, pairs_per_prompt: float, judgment: int, run: Run
 ) -> TokenizedPairs:
     """Pairs of prompts with these lengths in turns, each as many as the mean rounds to, all judgments of one length."""
     prompts = [array("i", [0]) * length for length in lengths]
@@ -156,53 +156,11 @@ def expected_pairs(
     counts = [int((i + 1) * pairs_per_prompt) - int(i * pairs_per_prompt) for i in range(num_prompts)]
     prompt_of = [i for i, count in enumerate(counts) for _ in range(count)]
     ids = array("i", [0]) * max(judgment, 2)
-    num_held_out = round(held_out * num_prompts)
+    num_held_out = round(getattr(run.options.get("pairs"), "eval_fraction", 0.0) * num_prompts)
     return TokenizedPairs(
         ids=[str(i) for i in prompt_of], is_eval=[i < num_held_out for i in prompt_of], prompts=prompts,
         prompt_of=prompt_of, judgments=[(ids, ids)] * len(prompt_of),
     )  # fmt: skip
-
-
-# ---- Rates ----
-
-
-def find_rates(given, run_dir: Path, num_gpus: int) -> Rates:
-    """Rates as given, else those of the run's finished or begun stages."""
-    train, sample, source = given.train_tflops, given.sample_tokens_per_second, "as given"
-    found = rates_of(run_dir, num_gpus)
-    if (train is None and found[0]) or (sample is None and found[1]):
-        source = f"as given, else of {run_dir}" if train or sample else f"of {run_dir}"
-    return Rates(train_flops=train * 1e12 if train else found[0], sample_tokens=sample or found[1], source=source)
-
-
-def rates_of(run_dir: Path, num_gpus: int) -> tuple[float | None, float | None]:
-    """FLOP/s and written tokens a second of each GPU in what a run folder holds: the median step but for the first, and stage
-    2 from the start of its engine to its end."""
-    train = sample = None
-    with suppress(InputError, OSError):
-        rows = read_jsonl(run_dir / "metrics.jsonl", {"flops_per_second": float, "num_ranks": int})[1:]
-        train = statistics.median(row["flops_per_second"] / row["num_ranks"] for row in rows) if rows else None
-    with suppress(InputError, OSError):
-        made = manifest.read_manifest(run_dir / "repeated.jsonl") or {"complete": False}
-        rows = read_jsonl(run_dir / "repeated.jsonl", {"token_ids": list}) if made["complete"] else []
-        if rows and (num_made := made["counts"].get("judgments_made")):
-            mean = statistics.fmean(len(row["token_ids"]) for row in rows)
-            sample = mean * num_made / made["seconds"] / num_gpus
-    return train, sample
-
-
-def probe(run: Run, given, num_rows: int) -> tuple[float | None, float | None]:
-    """Takes the first rows of the data through stages 1 to 6 in a folder of its own, four steps at most, and gives their rates
-    of each GPU. The start of the engine counts: few rows say less than a run will do."""
-    with tempfile.TemporaryDirectory(prefix="conj-probe-") as folder:
-        for stage in STAGES[:-1]:
-            changes = {"run_dir": Path(folder), "from_runs": ()}
-            changes |= {"limit": num_rows} if stage == "preprocess" else {"max_steps": 4} if stage == "dpo" else {}
-            line = command_line(stage, dataclasses.replace(run.options[stage], **changes), run.num_processes)
-            print(f"probe: {stage}", flush=True)
-            if subprocess.run(line, stdout=subprocess.DEVNULL).returncode:
-                raise InputError(f"--probe {num_rows}: stage {stage} failed on the first rows")
-        return rates_of(Path(folder), run.num_processes)
 
 
 # ---- The text ----
@@ -221,7 +179,8 @@ def training_steps(options: DPOOptions, pairs: TokenizedPairs, max_length: int) 
     seeds = [f"{options.seed}:{epoch}" for epoch in range(options.num_train_epochs)]
     steps = [
         step for seed in seeds
-        for step in plan_steps(pairs, train, pairs_per_step=options.pairs_per_step, share=options.share, seed=seed)
+        for step in plan_steps(pairs, train, pairs_per_step=options.pairs_per_step, share=options.share, seed=seed,
+                               multiple=options.pack_multiple)
     ]  # fmt: skip
     return steps[: options.max_steps], usable
 
@@ -230,10 +189,10 @@ def plan_run(run: Run, given, machine: Machine) -> None:
     """Prints what a run will take. Raises InputError where a stage does not fit the machine."""
     model = find_texts(run.options["dpo"].model)
     config, tokenizer = read_config(model), JudgeTokenizer.load(model)
-    work, size = read_workload(run, given, model, tokenizer, config), Sizes.of(config).all
+    work, size = read_workload(run, given, tokenizer, config), Sizes.of(config).all
     rates = find_rates(given, run.folder, machine.num_ranks)
     if given.probe:
-        train, sample = probe(run, given, given.probe)
+        train, sample = probe(run, given.probe)
         rates = Rates(train_flops=train, sample_tokens=sample, source=f"a probe of {given.probe} rows")
     gpus = (
         f"{machine.num_ranks} GPU{'s' * (machine.num_ranks > 1)} of {machine.gpu_bytes / GIB:.1f} GiB"
@@ -248,6 +207,7 @@ def plan_run(run: Run, given, machine: Machine) -> None:
         print(f"        rates of a GPU, {rates.source}: {', '.join(filter(None, known))}")
     print_sampling(run, work, rates, machine.num_ranks)
     print_training(run, work, config, rates, machine, given.host_memory)
+    print("stage 7 and the evaluation while training are not counted")
 
 
 def print_sampling(run: Run, work: Workload, rates: Rates, num_gpus: int) -> None:
@@ -259,7 +219,7 @@ def print_sampling(run: Run, work: Workload, rates: Rates, num_gpus: int) -> Non
         judgments = work.num_prompts * getattr(run.options[stage], "num_samples", 2)
         written = judgments * work.judgment_tokens
         disk += written * BYTES_A_TOKEN
-        print(f"stage {number} {judgments} judgments, {written / 1e6:.4g} million tokens written, prompts of "
+        print(f"stage {number} {judgments:,} judgments, {written / 1e6:,.1f} million tokens written, prompts of "
               f"{work.prompt_tokens:.0f} tokens{hours(written, rates.sample_tokens, num_gpus)}")  # fmt: skip
     if disk:
         print(f"        disk {disk / 1e9:.1f} GB of judgments")
@@ -270,13 +230,14 @@ def print_training(
 ) -> None:
     """Stages 5 and 6: memory, packs, FLOPs, hours. Raises InputError where they do not fit."""
     pairs, reference, options = work.pairs, run.options.get("reference"), run.options["dpo"]
+    options = dataclasses.replace(options, pack_multiple=options.pack_multiple or machine.num_ranks)
     members, usable = training_steps(options, pairs, min(options.max_length, config.max_position_embeddings))
     if reference is not None:
         packs = plan_packs(pairs, usable, max_tokens=reference.max_tokens_per_pack, share="prompt")
         check_reference_fits(reference, pairs, packs, config, machine)
         flops = sum(step_flops(pairs, packs, config)) / work.share
         taken = reference_peak(pairs, packs, config, machine)
-        print(f"stage 5 {len(packs) / work.share:.0f} packs, {flops / 1e15:.4g} PFLOP"
+        print(f"stage 5 {len(packs) / work.share:.0f} packs, {flops / 1e15:,.0f} PFLOP"
               f"{hours(flops, rates.train_flops, machine.num_ranks)}{taken}")  # fmt: skip
     options = choose_options(options, pairs, members, config, machine)
     steps = [plan_packs(pairs, step, **of_pack(options)) for step in members]
@@ -285,43 +246,36 @@ def print_training(
     print(describe_training(options, pairs, steps, machine, config=config, num_steps=num_steps))
     flops = 3 * sum(sum(step_flops(pairs, packs, config)) for packs in steps) * num_steps / len(steps)
     print(
-        f"        {flops / 1e15:.4g} PFLOP, what is computed again not counted{hours(flops, rates.train_flops, machine.num_ranks)}"
+        f"        {flops / 1e15:,.0f} PFLOP, what is computed again not counted{hours(flops, rates.train_flops, machine.num_ranks)}"
     )
     if host_gib is not None:
-        host = host_memory(
-            config, num_ranks=machine.num_ranks, num_local=machine.num_local, cpu_offload=options.cpu_offload
-        )
-        found = sum(host.values()) / GIB
-        without = "; without --cpu-offload it is less" if options.cpu_offload else ""
-        require(
-            found <= host_gib,
-            f"stage 6: expected at most {host_gib:g} GiB of host memory, found {found:.1f} by count{without}",
-        )
+        check_host(config, machine, int(host_gib * GIB), options.cpu_offload)
 
 
 def reference_peak(pairs: TokenizedPairs, packs: list[list[PackGroup]], config: ModelConfig, machine: Machine) -> str:
     if machine.gpu_bytes is None:
         return ""
-    from conj.train.fit import largest_of
-
-    found = reference_memory(config, largest_of(pairs, [packs], config), num_ranks=machine.num_ranks)
+    found = reference_memory(
+        config, largest_of(pairs, [packs], config), num_ranks=machine.num_ranks, num_shards=machine.num_shards
+    )
     return f"; GPU {found.total / GIB:.1f} of {machine.usable / GIB:.1f} GiB, by count"
 
 
-def machine_of(given, num_processes: int) -> Machine:
+def machine_of(given, run: Run) -> Machine:
     """The GPUs that are given, or those that are here."""
     size = given.gpu_memory and int(given.gpu_memory * GIB)
     if size is None:
         import torch
 
         size = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    return Machine(num_ranks=num_processes * given.nodes, num_local=num_processes, gpu_bytes=size)
+    num_shards = choose_shard_size(run.options["dpo"].dp_shard_size, run.num_ranks, run.num_processes)
+    return Machine(num_ranks=run.num_ranks, num_local=run.num_processes, num_shards=num_shards, gpu_bytes=size)
 
 
 def main(given) -> None:
     for run in resolve(given):
         require("dpo" in run.options, "stages: expected dpo among them, found none to plan")
-        machine = machine_of(given, run.num_processes)
+        machine = machine_of(given, run)
         plan_run(
             run, given, machine if run.options["dpo"].device != "cpu" else dataclasses.replace(machine, gpu_bytes=None)
         )

@@ -98,10 +98,6 @@ class SharedOptions:
         require_each(self, ("nproc_per_node", "nnodes"), lambda value: value >= 1, "1 or more")
         require_each(self, ("max_restarts",), lambda value: value >= 0, "0 or more")
         require_each(self, ("rdzv_endpoint",), re.compile(r"[^\s:]+:\d{1,5}").fullmatch, "HOST:PORT")
-        require(
-            (self.nnodes or 1) == 1 or bool((self.launcher or "").split()),
-            f"--nnodes {self.nnodes}: expected a --launcher that starts a command on each node, found none",
-        )
 
 
 SHARED = [key(field) for field in dataclasses.fields(SharedOptions)]

@@ -5,7 +5,7 @@ from array import array
 import pytest
 import torch
 from bench_common import QWEN2, config_of
-from conftest import assert_one_line_error, command, succeeds, write_model
+from conftest import command, succeeds, write_model
 from test_dpo import ARGUMENTS, dpo_options, go_back, make_reference, metrics_of
 
 from conj import InputError
@@ -14,13 +14,12 @@ from conj.data.manifest import read_manifest
 from conj.data.packs import plan_packs, plan_steps
 from conj.data.tokens import TokenizedPairs
 from conj.train import dpo, sharding
+from conj.train.advice import Machine, count_step
 from conj.train.fit import (
-    Machine,
     check_idle,
     check_least,
     check_reference_fits,
     choose_options,
-    count_step,
     describe_training,
     largest_pack,
     of_pack,
@@ -41,7 +40,7 @@ def long_pairs(num_prompts: int = 60, prompt: int = 1500, judgment: int = 250, e
 
 
 def gpus(number: int, gib: float) -> Machine:
-    return Machine(num_ranks=number, num_local=min(number, 8), gpu_bytes=int(gib * GIB))
+    return Machine(num_ranks=number, num_local=min(number, 8), num_shards=number, gpu_bytes=int(gib * GIB))
 
 
 def chosen(machine: Machine, pairs: TokenizedPairs | None = None, **given) -> DPOOptions:
@@ -58,21 +57,20 @@ def chosen(machine: Machine, pairs: TokenizedPairs | None = None, **given) -> DP
 
 
 def test_on_a_cpu_the_defaults_are_what_they_were():
-    found = chosen(Machine(num_ranks=1, num_local=1))
+    found = chosen(Machine(num_ranks=1, num_local=1, num_shards=1))
     assert (found.activation_checkpointing, found.max_tokens_per_pack, found.pack_multiple) == ("none", 16384, 1)
-    assert chosen(Machine(num_ranks=4, num_local=4)).pack_multiple == 4
+    assert chosen(Machine(num_ranks=4, num_local=4, num_shards=4)).pack_multiple == 4
 
 
 def test_little_memory_takes_recomputation_before_smaller_packs():
-    """8 cards of 80 GB keep all; one of 141 GB makes all again; and a pack is smaller than a prompt with its pairs only where
-    even full recomputation wants it."""
+    """8 cards of 80 GB keep all, also the gathered weights; a pack is smaller than a prompt with its pairs only where even full recomputation wants it."""
     many = {"pairs_per_step": 192}  # 24 packs of 5,500 tokens or fewer of 16,000
     assert chosen(gpus(8, 79)).activation_checkpointing == "none"
     assert not chosen(gpus(8, 79)).reshard_after_forward  # room for the gathered weights too
-    hows = [chosen(gpus(8, gib), max_tokens_per_pack=16384, **many).activation_checkpointing for gib in (120, 79, 40)]
+    hows = [chosen(gpus(8, gib), max_tokens_per_pack=16384, **many).activation_checkpointing for gib in (120, 66, 40)]
     assert hows == ["none", "selective", "full"]
-    assert chosen(gpus(1, 139)).activation_checkpointing == "full"
-    assert chosen(gpus(1, 139)).max_tokens_per_pack >= 1500 + 4 * 2 * 249
+    assert [chosen(gpus(1, gib)).activation_checkpointing for gib in (139, 130)] == ["none", "full"]
+    assert chosen(gpus(1, 139)).max_tokens_per_pack >= 1500 + 4 * 2 * 249  # not below a prompt with its pairs
     assert chosen(gpus(8, 24), **many).max_tokens_per_pack < 16384
 
 
@@ -87,10 +85,10 @@ def test_what_is_given_is_kept():
     [
         (gpus(1, 79), {}, ("stage 6", "on a GPU of 79.0", "weights and moments 85.1", "--cpu-offload takes")),
         (
-            gpus(8, 79), {"activation_checkpointing": "none", "max_tokens_per_pack": 16384, "pairs_per_step": 192},
+            gpus(8, 60), {"activation_checkpointing": "none", "max_tokens_per_pack": 16384, "pairs_per_step": 192},
             ("--activation-checkpointing selective takes", "--max-tokens-per-pack"),
         ),
-        (gpus(8, 79), {"audit_mode": True, "pairs_per_step": 768}, ("stage 6", "--no-audit-mode takes")),
+        (gpus(8, 64), {"audit_mode": True, "pairs_per_step": 768}, ("stage 6", "--no-audit-mode takes")),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_with_what_would(machine, given, parts):
@@ -127,7 +125,7 @@ def test_stage_5_and_any_stage_at_all_are_refused_where_no_pack_fits():
     with pytest.raises(InputError, match="stage 5: .* more GPUs would fit"):
         check_reference_fits(options, pairs, packs, CONFIG, gpus(1, 24))
     with pytest.raises(InputError, match=r"--max-tokens-per-pack \d+ would fit"):
-        check_reference_fits(options, pairs, packs, CONFIG, gpus(1, 33))
+        check_reference_fits(options, pairs, packs, CONFIG, gpus(1, 32.5))
     check_reference_fits(options, pairs, packs, CONFIG, gpus(1, 40))
 
 
@@ -226,6 +224,8 @@ def test_eight_ranks_with_defaults_have_no_turn_without_a_pack(ready, tied_model
     assert [row["loss"] for row in read_jsonl(ready / "metrics.jsonl")] == pytest.approx(losses, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_most_ranks_idle_is_refused_at_the_first_start(ready, tied_model):
     line = ("conj.train.dpo", "--run-dir", ready, "--model", tied_model, "--dtype", "float32", "--pack-multiple", "1")
-    assert_one_line_error(command(*line, ranks=4), "without a pack", "--pack-multiple 4")
+    [said] = [x for x in command(*line, ranks=4).stderr.splitlines() if x.startswith("error: ")]
+    assert "without a pack" in said and "--pack-multiple 4" in said

@@ -78,7 +78,7 @@ def test_what_was_found_to_be_too_much_comes_out():
 
 def test_cpu_offload_takes_what_torch_pins():
     """Each pinned block is rounded up to a power of two: 165 GiB, with a checkpoint's copy 250; not 114."""
-    host = host_memory(config_of(QWEN2["7B"], 28), num_ranks=1, num_local=1, cpu_offload=True)
+    host = host_memory(config_of(QWEN2["7B"], 28), num_shards=1, num_local=1, cpu_offload=True)
     pinned = host["weights and gradients, pinned"] + host["moments"]
     assert pinned / GIB == pytest.approx(165, abs=0.5)
     assert (pinned + host["copy of the state for checkpoints"]) / GIB == pytest.approx(250, abs=0.5)

@@ -7,8 +7,8 @@ from conftest import random_pairs
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from conj.data.packs import plan_packs
-from conj.data.tokens import tokenize_pairs
 from conj.data.tokenizer import JudgeTokenizer
+from conj.data.tokens import tokenize_pairs
 from conj.model.folder import read_decoder
 from conj.train.batch import collate
 from conj.train.sharding import World, reduce_at, shard_model

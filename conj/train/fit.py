@@ -8,8 +8,8 @@ CPU nothing is recomputed. What cannot fit is refused, with what would.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from conj import InputError
@@ -18,41 +18,30 @@ from conj.data.options import require
 from conj.data.packs import Group, plan_packs
 from conj.data.tokens import TokenizedPairs
 from conj.model.config import ModelConfig, read_config
+from conj.train.advice import (
+    Machine,
+    count_reference,
+    count_step,
+    does_not_fit,
+    flag_of,
+    largest_of,
+    too_large,
+)
 from conj.train.memory import (
     GIB,
-    Block,
-    Memory,
     PackShape,
     disk_bytes,
     host_memory,
-    pack_shape,
-    reference_memory,
-    step_memory,
-    usable,
 )
 from conj.train.options import DPOOptions, ReferenceOptions
 
 LARGEST_PACK = 16384  # tokens: more gain nothing, a block's matmuls are long enough
 SMALLEST_PACK = 1024
 MOST_IDLE = 0.5  # of the ranks' turns
-WIDTHS = {"bfloat16": 2, "float32": 4}
 NOT_AUTOMATIC = {
     "activation_checkpointing": "none",
     "reshard_after_forward": True,
 }  # where memory is not counted: on a CPU
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What runs stages 5 and 6."""
-
-    num_ranks: int
-    num_local: int  # of them on one machine
-    gpu_bytes: int | None = None  # of each rank's GPU; None on a CPU
-
-    @property
-    def usable(self) -> int:
-        return usable(self.gpu_bytes, self.num_ranks)
 
 
 def recorded_options(options: DPOOptions, has_begun: bool, machine: Machine) -> DPOOptions:
@@ -71,6 +60,8 @@ def settle_options(
     if _is_complete(artefact):
         return options
     options = choose_options(options, pairs, members, read_config(options.model), machine, can_change=not has_begun)
+    if options.cpu_offload:
+        check_host(read_config(options.model), machine, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if not has_begun:
         check_idle(options, [plan_packs(pairs, step, **of_pack(options)) for step in members], machine.num_ranks)
     return options
@@ -79,6 +70,19 @@ def settle_options(
 def _is_complete(artefact: Path) -> bool:
     made = read_manifest(artefact)
     return made is not None and made["complete"]
+
+
+def check_host(config: ModelConfig, machine: Machine, host_bytes: int, cpu_offload: bool = True) -> None:
+    """Raises InputError where the memory of a machine's host is too small for stage 6."""
+    host = host_memory(config, num_shards=machine.num_shards, num_local=machine.num_local, cpu_offload=cpu_offload)
+    found = sum(host.values())
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in host.items())
+    advice = "; without --cpu-offload, on more GPUs, it is less" if cpu_offload else ""
+    require(
+        found <= host_bytes,
+        f"stage 6: expected at most the {host_bytes / GIB:.1f} GiB of host memory that a machine has, found "
+        f"{found / GIB:.1f} by count ({parts}){advice}",
+    )
 
 
 def of_pack(options: DPOOptions) -> dict:
@@ -177,87 +181,6 @@ def largest_pack(
     return largest_of(pairs, steps, config), max(-(-len(packs) // num_ranks) for packs in steps)
 
 
-def largest_of(pairs: TokenizedPairs, steps: Sequence[list[list[Group]]], config: ModelConfig) -> PackShape:
-    shapes = {pack_shape(pairs, pack) for packs in steps for pack in packs}
-    return max(shapes, key=lambda shape: Block.of(config, shape, "none", 2).kept)
-
-
-def count_step(options: DPOOptions, config: ModelConfig, shape: PackShape, num_turns: int, machine: Machine) -> Memory:
-    """A GPU's memory at the peak of a step, under these options."""
-    return step_memory(
-        config, shape, num_ranks=machine.num_ranks, num_turns=num_turns, width=WIDTHS[options.dtype],
-        activation_checkpointing=options.activation_checkpointing, audit_mode=options.audit_mode,
-        cpu_offload=options.cpu_offload, reshard_after_forward=options.reshard_after_forward is not False,
-    )  # fmt: skip
-
-
-def does_not_fit(
-    options: DPOOptions,
-    config: ModelConfig,
-    shape: PackShape,
-    num_turns: int,
-    machine: Machine,
-    *,
-    can_change: bool = True,
-) -> str:
-    """One line: what stage 6 takes, what there is, and what would fit."""
-    found = count_step(options, config, shape, num_turns, machine)
-    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in found.parts.items() if size > GIB / 2)
-    what_fits = advice(options, config, shape, num_turns, machine, can_change=can_change)
-    return f"{_too_large(6, found.total, machine)} ({parts}); {what_fits}"
-
-
-def advice(
-    options: DPOOptions, config: ModelConfig, shape: PackShape, num_turns: int, machine: Machine,
-    *, can_change: bool = True, most: int | None = None,
-) -> str:  # fmt: skip
-    """The options that would fit, or take no more than `most` bytes, with what they take by count; else how many GPUs."""
-    found, changes = [], _changes(options, shape) if can_change else [{"reshard_after_forward": True}]
-    for change in changes:
-        tokens = change.get("max_tokens_per_pack", shape.tokens)
-        turns = num_turns if tokens == shape.tokens else 2
-        total = count_step(dataclasses.replace(options, **change), config, shape.scaled(tokens), turns, machine).total
-        if total <= min(machine.usable, most or machine.usable):
-            given = " ".join(_flag(name, value) for name, value in change.items())
-            found.append(f"{given} takes {total / GIB:.1f} GiB")
-    if found:
-        return ", or ".join(found[:3])
-    for num_ranks in (2**i for i in range(1, 11) if 2**i > machine.num_ranks):
-        more = dataclasses.replace(machine, num_ranks=num_ranks)
-        how = (
-            dataclasses.replace(options, activation_checkpointing="full", cpu_offload=False) if can_change else options
-        )
-        if (total := count_step(how, config, shape, num_turns, more).total) <= more.usable:
-            with_what = " with --activation-checkpointing full" if can_change else ""
-            return f"{num_ranks} such GPUs take {total / GIB:.1f} GiB each{with_what}"
-    return "a smaller model"
-
-
-def _changes(options: DPOOptions, shape: PackShape) -> Iterator[dict]:
-    """What takes less memory, the cheapest first."""
-    more = {"none": ("selective", "full"), "selective": ("full",), "full": ()}[options.activation_checkpointing]
-    if options.reshard_after_forward is False:
-        yield {"reshard_after_forward": True}
-    for how in more:
-        if how != "selective" or options.kernels != "compile":
-            yield {"activation_checkpointing": how}
-    yield from (
-        {"max_tokens_per_pack": shape.tokens * share // 8 // 256 * 256} for share in (6, 4, 3, 2) if shape.tokens > 2048
-    )
-    full = {"activation_checkpointing": "full"} if more else {}
-    if shape.tokens > 2048:
-        yield full | {"max_tokens_per_pack": shape.tokens // 4 // 256 * 256}
-    if options.audit_mode:
-        yield full | {"audit_mode": False}
-    if not options.cpu_offload:
-        yield full | {"cpu_offload": True}
-
-
-def _flag(name: str, value: object) -> str:
-    flag = name.replace("_", "-")
-    return f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
-
-
 def check_reference_fits(
     options: ReferenceOptions, pairs: TokenizedPairs, packs: list[list[Group]], config: ModelConfig, machine: Machine
 ) -> None:
@@ -266,20 +189,9 @@ def check_reference_fits(
         return
     shape = largest_of(pairs, [packs], config)
     sizes = [shape.tokens, *(size for size in (12288, 8192, 6144, 4096, 2048) if size < shape.tokens)]
-    taken = {size: _count_reference(options, config, shape.scaled(size), machine) for size in sizes}
+    taken = {size: count_reference(options, config, shape.scaled(size), machine) for size in sizes}
     fitting = next((f"--max-tokens-per-pack {size}" for size in sizes if taken[size] <= machine.usable), "more GPUs")
-    require(
-        taken[shape.tokens] <= machine.usable, f"{_too_large(5, taken[shape.tokens], machine)}; {fitting} would fit"
-    )
-
-
-def _count_reference(options: ReferenceOptions, config: ModelConfig, shape: PackShape, machine: Machine) -> int:
-    return reference_memory(config, shape, num_ranks=machine.num_ranks, width=WIDTHS[options.dtype]).total
-
-
-def _too_large(stage: int, found: int, machine: Machine) -> str:
-    there = f"{machine.usable / GIB:.1f} GiB for it on a GPU of {machine.gpu_bytes / GIB:.1f}"
-    return f"stage {stage}: expected at most {there}, found {found / GIB:.1f} by count"
+    require(taken[shape.tokens] <= machine.usable, f"{too_large(5, taken[shape.tokens], machine)}; {fitting} would fit")
 
 
 def describe_training(
@@ -292,7 +204,7 @@ def describe_training(
     shape, idle = largest_of(pairs, steps, config), idle_turns(steps, machine.num_ranks)
     num_turns = max(-(-len(packs) // machine.num_ranks) for packs in steps)
     chosen = " ".join(
-        _flag(name, value)
+        flag_of(name, value)
         for name in ("max_tokens_per_pack", "pack_multiple", "activation_checkpointing", "reshard_after_forward")
         if (value := getattr(options, name)) is not None
     )
@@ -307,7 +219,7 @@ def describe_training(
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in found.parts.items() if size >= GIB / 20)
         lines.append(f"GPU {found.total / GIB:.1f} of {machine.usable / GIB:.1f} GiB ({parts}), by count")
     offload = options.cpu_offload
-    host = host_memory(config, num_ranks=machine.num_ranks, num_local=machine.num_local, cpu_offload=offload)
+    host = host_memory(config, num_shards=machine.num_shards, num_local=machine.num_local, cpu_offload=offload)
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in host.items())
     disk = disk_bytes(config, options.keep_checkpoints)
     lines.append(
@@ -316,24 +228,13 @@ def describe_training(
     return "\n".join(f"{'stage 6' if i == 0 else '       '} {line}" for i, line in enumerate(lines))
 
 
-def after_out_of_memory(
-    options: DPOOptions, pairs: TokenizedPairs, steps: Sequence[list], machine: Machine, *, can_change: bool
-) -> str:
-    """What to give a run that fits by count, and did not at run time: a twentieth less than was counted at least."""
-    config = read_config(options.model)
-    shape, num_turns = largest_of(pairs, steps, config), max(-(-len(packs) // machine.num_ranks) for packs in steps)
-    counted = count_step(options, config, shape, num_turns, machine).total
-    what_fits = advice(options, config, shape, num_turns, machine, can_change=can_change, most=counted * 19 // 20)
-    return f"{counted / GIB:.1f} GiB by count; {what_fits}"
-
-
 def check_least(stage: str, options: DPOOptions | ReferenceOptions, machine: Machine) -> None:
     """Raises InputError for a stage that fits no GPU of the machine whatever the pairs are: even with the smallest pack."""
     config, shape = read_config(options.model), PackShape(tokens=256, predicted=64, keys=256)
     if stage == "reference":
-        least = _count_reference(options, config, shape, machine)
+        least = count_reference(options, config, shape, machine)
         require(
-            least <= machine.usable, f"{_too_large(5, least, machine)} with the smallest pack; more GPUs take less each"
+            least <= machine.usable, f"{too_large(5, least, machine)} with the smallest pack; more GPUs take less each"
         )
         return
     how = options.activation_checkpointing or "full"

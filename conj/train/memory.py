@@ -282,15 +282,17 @@ class _Step:
             yield {"gathered": 0, "gradients": done + self._reduction(sizes.embedding), "work": 0}
 
 
-def reference_memory(config: ModelConfig, pack: PackShape, *, num_ranks: int = 1, width: int = 2) -> Memory:
-    """The peak of a GPU in stage 5, which goes forward only."""
+def reference_memory(
+    config: ModelConfig, pack: PackShape, *, num_ranks: int = 1, num_shards: int | None = None, width: int = 2
+) -> Memory:
+    """The peak of a GPU in stage 5, which goes forward only; arguments as in `step_memory`."""
     sizes = Sizes.of(config)
     hidden, mlp = pack.tokens * config.hidden_size * width, pack.tokens * config.intermediate_size * width
     heads = pack.tokens * config.num_attention_heads * config.head_dim * width
     logits = 2 * 4 * min(LOGITS, pack.predicted) * min(LOGITS, config.vocab_size)
     head = width * sizes.head if num_ranks > 1 or width != 4 else 0  # gathered before all blocks, or cast after them
     block = 2 * width * sizes.block if num_ranks > 1 else 0
-    weights = {"weights": 4 * sizes.all // num_ranks}
+    weights = {"weights": 4 * sizes.all // (num_shards or num_ranks)}
     moments = [
         Memory(moment="a block", parts=weights | {
             "gathered weights": block + (head if num_ranks > 1 else width * sizes.matrix), "work": 5 * hidden + 2 * heads + 3 * mlp}),
@@ -300,17 +302,18 @@ def reference_memory(config: ModelConfig, pack: PackShape, *, num_ranks: int = 1
     return max(moments, key=lambda memory: memory.total)
 
 
-def host_memory(config: ModelConfig, *, num_ranks: int, num_local: int, cpu_offload: bool) -> dict[str, int]:
-    """What stage 6 takes of the memory of one machine, on which `num_local` of the ranks are: bytes by name."""
+def host_memory(config: ModelConfig, *, num_shards: int, num_local: int, cpu_offload: bool) -> dict[str, int]:
+    """What stage 6 takes of the memory of one machine, on which `num_local` ranks are, that holds the first copy of the model
+    or a part of it: bytes by name. `num_shards`: ranks that share a copy."""
     size = Sizes.of(config).all
-    copy = STATE_BYTES * size // num_ranks + PINNED_CHUNKS
+    copy = STATE_BYTES * size // num_shards + PINNED_CHUNKS
     parts = {"processes": num_local * HOST_PROCESS, "copy of the state for checkpoints": num_local * copy}
     if cpu_offload:
-        shards = [prod((-(-rows // num_ranks), *rest)) for rows, *rest in parameter_shapes(config).values()]
+        shards = [prod((-(-rows // num_shards), *rest)) for rows, *rest in parameter_shapes(config).values()]
         # torch rounds a pinned block up to a power of two.
         pinned = sum(1 << (4 * size - 1).bit_length() for size in shards)
         parts |= {"weights and gradients, pinned": num_local * 2 * pinned}
-        parts |= {"moments": num_local * 8 * size // num_ranks}
+        parts |= {"moments": num_local * 8 * size // num_shards}
     return parts
 
 

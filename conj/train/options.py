@@ -54,7 +54,8 @@ def check_machine(options: Iterable[tuple[str, ComputeOptions]], num_processes: 
     import torch
 
     from conj.model import backends
-    from conj.train.fit import Machine, check_least
+    from conj.train.advice import Machine
+    from conj.train.fit import check_least
 
     for stage, asked in options:
         machine = dataclasses.replace(backends.this_machine(asked.device), num_local_ranks=num_processes)
@@ -64,7 +65,11 @@ def check_machine(options: Iterable[tuple[str, ComputeOptions]], num_processes: 
             )
             if backends.choose_device(machine, asked.device) == "cuda":
                 size = torch.cuda.get_device_properties(0).total_memory
-                check_least(stage, asked, Machine(num_ranks=num_processes, num_local=num_processes, gpu_bytes=size))
+                check_least(
+                    stage,
+                    asked,
+                    Machine(num_ranks=num_processes, num_local=num_processes, num_shards=num_processes, gpu_bytes=size),
+                )
         except InputError as e:
             raise InputError(f"[{stage}] {e}") from None
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from conj.data.options import require
 from conj.data.packs import Group, group_tokens, pairs_of, plan_packs, plan_steps
 from conj.data.tokens import TokenizedPairs
+from conj.train.advice import after_out_of_memory
 from conj.train.checkpoint import list_checkpoints
-from conj.train.fit import after_out_of_memory, of_pack, recorded_options, settle_options
+from conj.train.fit import of_pack, recorded_options, settle_options
 from conj.train.options import DPOOptions
 from conj.train.reference import load_reference, map_pairs, reference_key
 from conj.train.sharding import NotEnoughMemory, World

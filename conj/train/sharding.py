@@ -30,7 +30,7 @@ from conj.model.config import ModelConfig
 from conj.model.decoder import DTYPES, Decoder
 from conj.model.folder import read_decoder
 from conj.model.weights import load_weights
-from conj.train.fit import Machine
+from conj.train.advice import Machine
 from conj.train.options import choose_shard_size
 
 SECONDS_TO_LEAVE = 25  # torchrun kills 30 seconds after it asked to leave
@@ -80,7 +80,7 @@ class World:
         """The ranks, and the memory of this one's GPU, of which kind the others are taken to be."""
         size = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return Machine(num_ranks=self.size, num_local=num_local, gpu_bytes=size)
+        return Machine(num_ranks=self.size, num_local=num_local, num_shards=self.shard_size, gpu_bytes=size)
 
     def describe(self) -> dict:
         """What a run's bits depend on beside versions of packages."""
