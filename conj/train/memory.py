@@ -210,13 +210,13 @@ class _Step:
         return self._reduced * size + max(own, back - (8 * size if self._accumulates else 0))  # they are gone by then
 
     def _gathered(self, num_blocks: int, current: int) -> int:
-        """The head, `current` blocks' worth of copies in use and coming, and blocks that were never given back."""
-        one = self.width * self.sizes.block
-        return self.width * self.sizes.head + (current if self.reshard else num_blocks) * one
+        """The head, `current` blocks' worth of copies in use and coming; or all blocks and embeddings, never given back."""
+        others = current * self.sizes.block if self.reshard else num_blocks * self.sizes.block + self.sizes.embedding
+        return self.width * (self.sizes.head + others)
 
     def _coming(self, number: int) -> int:
         """What is gathered ahead of its use while a block goes back: the one below it, in the end the embeddings."""
-        if self.shards == 1 or (number and not self.reshard):
+        if self.shards == 1 or not self.reshard:
             return 0
         return self.width * (self.sizes.block if number else self.sizes.embedding)
 
