@@ -2,7 +2,7 @@
 
     python scripts/bench_sampling.py --prompts 80000 --samples 10 --engines 2 --json benchmarks/results/cpu/sampling.json
 
-Prompts are made up, of about 1,500 tokens of the demo's tokenizer; a judgment has 200 tokens. Everything but the engine is
+Prompts are made up, of about 1,470 tokens of the demo's tokenizer; a judgment has 200 tokens. Everything but the engine is
 real: prompts are read and tokenized, go to Ray actors and come back, rows are written. The first process is killed with half
 of the rows there; a second one goes on and ends the file. The peak is that process's own, engines aside.
 """
@@ -144,7 +144,7 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--prompts", type=int, default=80000, help="number of prompts")
     parser.add_argument("--samples", type=int, default=10, help="judgments a prompt")
-    parser.add_argument("--characters", type=int, default=650, help="of each answer")
+    parser.add_argument("--characters", type=int, default=400, help="of each answer")
     parser.add_argument("--engines", type=int, default=2, help="Ray actors; 0: an engine in the process itself")
     parser.add_argument("--json", type=Path, help="file to write the row to")
     parser.add_argument("--drive", type=Path, help="only the process that writes, in this folder: a side of the above")

@@ -315,9 +315,10 @@ def started() -> Iterator[Callable[[Path, int], subprocess.Popen]]:
         few = ["--max-new-tokens", "48", "--max-num-seqs", "8", "--num-samples", "4", "--num-engines", num_engines]
         line = [sys.executable, "-m", "conj", "repeated", "--run-dir", run, "--model", ROOT / "demo" / "base", *few]
         log = open(run / "log", "ab")
-        processes.append(
-            subprocess.Popen(list(map(str, line)), env=ENV, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-        )
+        # A shell's background jobs ignore Ctrl-C, and what they start does too.
+        interruptible = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        options = {"env": ENV, "cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT, "preexec_fn": interruptible}
+        processes.append(subprocess.Popen(list(map(str, line)), **options))
         return processes[-1]
 
     yield start

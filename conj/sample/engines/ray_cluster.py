@@ -58,7 +58,7 @@ def running_ray(options) -> Iterator[Cluster]:
     try:
         import ray
     except ImportError as e:
-        advice = "pip install 'ray[default]', or conj with its extra `ray`"
+        advice = "pip install 'ray[default]', or take --num-engines 1"
         raise InputError(f"several engines need Ray, which cannot be imported ({e}); {advice}") from None
     here = {"address": "local", "num_gpus": num_gpus_here(options), "include_dashboard": False,
             "num_cpus": max(os.cpu_count(), options.num_engines or 0), "object_store_memory": OBJECT_STORE_BYTES}  # fmt: skip
