@@ -65,7 +65,8 @@ def test_a_part_that_is_left_out_is_seen():
 
 
 def test_what_was_found_to_be_too_much_comes_out():
-    """Issue 13, for Qwen2-7B on 8 ranks, the first pack of a step: 83.8 GiB at 15,966 tokens, 21.7 recomputed, 59.8 at 10,476."""
+    """Issue 13, for Qwen2-7B on 8 ranks, the first pack of a step: 83.8 GiB at 15,966 tokens, 21.7 recomputed, 59.8 at 10,476;
+    81.9 in audit mode, with two packs of 2,496 a rank."""
     config = config_of(QWEN2["7B"], 28)
     pack = PackShape(tokens=15966, predicted=8500, keys=66966)
     eight = {"num_ranks": 8, "num_turns": 1}
@@ -74,6 +75,8 @@ def test_what_was_found_to_be_too_much_comes_out():
         21.7, abs=0.2
     )
     assert step_memory(config, pack.scaled(10476), **eight).total / GIB == pytest.approx(59.8, abs=0.4)
+    audited = step_memory(config, pack.scaled(2496), num_ranks=8, audit_mode=True).total
+    assert audited / GIB == pytest.approx(81.9, abs=0.5)
 
 
 def test_cpu_offload_takes_what_torch_pins():
