@@ -180,7 +180,7 @@ def training_steps(options: DPOOptions, pairs: TokenizedPairs, max_length: int) 
     steps = [
         step for seed in seeds
         for step in plan_steps(pairs, train, pairs_per_step=options.pairs_per_step, share=options.share, seed=seed,
-                               multiple=options.pack_multiple)
+                               multiple=options.balanced_packs)
     ]  # fmt: skip
     return steps[: options.max_steps], usable
 
@@ -230,7 +230,6 @@ def print_training(
 ) -> None:
     """Stages 5 and 6: memory, packs, FLOPs, hours. Raises InputError where they do not fit."""
     pairs, reference, options = work.pairs, run.options.get("reference"), run.options["dpo"]
-    options = dataclasses.replace(options, pack_multiple=options.pack_multiple or machine.num_ranks)
     members, usable = training_steps(options, pairs, min(options.max_length, config.max_position_embeddings))
     if reference is not None:
         packs = plan_packs(pairs, usable, max_tokens=reference.max_tokens_per_pack, share="prompt")

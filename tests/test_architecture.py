@@ -41,7 +41,7 @@ OPTIONS = {  # their order is that of the help alone
     "reference": RUN + COMPUTE + "dp_shard_size model max_length max_tokens_per_pack save_every",
     "dpo": RUN + COMPUTE + "dp_shard_size " + (
         "model beta nll_alpha learning_rate adam_beta1 adam_beta2 weight_decay warmup_ratio max_grad_norm "
-        "num_train_epochs max_steps pairs_per_step max_length max_tokens_per_pack pack_multiple share "
+        "num_train_epochs max_steps pairs_per_step max_length max_tokens_per_pack pack_multiple balanced_packs share "
         "activation_checkpointing reshard_after_forward cpu_offload deterministic audit_mode eval_steps eval_pairs save_every keep_checkpoints report_to seed"
     ),
     "evaluate": RUN + FLEET + ENDPOINT + (

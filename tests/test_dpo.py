@@ -180,7 +180,11 @@ def test_the_first_20_losses_are_the_golden_ones(run_folder):
     To make them anew, knowing why: print the losses below and write them to tests/data/golden_losses.json."""
     base = ROOT / "demo" / "base"
     make_reference(run_folder, base)
-    dpo.main(dpo_options(run_folder, base, learning_rate=1e-4, num_train_epochs=3, max_steps=20, pairs_per_step=8))
+    dpo.main(
+        dpo_options(
+            run_folder, base, learning_rate=1e-4, num_train_epochs=3, max_steps=20, pairs_per_step=8, balanced_packs=1
+        )
+    )
     losses = [row["loss"] for row in metrics_of(run_folder)]
     golden = json.loads((ROOT / "tests" / "data" / "golden_losses.json").read_text())
     assert losses == pytest.approx(golden, rel=1e-4), losses

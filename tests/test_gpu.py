@@ -137,7 +137,7 @@ def test_the_shipped_judge_trains_on_one_gpu(cpu_offload, tmp_path):
     reference.main(reference.ReferenceOptions(**common))
     dpo.main(
         dpo.DPOOptions(
-            **common, learning_rate=1e-4, num_train_epochs=3, pairs_per_step=8, deterministic=True,
+            **common, learning_rate=1e-4, num_train_epochs=3, pairs_per_step=8, balanced_packs=1, deterministic=True,
             activation_checkpointing="full" if cpu_offload else "selective", cpu_offload=cpu_offload,
         )
     )  # fmt: skip

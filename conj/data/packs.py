@@ -2,8 +2,8 @@
 
 A judge's prompt is long and its judgments are short, so a prompt is encoded once and its judgments hang off it:
 `prompt + sum of judgments` tokens, where separate sequences take `2 x pairs x prompt + sum of judgments`.
-The plan depends on data, seed and epoch alone, never on the number of ranks: nothing here knows that number, but for
-`deal`, which hands out packs that are made. Fill, balance and seconds at 400,000 pairs: scripts/bench_packing.py.
+Which pairs a step takes depends on data, seed, epoch and options, never on the number of ranks: nothing here knows that
+number, but for `deal`, which hands out packs that are made. Fill, balance and seconds at 400,000 pairs: scripts/bench_packing.py.
 """
 
 import heapq
@@ -111,8 +111,8 @@ def plan_packs(
     repeated: the fewest tokens in all, for one rank and for plans of so many packs that ranks are even anyway.
     Else their number is the smallest multiple of it that is enough (but never more packs than pairs), and a prompt's
     pairs are cut apart where that makes the largest pack smaller: the fewest tokens on the fullest of `multiple` ranks,
-    for which the others wait, at the price of repeated prompts. It must not follow the number of ranks of a run whose
-    result may not depend on that number. A pair is never cut. Raises InputError for a pair that alone is over budget."""
+    for which the others wait, at the price of repeated prompts. A run keeps it on any number of ranks.
+    A pair is never cut. Raises InputError for a pair that alone is over budget."""
     if not members:
         return []
     pieces, can_cut = _pieces(pairs, members, max_tokens, share), multiple > 1

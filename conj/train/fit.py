@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from conj import InputError
 from conj.data.manifest import read_manifest, with_recorded
@@ -44,20 +43,16 @@ NOT_AUTOMATIC = {
 }  # where memory is not counted: on a CPU
 
 
-def recorded_options(options: DPOOptions, has_begun: bool, machine: Machine) -> DPOOptions:
-    """The options as they were settled when the run began; at its beginning, with packs for every rank."""
-    [(artefact, inputs)] = options.makes().items()
-    options = with_recorded(options, artefact, inputs, has_begun=has_begun or _is_complete(artefact))
-    return dataclasses.replace(options, pack_multiple=options.pack_multiple or machine.num_ranks)
-
-
 def settle_options(
     options: DPOOptions, has_begun: bool, pairs: TokenizedPairs, members: Sequence[Sequence[int]], machine: Machine
 ) -> DPOOptions:
-    """`recorded_options` with what suits the machine now where nothing was recorded. Raises InputError for a run that does
-    not fit, and for one that begins with most of the ranks idle."""
-    [artefact] = options.makes()
-    if _is_complete(artefact):
+    """The options as they were settled when the run began, or else as they suit the machine now. Raises InputError for a
+    run that does not fit, and for one that begins with most of the ranks idle."""
+    [(artefact, inputs)] = options.makes().items()
+    made = read_manifest(artefact)
+    is_complete = made is not None and made["complete"]
+    options = with_recorded(options, artefact, inputs, has_begun=has_begun or is_complete)
+    if is_complete:
         return options
     options = choose_options(options, pairs, members, read_config(options.model), machine, can_change=not has_begun)
     if options.cpu_offload:
@@ -65,11 +60,6 @@ def settle_options(
     if not has_begun:
         check_idle(options, [plan_packs(pairs, step, **of_pack(options)) for step in members], machine.num_ranks)
     return options
-
-
-def _is_complete(artefact: Path) -> bool:
-    made = read_manifest(artefact)
-    return made is not None and made["complete"]
 
 
 def check_host(config: ModelConfig, machine: Machine, host_bytes: int, cpu_offload: bool = True) -> None:
@@ -117,7 +107,10 @@ def choose_options(
     Raises InputError where nothing fits the machine, with what would; of a run that has begun (not `can_change`), that is
     more GPUs alone."""
     if options.pack_multiple is None:
-        options = dataclasses.replace(options, pack_multiple=machine.num_ranks)
+        # In audit mode the same for 1, 2, 4 and 8 ranks: their bits are then the same, whichever number begins.
+        of_any = options.audit_mode and options.balanced_packs % machine.num_ranks == 0
+        multiple = options.balanced_packs if of_any else machine.num_ranks
+        options = dataclasses.replace(options, pack_multiple=multiple)
     longest = max(pair_tokens(pairs, pair, options.share) for step in members for pair in step)
     if machine.gpu_bytes is None:
         chosen = NOT_AUTOMATIC | {"max_tokens_per_pack": max(LARGEST_PACK, longest)}

@@ -140,6 +140,10 @@ class DPOOptions(RunOptions, ComputeOptions):
         help="the packs of a step are a multiple of this, so that as many ranks have work; by default the number of ranks",
         automatic=True,
     )
+    balanced_packs: int = option(
+        8, help="prompts that share a step are chosen so that this many packs of it can be even, where it has few of them; "
+        "1: by chance alone"
+    )  # fmt: skip
     share: Literal["prompt", "pair", "none"] = option(
         "prompt",
         help="who shares one encoding of a prompt: all its pairs (they then share a step), the two judgments of a pair, none",
@@ -180,7 +184,7 @@ class DPOOptions(RunOptions, ComputeOptions):
 
     def __post_init__(self):
         above_0 = ("beta", "learning_rate", "max_grad_norm", "num_train_epochs", "max_steps", "pairs_per_step")
-        above_0 += ("max_length", "max_tokens_per_pack", "pack_multiple", "dp_shard_size")
+        above_0 += ("max_length", "max_tokens_per_pack", "pack_multiple", "balanced_packs", "dp_shard_size")
         above_0 += ("eval_steps", "eval_pairs", "save_every", "keep_checkpoints")
         require_each(self, above_0, lambda value: value > 0, "more than 0")
         require_each(

@@ -19,7 +19,7 @@ from conj.data.packs import Group, group_tokens, pairs_of, plan_packs, plan_step
 from conj.data.tokens import TokenizedPairs
 from conj.train.advice import after_out_of_memory
 from conj.train.checkpoint import list_checkpoints
-from conj.train.fit import of_pack, recorded_options, settle_options
+from conj.train.fit import of_pack, settle_options
 from conj.train.options import DPOOptions
 from conj.train.reference import load_reference, map_pairs, reference_key
 from conj.train.sharding import NotEnoughMemory, World
@@ -49,14 +49,12 @@ def make_plan(options, world: World, *, elsewhere: bool = False, folders: Sequen
     pairs, tokenizer, usable = map_pairs(options, world, folders)
     train, held_out = ([i for i in usable if pairs.is_eval[i] is flag] for flag in (False, True))
     require(world.size <= len(train), f"{options.run_dir}: {len(train)} training pairs cannot feed {world.size} ranks")
-    has_begun, machine = any(list_checkpoints(options.run_dir / "checkpoints")), world.machine()
-    if not elsewhere:
-        options = world.on_main(lambda: recorded_options(options, has_begun, machine))
-    of_step = {"pairs_per_step": options.pairs_per_step, "share": options.share, "multiple": options.pack_multiple}
+    of_step = {"pairs_per_step": options.pairs_per_step, "share": options.share, "multiple": options.balanced_packs}
     seeds = [f"{options.seed}:{epoch}" for epoch in range(options.num_train_epochs)]
     members = [step for seed in seeds for step in plan_steps(pairs, train, seed=seed, **of_step)][: options.max_steps]
     if not elsewhere:  # before files are hashed: what does not fit is refused in the first seconds
-        options = world.on_main(lambda: settle_options(options, has_begun, pairs, members, machine))
+        has_begun = any(list_checkpoints(options.run_dir / "checkpoints"))
+        options = world.on_main(lambda: settle_options(options, has_begun, pairs, members, world.machine()))
 
     where = {"dtype": options.dtype, "device": world.device}
     key = world.on_main(lambda: reference_key(options.model, tokenizer, pairs, **where))
