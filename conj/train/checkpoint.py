@@ -105,9 +105,9 @@ def copy_by_chunks(copies: list[tuple[Tensor, Tensor]], chunks: list[Tensor], se
 class Saver:
     """Writes checkpoints in a thread of each rank while training goes on, one at a time.
 
-    A step waits only for the copy of the state to host memory: 12 bytes a parameter, over the ranks that hold one copy of the
-    model. Those that hold another write nothing and need no such memory. It is kept from the
-    first save on: fresh memory would cost a page fault for every 4 KiB, at each."""
+    A step waits only for the copy of the state to host memory: 12 bytes a parameter, over the ranks that hold one copy of
+    the model. Those that hold another write nothing and need no such memory. It is kept from the first save on: fresh
+    memory would cost a page fault for every 4 KiB, at each."""
 
     folder: Path
     world: World
