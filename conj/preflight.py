@@ -86,7 +86,7 @@ def check(runs: list[Run]) -> dict[Path, JudgeModel]:
             except InputError as e:
                 raise InputError(f"[{stage}] {e}") from None
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            process.submit(check_machine, trained, runs[0].num_processes).result()
+            process.submit(check_machine, trained, runs[0].num_processes, runs[0].num_ranks).result()
     return models
 
 

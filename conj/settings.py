@@ -7,8 +7,8 @@
     learning_rate = 1e-6
 
 What stands above the tables reaches every stage that has such an option (one that asks an endpoint has no device of its own);
-what stands in a stage's table wins, and the command line over both. `[runs.NAME.STAGE]` tables make a sweep: each NAME is a run folder below `run_dir` with the file's
-other settings. Keys are the stages' options; paths are as seen from where the command is given.
+what stands in a stage's table wins, and the command line over both. `[runs.NAME.STAGE]` tables make a sweep: each NAME is a
+run folder below `run_dir` with the file's other settings. Keys are the stages' options; paths are as seen from where the command is given.
 """
 
 import dataclasses
@@ -269,13 +269,13 @@ def _stage_table(stage: str, names: set[str], levels: Iterable[dict], asked: dic
 def _unread(stage: str, table: dict) -> tuple[str, ...]:
     """What is for all stages, and not for one that asks an endpoint: it has its own."""
     if "api_model" in table:
-        return ("device", "dtype")
+        return ("device", "dtype", "ray_address")
     if stage != "evaluate" or "judge" not in table or table.get("judgments"):
         return ()
     from conj.sample.evaluation.judges import load_judge
 
     judge = load_judge(table["judge"], Path(table["judge_text"]) if "judge_text" in table else None)
-    return ("model", "max_length", "device", "dtype") if judge.backend == "openai" else ()
+    return ("model", "max_length", "device", "dtype", "ray_address") if judge.backend == "openai" else ()
 
 
 def _plain(value: object) -> object:

@@ -26,7 +26,7 @@ HOW = {"share": "prompt", "pairs_per_step": 24, "max_tokens_per_pack": 16384, "p
 def planned(num_prompts: int, held_out: float = 0.02, max_steps: int | None = None, **changes) -> Plan:
     """A plan of prompts with 5 pairs each, of which a share of the prompts is held out. Steps are cut into packs only as far
     as the rule reads them: as one."""
-    pairs = draw_pairs(random.Random(0), (PROMPT_TOKENS, JUDGMENT_TOKENS), num_prompts, 5)
+    pairs = draw_pairs(random.Random(0), (PROMPT_TOKENS, JUDGMENT_TOKENS), num_prompts, 5, 5)
     draw = random.Random(1)
     out = {prompt for prompt in range(num_prompts) if draw.random() < held_out}
     flags = [prompt in out for prompt in pairs.prompt_of]
@@ -36,7 +36,7 @@ def planned(num_prompts: int, held_out: float = 0.02, max_steps: int | None = No
     packs = [plan_packs(pairs, step, max_tokens=2**40, share="prompt") for step in steps]
     made = plan_evaluations(pairs, held, packs, options)
     return Plan(
-        pairs=pairs, reference=None, train=train, held_out=held, steps=packs, evaluations=made, stale=[]
+        options=options, pairs=pairs, reference=None, train=train, held_out=held, steps=packs, evaluations=made, stale=[]
     )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def test_a_small_run_has_a_few_points_and_one_of_a_few_steps_the_last():
     assert len({len(pairs_of(packs)) for packs in list(plan.evaluations.values())[:-1]}) == 1
     trial = planned(20_000, max_steps=10)
     assert [*trial.evaluations] == [2, 5, 7, 10] and evaluation_share(trial) <= EVAL_SHARE
-    assert all(2 <= len(pairs_of(packs)) < 20 for packs in trial.evaluations.values())
+    assert all(1 <= len(pairs_of(packs)) < 20 for packs in trial.evaluations.values())
     assert "held-out pairs are evaluated after step 10, and" in describe_evaluations(trial)
     one = planned(50, held_out=0.5, max_steps=1)
     assert [len(pairs_of(packs)) for packs in one.evaluations.values()] == [1]
@@ -86,6 +86,16 @@ def test_whole_steps_are_taken_at_their_word_and_shares_are_upper_bounds():
     assert len(planned(20_000, eval_steps=0.5).evaluations) == 2
     with pytest.raises(InputError, match="--eval-steps: expected a share below 1, or whole steps, found 1.5"):
         dpo_options("unused", "unused", eval_steps=1.5)
+
+
+def test_whole_steps_that_leave_no_room_for_the_last_evaluation_still_give_it_a_pair():
+    """A trial of two steps with more held-out pairs than it trains on once never ended; one after the last step alone is not
+    cut for evaluations that are not asked for."""
+    plan = planned(200, held_out=0.8, max_steps=2, eval_steps=1)
+    assert [len(pairs_of(packs)) for packs in plan.evaluations.values()] == [256, 1]
+    many, one = (planned(200, held_out=0.3, eval_steps=steps) for steps in (5, 100))
+    sizes = [len(pairs_of(plan.evaluations[len(plan.steps)])) for plan in (many, one)]
+    assert len(one.evaluations) == 1 and sizes[0] < sizes[1]
 
 
 def test_without_held_out_pairs_nothing_is_evaluated():

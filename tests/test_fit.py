@@ -1,5 +1,7 @@
 """Automatic options, and what is refused before weights load: by the ranks and the memory that there are."""
 
+import dataclasses
+import types
 from array import array
 
 import pytest
@@ -7,12 +9,14 @@ import torch
 from bench_common import QWEN2, config_of
 from conftest import command, succeeds, write_model
 from test_dpo import ARGUMENTS, dpo_options, go_back, make_reference, metrics_of
+from test_plan import write_geometry
 
 from conj import InputError
 from conj.data.files import read_jsonl
 from conj.data.manifest import read_manifest
 from conj.data.packs import plan_packs, plan_steps
 from conj.data.tokens import TokenizedPairs
+from conj.model import backends
 from conj.train import dpo, sharding
 from conj.train.advice import Machine, count_step
 from conj.train.fit import (
@@ -25,7 +29,7 @@ from conj.train.fit import (
     of_pack,
 )  # fmt: skip
 from conj.train.memory import GIB
-from conj.train.options import DPOOptions, ReferenceOptions
+from conj.train.options import DPOOptions, ReferenceOptions, check_machine
 
 CONFIG = config_of(QWEN2["7B"], 28)
 
@@ -139,6 +143,17 @@ def test_conj_check_refuses_a_model_that_no_visible_gpu_holds(tmp_path):
         with pytest.raises(InputError, match="GPU of"):
             check_least(stage, options, gpus(1, 1))
         check_least(stage, options, gpus(1, 8))
+
+
+def test_conj_check_counts_the_ranks_of_all_nodes(tmp_path, monkeypatch):
+    """A model that 16 ranks of two nodes hold together, and 8 of one do not."""
+    monkeypatch.setattr(backends, "this_machine", lambda device: backends.Machine(num_gpus=8, capability=(9, 0)))
+    size = types.SimpleNamespace(total_memory=16 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: size)
+    options = DPOOptions(run_dir="r", model=write_geometry(tmp_path / "model"), attention="sdpa", dp_shard_size=16)
+    check_machine([("dpo", options)], 8, 16)
+    with pytest.raises(InputError, match=r"\[dpo\] stage 6: expected at most"):
+        check_machine([("dpo", dataclasses.replace(options, dp_shard_size=8))], 8, 16)
 
 
 def test_the_text_of_a_plan_says_memory_and_ranks():

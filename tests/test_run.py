@@ -53,6 +53,7 @@ def test_what_is_shared_reaches_no_stage_behind_an_endpoint_that_has_its_own(tmp
     """It was refused there, and a file could not unset it. In the stage's own table it is still a mistake."""
     file = write_settings(tmp_path, '[repeated]\napi_model = "large"\nbase_url = "http://localhost:1/v1"\ntop_k = 40\n')
     judge = ["--evaluate.judge", "gpt-4o", "--device", "cpu", "--dtype", "float32", "--max-length", "900"]
+    judge += ["--ray-address", "node-1:6379"]  # as scripts/run_conj.sbatch gives it
     [run] = resolved(file, *judge)
     repeated, hinted, judged = (run.options[stage] for stage in ("repeated", "hinted", "evaluate"))
     assert (repeated.device, repeated.dtype, repeated.max_length) == ("auto", "auto", 900)
@@ -60,6 +61,7 @@ def test_what_is_shared_reaches_no_stage_behind_an_endpoint_that_has_its_own(tmp
     assert (repeated.top_k, repeated.repetition_penalty) == (40, None) and hinted.repetition_penalty == 1.0
     assert (hinted.device, run.options["dpo"].device, judged.device) == ("cpu", "cpu", "auto")
     assert judged.model is judged.max_length is None
+    assert (repeated.ray_address, hinted.ray_address, judged.ray_address) == (None, "node-1:6379", None)
     assert [str(path) for path in repeated.makes()[repeated.run_dir / "repeated.jsonl"]][1] == "endpoint model large"
     line = command_line("repeated", repeated, 1)
     assert {"--api-model=large", "--base-url=http://localhost:1/v1", "--top-k=40"} < set(line)

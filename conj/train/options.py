@@ -48,9 +48,9 @@ class ComputeOptions:
     )
 
 
-def check_machine(options: Iterable[tuple[str, ComputeOptions]], num_processes: int) -> None:
-    """Raises InputError, naming the stage, for what cannot run on this machine, or does not fit its GPUs. Imports torch and
-    may start CUDA: for a process of its own."""
+def check_machine(options: Iterable[tuple[str, ComputeOptions]], num_processes: int, num_ranks: int) -> None:
+    """Raises InputError, naming the stage, for what cannot run on this machine, or does not fit its GPUs; other nodes are taken
+    to be like it. Imports torch and may start CUDA: for a process of its own."""
     import torch
 
     from conj.model import backends
@@ -65,11 +65,9 @@ def check_machine(options: Iterable[tuple[str, ComputeOptions]], num_processes: 
             )
             if backends.choose_device(machine, asked.device) == "cuda":
                 size = torch.cuda.get_device_properties(0).total_memory
-                check_least(
-                    stage,
-                    asked,
-                    Machine(num_ranks=num_processes, num_local=num_processes, num_shards=num_processes, gpu_bytes=size),
-                )
+                num_shards = choose_shard_size(asked.dp_shard_size, num_ranks, num_processes)
+                of_all = {"num_ranks": num_ranks, "num_local": num_processes, "num_shards": num_shards}
+                check_least(stage, asked, Machine(**of_all, gpu_bytes=size))
         except InputError as e:
             raise InputError(f"[{stage}] {e}") from None
 

@@ -95,7 +95,7 @@ def plan_evaluations(
     def packs_within(members: list[int], limit: float) -> list[list[Group]]:
         """Of as many of the first members as have so many tokens in all."""
         packs = plan_packs(pairs, members, **of_pack(options))
-        while num_tokens(pairs, packs) > limit:
+        while members and num_tokens(pairs, packs) > limit:
             members = members[: len(members) * 9 // 10]
             packs = plan_packs(pairs, members, **of_pack(options))
         return packs
@@ -103,7 +103,7 @@ def plan_evaluations(
     order = random.Random(f"{options.seed}:eval").sample(held_out, len(held_out))
     room = EVAL_SHARE / (1 - EVAL_SHARE) * 3 * sum(num_tokens(pairs, packs) for packs in steps)
     by_share = options.eval_steps < 1
-    wanted = min(round(1 / options.eval_steps) if by_share else len(steps), len(steps))
+    wanted = min(round(1 / options.eval_steps) if by_share else math.ceil(len(steps) / options.eval_steps), len(steps))
     fewest = min(wanted, FEWEST_EVALUATIONS)
     sample = packs_within(order[: options.eval_pairs], room / fewest if by_share else math.inf)
     last = packs_within(order, room - (fewest - 1) * num_tokens(pairs, sample)) or plan_packs(
