@@ -243,7 +243,10 @@ def test_another_seed_is_found_in_the_order_of_the_data(run):
 def test_a_pair_with_its_judgments_swapped_is_found_at_its_step(run, trained):
     """pairs.jsonl, reference and all manifests changed to fit: the log is of the training that took place."""
     rows = read_jsonl(run / "pairs.jsonl")
-    swapped = next(i for i, row in enumerate(rows) if row["split"] == "train")
+    with distributed("cpu") as world:
+        steps = dpo.make_plan(dpo_options(run, trained[1], num_train_epochs=2, max_steps=STEPS), world).steps
+    first, swapped = 3, pairs_of(steps[2])[0]
+    assert swapped not in [pair for packs in steps[:2] for pair in pairs_of(packs)]
     rows[swapped] |= {"chosen": rows[swapped]["rejected"], "rejected": rows[swapped]["chosen"]}
     write_jsonl(run / "pairs.jsonl", rows)
     (run / "reference.safetensors").unlink()
@@ -254,9 +257,6 @@ def test_a_pair_with_its_judgments_swapped_is_found_at_its_step(run, trained):
     reseal(run)
     _, checks = audited(run, replay=8)
     assert broken(checks) == ["replay of steps 1 to 8"]
-    with distributed("cpu") as world:
-        plan = dpo.make_plan(dpo_options(run, trained[1], num_train_epochs=2, max_steps=STEPS), world)
-    first = next(i for i, packs in enumerate(plan.steps, 1) if swapped in pairs_of(packs))
     assert checks["replay of steps 1 to 8"].found.startswith(f"step {first}: ")
 
 
