@@ -33,6 +33,7 @@ from conj.data.files import write_atomic
 from conj.data.options import flag, run_command, unresolved
 from conj.preflight import ON_ALL_RANKS, SAME_IN_A_SWEEP, at_hand, check, check_costly, survey
 from conj.settings import COMMANDS, Run, as_toml, resolve, run_file_options
+from conj.train.fit import find_recorded, with_recorded
 
 ENVIRONMENT = {
     # On a CPU, threads that spin while they wait lose a factor of ten as soon as another process wants a core.
@@ -109,8 +110,7 @@ def as_begun(run: Run) -> Run:
     """The run with its automatic options as its stages have chosen them."""
     options = dict(run.options)
     for stage in (stage for stage in options if unresolved(options[stage])):
-        [(artefact, inputs)] = options[stage].makes().items()
-        options[stage] = manifest.with_recorded(options[stage], artefact, inputs)
+        options[stage] = with_recorded(options[stage], find_recorded(options[stage]))
     return dataclasses.replace(run, options=options)
 
 

@@ -1,6 +1,7 @@
 """Automatic options, and what is refused before weights load: by the ranks and the memory that there are."""
 
 import dataclasses
+import shutil
 import types
 from array import array
 
@@ -27,6 +28,7 @@ from conj.train.fit import (
     describe_training,
     largest_pack,
     of_pack,
+    settle_options,
 )  # fmt: skip
 from conj.train.memory import GIB
 from conj.train.options import DPOOptions, ReferenceOptions, check_machine
@@ -201,6 +203,37 @@ def test_what_was_chosen_stays_when_the_run_goes_on(ready, tied_model):
     )  # complete: nothing to do
     with pytest.raises(InputError, match="pack_multiple=2, now 4"):
         dpo.main(dpo_options(ready, tied_model, pack_multiple=4, max_tokens_per_pack=None, save_every=2, max_steps=4))
+
+
+def test_another_value_than_a_run_began_with_is_refused_and_leaves_it_as_it_is(ready, tied_model):
+    """It once went into the manifest, and then the line that the run began with did not fit its checkpoints any more."""
+    given = {"max_tokens_per_pack": None, "save_every": 2, "max_steps": 4}
+    dpo.main(dpo_options(ready, tied_model, **given))
+    expected = metrics_of(ready)
+    go_back(ready, 2)
+    with pytest.raises(InputError, match="expected --pack-multiple 1, with which it began, or none, found 4"):
+        dpo.main(dpo_options(ready, tied_model, pack_multiple=4, **given))
+    dpo.main(dpo_options(ready, tied_model, **given))
+    assert metrics_of(ready) == expected
+
+
+def test_what_was_taken_from_another_run_settles_nothing_for_other_options(ready, tied_model, tmp_path):
+    """Nor is what is complete there refused for ranks that would be idle here."""
+    shutil.copytree(ready, tmp_path / "other")  # before it has a model
+    dpo.main(dpo_options(ready, tied_model, pack_multiple=2, max_tokens_per_pack=16384, max_steps=2, pairs_per_step=24))
+    given = {"from_runs": (ready,), "max_tokens_per_pack": None, "max_steps": 2, "pairs_per_step": 24}
+    options, eight = (
+        dpo_options(tmp_path / "other", tied_model, **given),
+        Machine(num_ranks=8, num_local=8, num_shards=8),
+    )
+    pairs, members = long_pairs(), [[0]]
+    assert settle_options(options, False, pairs, members, eight).pack_multiple == 2
+    dpo.main(options)
+    alone = dataclasses.replace(options, from_runs=())  # by its own manifest
+    assert settle_options(alone, False, pairs, members, eight).pack_multiple == 2
+    members = plan_steps(pairs, list(range(len(pairs))), pairs_per_step=24, share="prompt", seed="0")
+    other = dataclasses.replace(alone, learning_rate=1e-4)
+    assert settle_options(other, False, pairs, members, eight).pack_multiple == 8
 
 
 def test_a_run_takes_the_model_of_another_that_was_begun_on_more_ranks(ready, tied_model, tmp_path):

@@ -12,8 +12,8 @@ import os
 from collections.abc import Iterator, Sequence
 
 from conj import InputError
-from conj.data.manifest import read_manifest, with_recorded
-from conj.data.options import require
+from conj.data import manifest
+from conj.data.options import require, unresolved
 from conj.data.packs import Group, plan_packs
 from conj.data.tokens import TokenizedPairs
 from conj.model.config import ModelConfig, read_config
@@ -48,11 +48,9 @@ def settle_options(
 ) -> DPOOptions:
     """The options as they were settled when the run began, or else as they suit the machine now. Raises InputError for a
     run that does not fit, and for one that begins with most of the ranks idle."""
-    [(artefact, inputs)] = options.makes().items()
-    made = read_manifest(artefact)
-    is_complete = made is not None and made["complete"]
-    options = with_recorded(options, artefact, inputs, has_begun=has_begun or is_complete)
-    if is_complete:
+    made = find_recorded(options, has_begun)
+    options = with_recorded(options, made)
+    if made and made["complete"]:
         return options
     options = choose_options(options, pairs, members, read_config(options.model), machine, can_change=not has_begun)
     if options.cpu_offload:
@@ -60,6 +58,41 @@ def settle_options(
     if not has_begun:
         check_idle(options, [plan_packs(pairs, step, **of_pack(options)) for step in members], machine.num_ranks)
     return options
+
+
+def find_recorded(options: DPOOptions, has_begun: bool = False) -> dict | None:
+    """The manifest that says how automatic options were settled: the stage's own, if it is complete or `has_begun` to make
+    anything; that of what it took from another run, or finds in those it builds on, if otherwise the options are the same."""
+    [(artefact, inputs)] = options.makes().items()
+    made = manifest.read_manifest(artefact)
+    is_taken = made is not None and "taken_from" in made
+    if made and not is_taken and (has_begun or made["complete"]):
+        return made
+    if not is_taken and not options.from_runs:
+        return None
+    now = manifest.describe(inputs, options)
+    if is_taken and manifest.state(artefact, now) == "complete":
+        return made
+    there = manifest.find_complete(artefact.name, now, options)
+    return there and manifest.read_manifest(there)
+
+
+def with_recorded(options: DPOOptions, made: dict | None) -> DPOOptions:
+    """The options with the automatic ones that are left open as a manifest has them. Raises InputError where one is given
+    another value than a run began with: it would take the other's place in the manifest, and no later start would fit the
+    checkpoints."""
+    if made is None:
+        return options
+    recorded = {field.name: made["options"][field.name] for field in dataclasses.fields(options)
+                if field.metadata["automatic"] and field.name in made["options"]}  # fmt: skip
+    for name, value in recorded.items():
+        given = getattr(options, name)
+        require(
+            made["complete"] or given in (None, value),
+            f"{options.run_dir}: expected {flag_of(name, value)}, with which it began, or none, found {given}; to begin anew, "
+            f"delete {options.run_dir / 'checkpoints'}",
+        )
+    return dataclasses.replace(options, **{name: recorded.get(name) for name in unresolved(options)})
 
 
 def check_host(config: ModelConfig, machine: Machine, host_bytes: int, cpu_offload: bool = True) -> None:
