@@ -38,7 +38,7 @@ from conj.train.fit import (
     check_reference_fits,
     choose_options,
     describe_training,
-    of_pack,
+    packer,
 )
 from conj.train.flops import step_flops
 from conj.train.memory import GIB, Sizes, reference_memory
@@ -248,8 +248,9 @@ def print_training(
         taken = reference_peak(pairs, packs, config, machine)
         print(f"stage 5 {len(packs) / work.share:.0f} packs, {flops / 1e15:,.0f} PFLOP"
               f"{hours(flops, rates.train_flops, machine.num_ranks)}{taken}")  # fmt: skip
-    options = choose_options(options, pairs, members, config, machine)
-    steps = [plan_packs(pairs, step, **of_pack(options)) for step in members]
+    pack = packer(pairs, members)
+    options = choose_options(options, pairs, members, config, machine, pack)
+    steps = pack(options)
     check_idle(options, steps, machine.num_ranks)
     num_steps = len(steps) if work.share == 1 else min(round(len(steps) / work.share), options.max_steps or sys.maxsize)
     print(describe_training(options, pairs, steps, machine, config=config, num_steps=num_steps))

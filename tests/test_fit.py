@@ -18,7 +18,7 @@ from conj.data.manifest import read_manifest
 from conj.data.packs import plan_packs, plan_steps
 from conj.data.tokens import TokenizedPairs
 from conj.model import backends
-from conj.train import dpo, sharding
+from conj.train import dpo, fit, sharding
 from conj.train.advice import Machine, count_step
 from conj.train.fit import (
     check_idle,
@@ -28,6 +28,7 @@ from conj.train.fit import (
     describe_training,
     largest_pack,
     of_pack,
+    packer,
     settle_options,
 )  # fmt: skip
 from conj.train.memory import GIB
@@ -55,9 +56,10 @@ def chosen(machine: Machine, pairs: TokenizedPairs | None = None, **given) -> DP
     members = plan_steps(
         pairs, list(range(len(pairs))), pairs_per_step=options.pairs_per_step, share="prompt", seed="0"
     )
-    found = choose_options(options, pairs, members, CONFIG, machine)
+    pack = packer(pairs, members)
+    found = choose_options(options, pairs, members, CONFIG, machine, pack)
     if machine.gpu_bytes:  # whatever is chosen fits
-        shape, num_turns = largest_pack(pairs, members, found, CONFIG, machine.num_ranks)
+        shape, num_turns = largest_pack(pairs, pack(found), CONFIG, machine.num_ranks)
         assert count_step(found, CONFIG, shape, num_turns, machine).total <= machine.usable
     return found
 
@@ -78,6 +80,18 @@ def test_little_memory_takes_recomputation_before_smaller_packs():
     assert [chosen(gpus(1, gib)).activation_checkpointing for gib in (139, 130)] == ["none", "full"]
     assert chosen(gpus(1, 139)).max_tokens_per_pack >= 1500 + 4 * 2 * 249  # not below a prompt with its pairs
     assert chosen(gpus(8, 24), **many).max_tokens_per_pack < 16384
+
+
+def test_the_packs_of_all_steps_are_planned_once(tied_model, monkeypatch, tmp_path):
+    """To choose options, to look for idle ranks, and to train: they take seconds where there are many pairs."""
+    pairs, asked = long_pairs(), []
+    members = plan_steps(pairs, list(range(len(pairs))), pairs_per_step=24, share="prompt", seed="0")
+    monkeypatch.setattr(fit, "plan_packs", lambda *given, **how: asked.append(how) or plan_packs(*given, **how))
+    for name in ("pairs.jsonl", "reference.safetensors"):
+        (tmp_path / name).touch()
+    options, pack = DPOOptions(run_dir=tmp_path, model=tied_model), packer(pairs, members)
+    found = settle_options(options, False, pairs, members, gpus(8, 79), pack)
+    assert len(pack(found)) == len(members) == len(asked)
 
 
 def test_what_is_given_is_kept():
@@ -227,13 +241,13 @@ def test_what_was_taken_from_another_run_settles_nothing_for_other_options(ready
         Machine(num_ranks=8, num_local=8, num_shards=8),
     )
     pairs, members = long_pairs(), [[0]]
-    assert settle_options(options, False, pairs, members, eight).pack_multiple == 2
+    assert settle_options(options, False, pairs, members, eight, packer(pairs, members)).pack_multiple == 2
     dpo.main(options)
     alone = dataclasses.replace(options, from_runs=())  # by its own manifest
-    assert settle_options(alone, False, pairs, members, eight).pack_multiple == 2
+    assert settle_options(alone, False, pairs, members, eight, packer(pairs, members)).pack_multiple == 2
     members = plan_steps(pairs, list(range(len(pairs))), pairs_per_step=24, share="prompt", seed="0")
     other = dataclasses.replace(alone, learning_rate=1e-4)
-    assert settle_options(other, False, pairs, members, eight).pack_multiple == 8
+    assert settle_options(other, False, pairs, members, eight, packer(pairs, members)).pack_multiple == 8
 
 
 def test_a_run_takes_the_model_of_another_that_was_begun_on_more_ranks(ready, tied_model, tmp_path):

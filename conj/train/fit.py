@@ -9,7 +9,7 @@ CPU nothing is recomputed. What cannot fit is refused, with what would.
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from conj import InputError
 from conj.data import manifest
@@ -34,6 +34,7 @@ from conj.train.memory import (
 )
 from conj.train.options import DPOOptions, ReferenceOptions
 
+Pack = Callable[[DPOOptions], list[list[list[Group]]]]
 LARGEST_PACK = 16384  # tokens: more gain nothing, a block's matmuls are long enough
 SMALLEST_PACK = 1024
 MOST_IDLE = 0.5  # of the ranks' turns
@@ -43,20 +44,28 @@ NOT_AUTOMATIC = {
 }  # where memory is not counted: on a CPU
 
 
+def packer(pairs: TokenizedPairs, members: Sequence[Sequence[int]]) -> Pack:
+    """What gives the packs of all steps under options. Asked for the same again it has them: they take seconds at 400,000 pairs."""
+    planned = functools.lru_cache(1)(lambda **how: [plan_packs(pairs, step, **how) for step in members])
+    return lambda options: planned(**of_pack(options))
+
+
 def settle_options(
-    options: DPOOptions, has_begun: bool, pairs: TokenizedPairs, members: Sequence[Sequence[int]], machine: Machine
-) -> DPOOptions:
-    """The options as they were settled when the run began, or else as they suit the machine now. Raises InputError for a
-    run that does not fit, and for one that begins with most of the ranks idle."""
+    options: DPOOptions, has_begun: bool, pairs: TokenizedPairs, members: Sequence[Sequence[int]], machine: Machine, pack: Pack
+) -> DPOOptions:  # fmt: skip
+    """The options as they were settled when the run began, or else as they suit the machine now. `members`: the pair numbers
+    of each step; `pack`: their `packer`. Raises InputError for a run that does not fit, and for one that begins with most
+    of the ranks idle."""
     made = find_recorded(options, has_begun)
     options = with_recorded(options, made)
     if made and made["complete"]:
         return options
-    options = choose_options(options, pairs, members, read_config(options.model), machine, can_change=not has_begun)
+    config = read_config(options.model)
+    options = choose_options(options, pairs, members, config, machine, pack, can_change=not has_begun)
     if options.cpu_offload:
-        check_host(read_config(options.model), machine, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        check_host(config, machine, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if not has_begun:
-        check_idle(options, [plan_packs(pairs, step, **of_pack(options)) for step in members], machine.num_ranks)
+        check_idle(options, pack(options), machine.num_ranks)
     return options
 
 
@@ -133,9 +142,9 @@ def check_idle(options: DPOOptions, steps: Sequence[list], num_ranks: int) -> No
 
 def choose_options(
     options: DPOOptions, pairs: TokenizedPairs, members: Sequence[Sequence[int]], config: ModelConfig, machine: Machine,
-    *, can_change: bool = True,
+    pack: Pack, *, can_change: bool = True,
 ) -> DPOOptions:  # fmt: skip
-    """The options with a value for each automatic one. `members`: the pair numbers of each step.
+    """The options with a value for each automatic one; `members` and `pack` as in `settle_options`.
 
     Raises InputError where nothing fits the machine, with what would; of a run that has begun (not `can_change`), that is
     more GPUs alone."""
@@ -148,10 +157,14 @@ def choose_options(
     if machine.gpu_bytes is None:
         chosen = NOT_AUTOMATIC | {"max_tokens_per_pack": max(LARGEST_PACK, longest)}
         return dataclasses.replace(options, **{k: v for k, v in chosen.items() if getattr(options, k) is None})
-    plan = functools.cache(lambda size: largest_pack(
-        pairs, members, dataclasses.replace(options, max_tokens_per_pack=size), config, machine.num_ranks))  # fmt: skip
+
+    @functools.cache
+    def largest(size: int) -> tuple[PackShape, int]:
+        steps = pack(dataclasses.replace(options, max_tokens_per_pack=size))
+        return largest_pack(pairs, steps, config, machine.num_ranks)
+
     for trial in _candidates(options, pairs, members, longest):
-        shape, num_turns = plan(trial.max_tokens_per_pack)
+        shape, num_turns = largest(trial.max_tokens_per_pack)
         if count_step(trial, config, shape, num_turns, machine).total <= machine.usable:
             kept = dataclasses.replace(trial, reshard_after_forward=False)
             if trial.reshard_after_forward is not None or machine.num_ranks == 1:  # one rank gathers nothing
@@ -200,10 +213,9 @@ def prompt_tokens(pairs: TokenizedPairs, step: Sequence[int], share: str) -> int
 
 
 def largest_pack(
-    pairs: TokenizedPairs, members: Sequence[Sequence[int]], options: DPOOptions, config: ModelConfig, num_ranks: int
+    pairs: TokenizedPairs, steps: Sequence[list[list[Group]]], config: ModelConfig, num_ranks: int
 ) -> tuple[PackShape, int]:
     """The pack that takes most memory, and the most packs that a rank has in a step."""
-    steps = [plan_packs(pairs, step, **of_pack(options)) for step in members]
     return largest_of(pairs, steps, config), max(-(-len(packs) // num_ranks) for packs in steps)
 
 
