@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cyclopts import Group
 
-from conj.data.files import read_jsonl
+from conj.data.files import stream_jsonl
 from conj.data.hub import find_texts, name_of
 from conj.data.options import option, require, require_each, run_command
 from conj.data.packs import Group as PackGroup
@@ -27,7 +27,7 @@ from conj.data.packs import plan_packs, plan_steps
 from conj.data.preprocess import load_prompts, question_of, read_prompts
 from conj.data.prompts import judge_messages
 from conj.data.tokenizer import JudgeTokenizer
-from conj.data.tokens import TokenizedPairs, tokenize_pairs
+from conj.data.tokens import PAIR_COLUMNS, TokenizedPairs, tokenize_pairs
 from conj.model.config import ModelConfig, read_config
 from conj.rates import Rates, find_rates, probe
 from conj.settings import Run, check_file_options, resolve
@@ -38,7 +38,7 @@ from conj.train.fit import (
     check_reference_fits,
     choose_options,
     describe_training,
-    of_pack,
+    packer,
 )
 from conj.train.flops import step_flops
 from conj.train.memory import GIB, Sizes, reference_memory
@@ -123,12 +123,16 @@ def read_workload(run: Run, given, tokenizer: JudgeTokenizer, config: ModelConfi
         number, lengths = len(rows), [len(tokenizer.prompt_ids(one)) for one in messages]
         notes = [f"{number} prompts of {source}; tokens of {len(lengths)} of them"]
     if pairs_file.exists() and not given.num_prompts:
-        pairs = tokenize_pairs(read_jsonl(pairs_file), tokenizer, config.vocab_size)
+        rows = (row for _, row in stream_jsonl(pairs_file, PAIR_COLUMNS))
+        pairs = tokenize_pairs(rows, tokenizer, config.vocab_size)
         judgment = statistics.fmean(len(ids) for pair in pairs.judgments for ids in pair)
         share = 1.0
         notes.append(f"{len(pairs)} pairs of {pairs_file}")
     else:
-        judgment = given.judgment_tokens or run.options["repeated"].max_new_tokens // 2
+        judgment = given.judgment_tokens or getattr(run.options.get("repeated"), "max_new_tokens", 0) // 2
+        require(
+            judgment > 0, "--judgment-tokens: expected a number, as there is no stage 2 to take it from, found none"
+        )
         planned = min(number, MOST_PLANNED)
         pairs, share = (expected_pairs(lengths, planned, given.pairs_per_prompt, judgment, run), planned / number)
         notes.append(f"assumed: {given.pairs_per_prompt:g} pairs a prompt, {judgment} tokens a judgment")
@@ -154,6 +158,10 @@ def expected_pairs(
     prompts = [array("i", [0]) * length for length in lengths]
     prompts = [prompts[i % len(prompts)] for i in range(num_prompts)]
     counts = [int((i + 1) * pairs_per_prompt) - int(i * pairs_per_prompt) for i in range(num_prompts)]
+    require(
+        any(counts),
+        f"--pairs-per-prompt {pairs_per_prompt:g}: expected a pair at least, found none of {num_prompts} prompts",
+    )
     prompt_of = [i for i, count in enumerate(counts) for _ in range(count)]
     ids = array("i", [0]) * max(judgment, 2)
     num_held_out = round(getattr(run.options.get("pairs"), "eval_fraction", 0.0) * num_prompts)
@@ -214,13 +222,15 @@ def print_sampling(run: Run, work: Workload, rates: Rates, num_gpus: int) -> Non
     """Judgments, tokens and hours of stages 2 and 3, and what they leave on the disk."""
     disk = 0.0
     for stage, number in (("repeated", 2), ("hinted", 3)):
-        if stage not in run.options:
+        if (options := run.options.get(stage)) is None:
             continue
-        judgments = work.num_prompts * getattr(run.options[stage], "num_samples", 2)
+        judgments = work.num_prompts * getattr(options, "num_samples", 2)
         written = judgments * work.judgment_tokens
         disk += written * BYTES_A_TOKEN
+        by = hours(written, rates.sample_tokens, num_gpus)
+        by = f", by {options.api_model} behind an endpoint" if options.api_model else by
         print(f"stage {number} {judgments:,} judgments, {written / 1e6:,.1f} million tokens written, prompts of "
-              f"{work.prompt_tokens:.0f} tokens{hours(written, rates.sample_tokens, num_gpus)}")  # fmt: skip
+              f"{work.prompt_tokens:.0f} tokens{by}")  # fmt: skip
     if disk:
         print(f"        disk {disk / 1e9:.1f} GB of judgments")
 
@@ -238,8 +248,9 @@ def print_training(
         taken = reference_peak(pairs, packs, config, machine)
         print(f"stage 5 {len(packs) / work.share:.0f} packs, {flops / 1e15:,.0f} PFLOP"
               f"{hours(flops, rates.train_flops, machine.num_ranks)}{taken}")  # fmt: skip
-    options = choose_options(options, pairs, members, config, machine)
-    steps = [plan_packs(pairs, step, **of_pack(options)) for step in members]
+    pack = packer(pairs, members)
+    options = choose_options(options, pairs, members, config, machine, pack)
+    steps = pack(options)
     check_idle(options, steps, machine.num_ranks)
     num_steps = len(steps) if work.share == 1 else min(round(len(steps) / work.share), options.max_steps or sys.maxsize)
     print(describe_training(options, pairs, steps, machine, config=config, num_steps=num_steps))

@@ -52,7 +52,7 @@ def check(runs: list[Run]) -> dict[Path, JudgeModel]:
         require(there.is_dir() and os.access(there, os.W_OK), f"{folder}: expected a folder that can be written")
     nodes, count = runs[0].nodes, runs[0].nodes.get("nnodes", 1)
     require(
-        count == 1 or bool(nodes.get("launcher", "").split()),
+        count == 1 or "launcher" in nodes,
         f"--nnodes {count}: expected a --launcher that starts a command on each node, found none",
     )
     for name in SAME_IN_A_SWEEP:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from conj import InputError
 from conj.data import manifest
-from conj.data.files import read_jsonl
+from conj.data.files import read_jsonl, stream_jsonl
+from conj.data.options import require
 from conj.run import command_line
 from conj.settings import STAGES, Run
 
@@ -42,16 +43,19 @@ def rates_of(run_dir: Path, num_gpus: int) -> tuple[float | None, float | None]:
         train = statistics.median(row["flops_per_second"] / row["num_ranks"] for row in rows) if rows else None
     with suppress(InputError, OSError):
         made = manifest.read_manifest(run_dir / "repeated.jsonl") or {"complete": False}
-        rows = read_jsonl(run_dir / "repeated.jsonl", {"token_ids": list}) if made["complete"] else []
-        if rows and (num_made := made["counts"].get("judgments_made")):
-            mean = statistics.fmean(len(row["token_ids"]) for row in rows)
+        if made["complete"] and (num_made := made["counts"].get("judgments_made")):
+            rows = stream_jsonl(run_dir / "repeated.jsonl", {"token_ids": list})  # none of an endpoint's
+            mean = statistics.fmean(len(row["token_ids"]) for _, row in rows)
             sample = mean * num_made / made["seconds"] / num_gpus
     return train, sample
 
 
 def probe(run: Run, num_rows: int) -> tuple[float | None, float | None]:
     """Takes the first rows of the data through stages 1 to 6 in a folder of its own, four steps at most, and gives their rates
-    of each GPU. The start of the engine counts: few rows say less than a run will do."""
+    of each GPU. The start of the engine counts: few rows say less than a run will do. Raises InputError where a stage is left
+    out, or fails."""
+    left_out = ", ".join(stage for stage in STAGES[:-1] if stage not in run.options)
+    require(not left_out, f"--probe: expected stages 1 to 6, found settings without {left_out}")
     with tempfile.TemporaryDirectory(prefix="conj-probe-") as folder:
         for stage in STAGES[:-1]:
             changes = {"run_dir": Path(folder), "from_runs": ()}

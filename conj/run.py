@@ -14,6 +14,7 @@ all of them: docs/clusters.md. The resolved settings are written to `settings.to
 """
 
 import dataclasses
+import hashlib
 import os
 import shlex
 import signal
@@ -33,6 +34,7 @@ from conj.data.files import write_atomic
 from conj.data.options import flag, run_command, unresolved
 from conj.preflight import ON_ALL_RANKS, SAME_IN_A_SWEEP, at_hand, check, check_costly, survey
 from conj.settings import COMMANDS, Run, as_toml, resolve, run_file_options
+from conj.train.fit import find_recorded, with_recorded
 
 ENVIRONMENT = {
     # On a CPU, threads that spin while they wait lose a factor of ten as soon as another process wants a core.
@@ -42,21 +44,23 @@ ENVIRONMENT = {
 }
 
 
-def torchrun(num_processes: int, nodes: Mapping) -> list[str]:
-    """A command's beginning that starts it on every rank of every node. `nodes`: see `Run`."""
+def torchrun(num_processes: int, nodes: Mapping, run_dir: Path) -> list[str]:
+    """A command's beginning that starts it on every rank of every node. `nodes`: see `Run`. Nodes of another run folder that meet
+    at the same endpoint have another id, and are kept apart by it."""
     nnodes, restarts = nodes.get("nnodes", 1), nodes.get("max_restarts", 0)
     ranks = [f"--nproc_per_node={num_processes}", *([f"--max_restarts={restarts}"] if restarts else [])]
     line = [sys.executable, "-m", "torch.distributed.run"]
     if nnodes == 1:
         return [*line, "--standalone", *ranks] if num_processes > 1 or restarts else [sys.executable]
     endpoint = nodes.get("rdzv_endpoint") or f"{socket.gethostname()}:29400"
-    meet = [f"--nnodes={nnodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=conj"]
+    name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
+    meet = [f"--nnodes={nnodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", f"--rdzv_id=conj-{name}"]
     return [*shlex.split(nodes["launcher"]), *line, *meet, *ranks]
 
 
 def command_line(stage: str, options, num_processes: int, nodes: Mapping = MappingProxyType({})) -> list[str]:
     """The stage as a command: every option that is not its default."""
-    launch = torchrun(num_processes, nodes) if stage in ON_ALL_RANKS else [sys.executable]
+    launch = torchrun(num_processes, nodes, options.run_dir) if stage in ON_ALL_RANKS else [sys.executable]
     line = [*launch, "-m", COMMANDS[stage].module]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -109,8 +113,7 @@ def as_begun(run: Run) -> Run:
     """The run with its automatic options as its stages have chosen them."""
     options = dict(run.options)
     for stage in (stage for stage in options if unresolved(options[stage])):
-        [(artefact, inputs)] = options[stage].makes().items()
-        options[stage] = manifest.with_recorded(options[stage], artefact, inputs)
+        options[stage] = with_recorded(options[stage], find_recorded(options[stage]))
     return dataclasses.replace(run, options=options)
 
 

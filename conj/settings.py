@@ -11,11 +11,13 @@ what stands in a stage's table wins, and the command line over both. `[runs.NAME
 run folder below `run_dir` with the file's other settings. Keys are the stages' options; paths are as seen from where the command is given.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import importlib
 import re
+import shlex
 import tomllib
 import typing
 from collections.abc import Iterable
@@ -97,7 +99,14 @@ class SharedOptions:
     def __post_init__(self):
         require_each(self, ("nproc_per_node", "nnodes"), lambda value: value >= 1, "1 or more")
         require_each(self, ("max_restarts",), lambda value: value >= 0, "0 or more")
+        require_each(self, ("launcher",), _has_words, "a command whose quotes are closed")
         require_each(self, ("rdzv_endpoint",), re.compile(r"[^\s:]+:\d{1,5}").fullmatch, "HOST:PORT")
+
+
+def _has_words(command: str) -> bool:
+    with contextlib.suppress(ValueError):  # an open quote
+        return bool(shlex.split(command))
+    return False
 
 
 SHARED = [key(field) for field in dataclasses.fields(SharedOptions)]

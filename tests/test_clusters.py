@@ -15,7 +15,7 @@ from test_hsdp import TRAIN, copies, start, train  # noqa: F401 (a fixture)
 from test_run import resolved, sampled, write_settings  # noqa: F401 (a fixture)
 
 from conj.data.files import read_jsonl
-from conj.run import ENVIRONMENT, command_line
+from conj.run import ENVIRONMENT, command_line, torchrun
 
 SHIMS = {
     # As many copies of the command as there are tasks, each with its number; the worst exit code of them.
@@ -77,11 +77,22 @@ def test_stages_5_and_6_start_on_every_node_and_the_others_on_one(tmp_path):
             assert line[0] == sys.executable and "torch.distributed.run" not in line
 
 
+def test_two_runs_that_meet_at_one_endpoint_do_not_meet_each_other(tmp_path):
+    """Both were called conj: nodes of the one could join the other."""
+    nodes = {"nnodes": 2, "launcher": "srun"}
+    names = [next(x for x in torchrun(1, nodes, tmp_path / run) if "rdzv_id" in x) for run in ("a", "b", "a")]
+    assert names[0] == names[2] != names[1]
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
         (["--nnodes", "2"], "--nnodes 2: expected a --launcher that starts a command on each node, found none"),
-        (["--nnodes", "2", "--launcher", " "], "expected a --launcher"),
+        (["--nnodes", "2", "--launcher", " "], "--launcher: expected a command"),
+        (
+            ["--nnodes", "2", "--launcher", "srun 'x"],
+            "--launcher: expected a command whose quotes are closed, found srun 'x",
+        ),
         (["--rdzv-endpoint", "here"], "--rdzv-endpoint: expected HOST:PORT, found here"),
         (["--nproc-per-node", "4", "--dpo.dp-shard-size", "3"], "[dpo] --dp-shard-size: expected a divisor of 4 ranks"),
     ],

@@ -1,6 +1,7 @@
 """Automatic options, and what is refused before weights load: by the ranks and the memory that there are."""
 
 import dataclasses
+import shutil
 import types
 from array import array
 
@@ -17,7 +18,7 @@ from conj.data.manifest import read_manifest
 from conj.data.packs import plan_packs, plan_steps
 from conj.data.tokens import TokenizedPairs
 from conj.model import backends
-from conj.train import dpo, sharding
+from conj.train import dpo, fit, sharding
 from conj.train.advice import Machine, count_step
 from conj.train.fit import (
     check_idle,
@@ -27,6 +28,8 @@ from conj.train.fit import (
     describe_training,
     largest_pack,
     of_pack,
+    packer,
+    settle_options,
 )  # fmt: skip
 from conj.train.memory import GIB
 from conj.train.options import DPOOptions, ReferenceOptions, check_machine
@@ -53,9 +56,10 @@ def chosen(machine: Machine, pairs: TokenizedPairs | None = None, **given) -> DP
     members = plan_steps(
         pairs, list(range(len(pairs))), pairs_per_step=options.pairs_per_step, share="prompt", seed="0"
     )
-    found = choose_options(options, pairs, members, CONFIG, machine)
+    pack = packer(pairs, members)
+    found = choose_options(options, pairs, members, CONFIG, machine, pack)
     if machine.gpu_bytes:  # whatever is chosen fits
-        shape, num_turns = largest_pack(pairs, members, found, CONFIG, machine.num_ranks)
+        shape, num_turns = largest_pack(pairs, pack(found), CONFIG, machine.num_ranks)
         assert count_step(found, CONFIG, shape, num_turns, machine).total <= machine.usable
     return found
 
@@ -76,6 +80,18 @@ def test_little_memory_takes_recomputation_before_smaller_packs():
     assert [chosen(gpus(1, gib)).activation_checkpointing for gib in (139, 130)] == ["none", "full"]
     assert chosen(gpus(1, 139)).max_tokens_per_pack >= 1500 + 4 * 2 * 249  # not below a prompt with its pairs
     assert chosen(gpus(8, 24), **many).max_tokens_per_pack < 16384
+
+
+def test_the_packs_of_all_steps_are_planned_once(tied_model, monkeypatch, tmp_path):
+    """To choose options, to look for idle ranks, and to train: they take seconds where there are many pairs."""
+    pairs, asked = long_pairs(), []
+    members = plan_steps(pairs, list(range(len(pairs))), pairs_per_step=24, share="prompt", seed="0")
+    monkeypatch.setattr(fit, "plan_packs", lambda *given, **how: asked.append(how) or plan_packs(*given, **how))
+    for name in ("pairs.jsonl", "reference.safetensors"):
+        (tmp_path / name).touch()
+    options, pack = DPOOptions(run_dir=tmp_path, model=tied_model), packer(pairs, members)
+    found = settle_options(options, False, pairs, members, gpus(8, 79), pack)
+    assert len(pack(found)) == len(members) == len(asked)
 
 
 def test_what_is_given_is_kept():
@@ -201,6 +217,37 @@ def test_what_was_chosen_stays_when_the_run_goes_on(ready, tied_model):
     )  # complete: nothing to do
     with pytest.raises(InputError, match="pack_multiple=2, now 4"):
         dpo.main(dpo_options(ready, tied_model, pack_multiple=4, max_tokens_per_pack=None, save_every=2, max_steps=4))
+
+
+def test_another_value_than_a_run_began_with_is_refused_and_leaves_it_as_it_is(ready, tied_model):
+    """It once went into the manifest, and then the line that the run began with did not fit its checkpoints any more."""
+    given = {"max_tokens_per_pack": None, "save_every": 2, "max_steps": 4}
+    dpo.main(dpo_options(ready, tied_model, **given))
+    expected = metrics_of(ready)
+    go_back(ready, 2)
+    with pytest.raises(InputError, match="expected --pack-multiple 1, with which it began, or none, found 4"):
+        dpo.main(dpo_options(ready, tied_model, pack_multiple=4, **given))
+    dpo.main(dpo_options(ready, tied_model, **given))
+    assert metrics_of(ready) == expected
+
+
+def test_what_was_taken_from_another_run_settles_nothing_for_other_options(ready, tied_model, tmp_path):
+    """Nor is what is complete there refused for ranks that would be idle here."""
+    shutil.copytree(ready, tmp_path / "other")  # before it has a model
+    dpo.main(dpo_options(ready, tied_model, pack_multiple=2, max_tokens_per_pack=16384, max_steps=2, pairs_per_step=24))
+    given = {"from_runs": (ready,), "max_tokens_per_pack": None, "max_steps": 2, "pairs_per_step": 24}
+    options, eight = (
+        dpo_options(tmp_path / "other", tied_model, **given),
+        Machine(num_ranks=8, num_local=8, num_shards=8),
+    )
+    pairs, members = long_pairs(), [[0]]
+    assert settle_options(options, False, pairs, members, eight, packer(pairs, members)).pack_multiple == 2
+    dpo.main(options)
+    alone = dataclasses.replace(options, from_runs=())  # by its own manifest
+    assert settle_options(alone, False, pairs, members, eight, packer(pairs, members)).pack_multiple == 2
+    members = plan_steps(pairs, list(range(len(pairs))), pairs_per_step=24, share="prompt", seed="0")
+    other = dataclasses.replace(alone, learning_rate=1e-4)
+    assert settle_options(other, False, pairs, members, eight, packer(pairs, members)).pack_multiple == 8
 
 
 def test_a_run_takes_the_model_of_another_that_was_begun_on_more_ranks(ready, tied_model, tmp_path):

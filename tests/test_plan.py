@@ -131,6 +131,35 @@ def test_a_plan_of_data_alone_and_then_of_its_pairs(tmp_path, capsys):
     assert not any("assumed" in note for note in work.notes)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('stages = ["pairs", "reference", "dpo"]', "--judgment-tokens: expected a number, as there is no stage 2"),
+        ("--pairs-per-prompt 0.01", "--pairs-per-prompt 0.01: expected a pair at least, found none of 50 prompts"),
+        (
+            'stages = ["pairs", "reference", "dpo"] --judgment-tokens 99 --probe 2',
+            "without preprocess, repeated, hinted",
+        ),
+    ],
+)
+def test_what_a_plan_cannot_assume_is_one_line(line, said, plan_in, capsys, tmp_path):
+    """Each was a traceback."""
+    if line.startswith("stages"):
+        first, _, line = line.partition("] ")
+        settings = tmp_path / "skywork.toml"
+        settings.write_text(first.removesuffix("]") + "]\n" + settings.read_text("utf-8"), "utf-8")
+    with pytest.raises(SystemExit):
+        plan_in(f"skywork.toml --num-prompts 50 --prompt-tokens 100 {line}")
+    assert said in capsys.readouterr().err
+
+
+def test_a_stage_behind_an_endpoint_takes_no_hours_of_the_gpus_here(plan_in, capsys):
+    rates = "--num-prompts 8000 --prompt-tokens 1500 --gpu-memory 79 --sample-tokens-per-second 1000"
+    plan_in(f"skywork.toml {rates} --repeated.api-model large --repeated.base-url http://localhost:1/v1")
+    second, third = (line for line in capsys.readouterr().out.splitlines() if re.match("stage [23]", line))
+    assert second.endswith("by large behind an endpoint") and third.endswith("hours")
+
+
 def test_expected_pairs_have_the_mean_that_was_given(tmp_path):
     [run] = resolve(parse_options(plan_options(), [str(write_settings(tmp_path))]))
     pairs = expected_pairs([10, 20], 100, 2.5, 30, run)

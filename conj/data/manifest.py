@@ -165,16 +165,6 @@ def describe_options(options) -> dict:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
-def with_recorded(options, artefact: Path, inputs: Sequence[str | Path], *, has_begun: bool = True):
-    """These options with the automatic ones as they were resolved when the stage first started: by its own manifest, if it
-    `has_begun` to make anything, or by that of a complete run of otherwise the same, on which the options build."""
-    made, names = read_manifest(artefact) if has_begun else None, unresolved(options)
-    if names and made is None and options.from_runs:
-        there = find_complete(artefact.name, describe(inputs, options), options)
-        made = there and read_manifest(there)
-    return dataclasses.replace(options, **{name: made["options"].get(name) for name in names}) if made else options
-
-
 def describe(inputs: Sequence[str | Path], options, hash_file: Callable = sha256_file) -> dict:
     """What a manifest is about, and two are compared by."""
     return {"inputs": describe_inputs(inputs, hash_file), "options": describe_options(options)}

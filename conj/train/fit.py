@@ -9,11 +9,11 @@ CPU nothing is recomputed. What cannot fit is refused, with what would.
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from conj import InputError
-from conj.data.manifest import read_manifest, with_recorded
-from conj.data.options import require
+from conj.data import manifest
+from conj.data.options import require, unresolved
 from conj.data.packs import Group, plan_packs
 from conj.data.tokens import TokenizedPairs
 from conj.model.config import ModelConfig, read_config
@@ -34,6 +34,7 @@ from conj.train.memory import (
 )
 from conj.train.options import DPOOptions, ReferenceOptions
 
+Pack = Callable[[DPOOptions], list[list[list[Group]]]]
 LARGEST_PACK = 16384  # tokens: more gain nothing, a block's matmuls are long enough
 SMALLEST_PACK = 1024
 MOST_IDLE = 0.5  # of the ranks' turns
@@ -43,23 +44,64 @@ NOT_AUTOMATIC = {
 }  # where memory is not counted: on a CPU
 
 
+def packer(pairs: TokenizedPairs, members: Sequence[Sequence[int]]) -> Pack:
+    """What gives the packs of all steps under options. Asked for the same again it has them: they take seconds at 400,000 pairs."""
+    planned = functools.lru_cache(1)(lambda **how: [plan_packs(pairs, step, **how) for step in members])
+    return lambda options: planned(**of_pack(options))
+
+
 def settle_options(
-    options: DPOOptions, has_begun: bool, pairs: TokenizedPairs, members: Sequence[Sequence[int]], machine: Machine
-) -> DPOOptions:
-    """The options as they were settled when the run began, or else as they suit the machine now. Raises InputError for a
-    run that does not fit, and for one that begins with most of the ranks idle."""
-    [(artefact, inputs)] = options.makes().items()
-    made = read_manifest(artefact)
-    is_complete = made is not None and made["complete"]
-    options = with_recorded(options, artefact, inputs, has_begun=has_begun or is_complete)
-    if is_complete:
+    options: DPOOptions, has_begun: bool, pairs: TokenizedPairs, members: Sequence[Sequence[int]], machine: Machine, pack: Pack
+) -> DPOOptions:  # fmt: skip
+    """The options as they were settled when the run began, or else as they suit the machine now. `members`: the pair numbers
+    of each step; `pack`: their `packer`. Raises InputError for a run that does not fit, and for one that begins with most
+    of the ranks idle."""
+    made = find_recorded(options, has_begun)
+    options = with_recorded(options, made)
+    if made and made["complete"]:
         return options
-    options = choose_options(options, pairs, members, read_config(options.model), machine, can_change=not has_begun)
+    config = read_config(options.model)
+    options = choose_options(options, pairs, members, config, machine, pack, can_change=not has_begun)
     if options.cpu_offload:
-        check_host(read_config(options.model), machine, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        check_host(config, machine, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if not has_begun:
-        check_idle(options, [plan_packs(pairs, step, **of_pack(options)) for step in members], machine.num_ranks)
+        check_idle(options, pack(options), machine.num_ranks)
     return options
+
+
+def find_recorded(options: DPOOptions, has_begun: bool = False) -> dict | None:
+    """The manifest that says how automatic options were settled: the stage's own, if it is complete or `has_begun` to make
+    anything; that of what it took from another run, or finds in those it builds on, if otherwise the options are the same."""
+    [(artefact, inputs)] = options.makes().items()
+    made = manifest.read_manifest(artefact)
+    is_taken = made is not None and "taken_from" in made
+    if made and not is_taken and (has_begun or made["complete"]):
+        return made
+    if not is_taken and not options.from_runs:
+        return None
+    now = manifest.describe(inputs, options)
+    if is_taken and manifest.state(artefact, now) == "complete":
+        return made
+    there = manifest.find_complete(artefact.name, now, options)
+    return there and manifest.read_manifest(there)
+
+
+def with_recorded(options: DPOOptions, made: dict | None) -> DPOOptions:
+    """The options with the automatic ones that are left open as a manifest has them. Raises InputError where one is given
+    another value than a run began with: it would take the other's place in the manifest, and no later start would fit the
+    checkpoints."""
+    if made is None:
+        return options
+    recorded = {field.name: made["options"][field.name] for field in dataclasses.fields(options)
+                if field.metadata["automatic"] and field.name in made["options"]}  # fmt: skip
+    for name, value in recorded.items():
+        given = getattr(options, name)
+        require(
+            made["complete"] or given in (None, value),
+            f"{options.run_dir}: expected {flag_of(name, value)}, with which it began, or none, found {given}; to begin anew, "
+            f"delete {options.run_dir / 'checkpoints'}",
+        )
+    return dataclasses.replace(options, **{name: recorded.get(name) for name in unresolved(options)})
 
 
 def check_host(config: ModelConfig, machine: Machine, host_bytes: int, cpu_offload: bool = True) -> None:
@@ -100,9 +142,9 @@ def check_idle(options: DPOOptions, steps: Sequence[list], num_ranks: int) -> No
 
 def choose_options(
     options: DPOOptions, pairs: TokenizedPairs, members: Sequence[Sequence[int]], config: ModelConfig, machine: Machine,
-    *, can_change: bool = True,
+    pack: Pack, *, can_change: bool = True,
 ) -> DPOOptions:  # fmt: skip
-    """The options with a value for each automatic one. `members`: the pair numbers of each step.
+    """The options with a value for each automatic one; `members` and `pack` as in `settle_options`.
 
     Raises InputError where nothing fits the machine, with what would; of a run that has begun (not `can_change`), that is
     more GPUs alone."""
@@ -115,10 +157,14 @@ def choose_options(
     if machine.gpu_bytes is None:
         chosen = NOT_AUTOMATIC | {"max_tokens_per_pack": max(LARGEST_PACK, longest)}
         return dataclasses.replace(options, **{k: v for k, v in chosen.items() if getattr(options, k) is None})
-    plan = functools.cache(lambda size: largest_pack(
-        pairs, members, dataclasses.replace(options, max_tokens_per_pack=size), config, machine.num_ranks))  # fmt: skip
+
+    @functools.cache
+    def largest(size: int) -> tuple[PackShape, int]:
+        steps = pack(dataclasses.replace(options, max_tokens_per_pack=size))
+        return largest_pack(pairs, steps, config, machine.num_ranks)
+
     for trial in _candidates(options, pairs, members, longest):
-        shape, num_turns = plan(trial.max_tokens_per_pack)
+        shape, num_turns = largest(trial.max_tokens_per_pack)
         if count_step(trial, config, shape, num_turns, machine).total <= machine.usable:
             kept = dataclasses.replace(trial, reshard_after_forward=False)
             if trial.reshard_after_forward is not None or machine.num_ranks == 1:  # one rank gathers nothing
@@ -167,10 +213,9 @@ def prompt_tokens(pairs: TokenizedPairs, step: Sequence[int], share: str) -> int
 
 
 def largest_pack(
-    pairs: TokenizedPairs, members: Sequence[Sequence[int]], options: DPOOptions, config: ModelConfig, num_ranks: int
+    pairs: TokenizedPairs, steps: Sequence[list[list[Group]]], config: ModelConfig, num_ranks: int
 ) -> tuple[PackShape, int]:
     """The pack that takes most memory, and the most packs that a rank has in a step."""
-    steps = [plan_packs(pairs, step, **of_pack(options)) for step in members]
     return largest_of(pairs, steps, config), max(-(-len(packs) // num_ranks) for packs in steps)
 
 

@@ -19,7 +19,7 @@ from conj.data.packs import Group, group_tokens, pairs_of, plan_packs, plan_step
 from conj.data.tokens import TokenizedPairs
 from conj.train.advice import after_out_of_memory
 from conj.train.checkpoint import list_checkpoints
-from conj.train.fit import of_pack, settle_options
+from conj.train.fit import of_pack, packer, settle_options
 from conj.train.options import DPOOptions
 from conj.train.reference import load_reference, map_pairs, reference_key
 from conj.train.sharding import NotEnoughMemory, World
@@ -52,9 +52,10 @@ def make_plan(options, world: World, *, elsewhere: bool = False, folders: Sequen
     of_step = {"pairs_per_step": options.pairs_per_step, "share": options.share, "multiple": options.balanced_packs}
     seeds = [f"{options.seed}:{epoch}" for epoch in range(options.num_train_epochs)]
     members = [step for seed in seeds for step in plan_steps(pairs, train, seed=seed, **of_step)][: options.max_steps]
+    pack = packer(pairs, members)
     if not elsewhere:  # before files are hashed: what does not fit is refused in the first seconds
         has_begun = any(list_checkpoints(options.run_dir / "checkpoints"))
-        options = world.on_main(lambda: settle_options(options, has_begun, pairs, members, world.machine()))
+        options = world.on_main(lambda: settle_options(options, has_begun, pairs, members, world.machine(), pack))
 
     where = {"dtype": options.dtype, "device": world.device}
     key = world.on_main(lambda: reference_key(options.model, tokenizer, pairs, **where))
@@ -62,7 +63,7 @@ def make_plan(options, world: World, *, elsewhere: bool = False, folders: Sequen
     missing = int(reference[usable].isnan().any(dim=1).sum())
     require(missing == 0, f"{path}: {missing} pairs have no reference logprob")
 
-    steps = [plan_packs(pairs, step, **of_pack(options)) for step in members]
+    steps = pack(options)
     return Plan(
         options=options, pairs=pairs, reference=reference, train=train, held_out=held_out, stale=stale, steps=steps,
         evaluations=plan_evaluations(pairs, held_out, steps, options),
