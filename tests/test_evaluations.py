@@ -83,6 +83,8 @@ def test_whole_steps_are_taken_at_their_word_and_shares_are_upper_bounds():
     assert before == [*range(10, len(plan.steps), 10)] and last == len(plan.steps)
     assert {len(pairs_of(plan.evaluations[step])) for step in before} == {7}
     assert f"{evaluation_share(plan):.1%} of the run" in describe_evaluations(plan)
+    dear = planned(50, held_out=0.5, max_steps=4, eval_steps=1)  # whose sample alone is more than the bound
+    assert [len(pairs_of(packs)) for packs in dear.evaluations.values()] == [len(dear.held_out)] * 4
     assert len(planned(20_000, eval_steps=0.5).evaluations) == 2
     with pytest.raises(InputError, match="--eval-steps: expected a share below 1, or whole steps, found 1.5"):
         dpo_options("unused", "unused", eval_steps=1.5)
