@@ -83,19 +83,13 @@ def test_whole_steps_are_taken_at_their_word_and_shares_are_upper_bounds():
     assert before == [*range(10, len(plan.steps), 10)] and last == len(plan.steps)
     assert {len(pairs_of(plan.evaluations[step])) for step in before} == {7}
     assert f"{evaluation_share(plan):.1%} of the run" in describe_evaluations(plan)
+    dear = planned(50, held_out=0.5, max_steps=4, eval_steps=1)  # whose sample alone is more than the bound
+    assert [len(pairs_of(packs)) for packs in dear.evaluations.values()] == [len(dear.held_out)] * 4
+    trial = planned(200, held_out=0.8, max_steps=2, eval_steps=1)  # once it never ended
+    assert [len(pairs_of(packs)) for packs in trial.evaluations.values()] == [256, len(trial.held_out)]
     assert len(planned(20_000, eval_steps=0.5).evaluations) == 2
     with pytest.raises(InputError, match="--eval-steps: expected a share below 1, or whole steps, found 1.5"):
         dpo_options("unused", "unused", eval_steps=1.5)
-
-
-def test_whole_steps_that_leave_no_room_for_the_last_evaluation_still_give_it_a_pair():
-    """A trial of two steps with more held-out pairs than it trains on once never ended; one after the last step alone is not
-    cut for evaluations that are not asked for."""
-    plan = planned(200, held_out=0.8, max_steps=2, eval_steps=1)
-    assert [len(pairs_of(packs)) for packs in plan.evaluations.values()] == [256, 1]
-    many, one = (planned(200, held_out=0.3, eval_steps=steps) for steps in (5, 100))
-    sizes = [len(pairs_of(plan.evaluations[len(plan.steps)])) for plan in (many, one)]
-    assert len(one.evaluations) == 1 and sizes[0] < sizes[1]
 
 
 def test_without_held_out_pairs_nothing_is_evaluated():

@@ -4,11 +4,11 @@ Evaluations take at most EVAL_SHARE of a run, by tokens, whatever its size; a fo
 function of data, seed and options, as the steps are.
 """
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,36 +87,33 @@ def plan_evaluations(
 ) -> dict[int, list[list[Group]]]:
     """The packs of each evaluation, by the step after which it comes; none without held-out pairs.
 
-    A sample of `eval_pairs`, drawn by the seed, every `eval_steps`; after the last step all of them. Where that is more than
-    EVAL_SHARE, steps given as a share are made fewer, down to FEWEST_EVALUATIONS, then both sets smaller; steps asked for by
-    number are taken at their word."""
+    A sample of `eval_pairs`, drawn by the seed, every `eval_steps`; after the last step all of them. Steps that are asked for by
+    number are taken at their word. Of those that are a share there are fewer where all is more than EVAL_SHARE, down to
+    FEWEST_EVALUATIONS, and then fewer pairs."""
     if not held_out:
         return {}
+    packs_of = partial(plan_packs, pairs, **of_pack(options))
+    order = random.Random(f"{options.seed}:eval").sample(held_out, len(held_out))
+    sample, last = packs_of(order[: options.eval_pairs]), packs_of(order)
+    if options.eval_steps >= 1:
+        after = range(int(options.eval_steps), len(steps), int(options.eval_steps))
+        return dict.fromkeys(after, sample) | {len(steps): last}
 
-    def packs_within(members: list[int], limit: float) -> list[list[Group]]:
-        """Of as many of the first members as have so many tokens in all."""
-        packs = plan_packs(pairs, members, **of_pack(options))
-        while members and num_tokens(pairs, packs) > limit:
+    def within(packs: list[list[Group]], members: list[int], limit: float) -> list[list[Group]]:
+        """The packs of members, or of as many of the first of them as take no more tokens."""
+        while packs and num_tokens(pairs, packs) > limit:
             members = members[: len(members) * 9 // 10]
-            packs = plan_packs(pairs, members, **of_pack(options))
+            packs = packs_of(members)
         return packs
 
-    order = random.Random(f"{options.seed}:eval").sample(held_out, len(held_out))
     room = EVAL_SHARE / (1 - EVAL_SHARE) * 3 * sum(num_tokens(pairs, packs) for packs in steps)
-    by_share = options.eval_steps < 1
-    wanted = min(round(1 / options.eval_steps) if by_share else math.ceil(len(steps) / options.eval_steps), len(steps))
+    wanted = min(round(1 / options.eval_steps), len(steps))
     fewest = min(wanted, FEWEST_EVALUATIONS)
-    sample = packs_within(order[: options.eval_pairs], room / fewest if by_share else math.inf)
-    last = packs_within(order, room - (fewest - 1) * num_tokens(pairs, sample)) or plan_packs(
-        pairs, order[:1], **of_pack(options)
-    )
-    if not by_share:
-        after = range(int(options.eval_steps), len(steps), int(options.eval_steps))
-    else:
-        fit = (room - num_tokens(pairs, last)) // num_tokens(pairs, sample) if sample else 0
-        number = min(wanted, 1 + int(max(fit, 0)))
-        after = [len(steps) * i // number for i in range(1, number)]
-    return dict.fromkeys(after, sample) | {len(steps): last}
+    sample = within(sample, order[: options.eval_pairs], room / fewest)
+    last = within(last, order, room - (fewest - 1) * num_tokens(pairs, sample)) or packs_of(order[:1])
+    fit = (room - num_tokens(pairs, last)) // num_tokens(pairs, sample) if sample else 0
+    number = min(wanted, 1 + int(max(fit, 0)))
+    return {len(steps) * i // number: sample for i in range(1, number)} | {len(steps): last}
 
 
 def num_tokens(pairs: TokenizedPairs, packs: list[list[Group]]) -> int:
