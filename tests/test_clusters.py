@@ -101,6 +101,7 @@ def test_a_mistake_about_nodes_is_one_line_before_anything_starts(tmp_path, opti
     assert_one_line_error(command("conj", "run", write_settings(tmp_path), *options), part)
 
 
+@pytest.mark.slow
 def test_the_slurm_script_runs_a_pipeline_on_two_nodes(sampled, slurm, tmp_path):  # noqa: F811
     """With shims for Slurm's commands and Ray's; conj, torchrun and the ranks of both nodes are real."""
     run = shutil.copytree(sampled[0].parent / "run", tmp_path / "run")

@@ -36,7 +36,7 @@ def errors_over_5_percent(size: str, num_layers: int, pack: tuple, grid: list) -
 
 def test_the_formula_is_within_5_percent_of_the_real_code():
     """Two layers of 7B's width: activation checkpointing x ranks x audit mode x offload x resharding x packs of a rank."""
-    assert errors_over_5_percent("7B", 2, LARGE, GRID[::4]) | errors_over_5_percent("7B", 2, SMALL, GRID[2::8]) == {}
+    assert errors_over_5_percent("7B", 2, LARGE, GRID[::8]) | errors_over_5_percent("7B", 2, SMALL, GRID[6::12]) == {}
 
 
 @pytest.mark.slow
