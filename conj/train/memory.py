@@ -293,7 +293,9 @@ def reference_memory(
     head = width * sizes.head if num_ranks > 1 or width != 4 else 0  # gathered before all blocks, or cast after them
     block = 2 * width * sizes.block if num_ranks > 1 else 0
     weights = {"weights": 4 * sizes.all // (num_shards or num_ranks)}
-    moments = [
+    moments = [  # at the start head and embeddings, each as it arrives and as it is used
+        Memory(moment="the start", parts=weights | {
+            "gathered weights": 2 * width * (sizes.head + sizes.embedding) if num_ranks > 1 else 0, "work": hidden}),
         Memory(moment="a block", parts=weights | {
             "gathered weights": block + (head if num_ranks > 1 else width * sizes.matrix), "work": 5 * hidden + 2 * heads + 3 * mlp}),
         Memory(moment="the head", parts=weights | {
