@@ -22,8 +22,7 @@ from cyclopts import Group
 from conj.data.files import stream_jsonl
 from conj.data.hub import find_texts, name_of
 from conj.data.options import option, require, require_each, run_command
-from conj.data.packs import Group as PackGroup
-from conj.data.packs import plan_packs, plan_steps
+from conj.data.packs import plan_packs
 from conj.data.preprocess import load_prompts, question_of, read_prompts
 from conj.data.prompts import judge_messages
 from conj.data.tokenizer import JudgeTokenizer
@@ -31,7 +30,7 @@ from conj.data.tokens import PAIR_COLUMNS, TokenizedPairs, tokenize_pairs
 from conj.model.config import ModelConfig, read_config
 from conj.rates import Rates, find_rates, probe
 from conj.settings import Run, check_file_options, resolve
-from conj.train.advice import Machine, largest_of
+from conj.train.advice import Machine, count_reference, largest_of
 from conj.train.fit import (
     check_host,
     check_idle,
@@ -39,9 +38,10 @@ from conj.train.fit import (
     choose_options,
     describe_training,
     packer,
+    plan_members,
 )
 from conj.train.flops import step_flops
-from conj.train.memory import GIB, Sizes, reference_memory
+from conj.train.memory import GIB, Sizes
 from conj.train.options import DPOOptions, choose_shard_size
 
 NUM_SAMPLED = 512  # prompts whose tokens are counted
@@ -181,16 +181,10 @@ def hours(amount: float, rate: float | None, num_gpus: int) -> str:
 
 def training_steps(options: DPOOptions, pairs: TokenizedPairs, max_length: int) -> tuple[list[list[int]], list[int]]:
     """The pair numbers of each step of the run, and all that are within the length."""
-    usable = [i for i in range(len(pairs)) if pairs.num_tokens(i) <= max_length]
+    usable = pairs.within(max_length)
     train = [i for i in usable if not pairs.is_eval[i]]
     require(bool(train), "expected pairs to train on, found none within --max-length")
-    seeds = [f"{options.seed}:{epoch}" for epoch in range(options.num_train_epochs)]
-    steps = [
-        step for seed in seeds
-        for step in plan_steps(pairs, train, pairs_per_step=options.pairs_per_step, share=options.share, seed=seed,
-                               multiple=options.balanced_packs)
-    ]  # fmt: skip
-    return steps[: options.max_steps], usable
+    return plan_members(options, pairs, train), usable
 
 
 def plan_run(run: Run, given, machine: Machine) -> None:
@@ -245,7 +239,10 @@ def print_training(
         packs = plan_packs(pairs, usable, max_tokens=reference.max_tokens_per_pack, share="prompt")
         check_reference_fits(reference, pairs, packs, config, machine)
         flops = sum(step_flops(pairs, packs, config)) / work.share
-        taken = reference_peak(pairs, packs, config, machine)
+        taken = ""
+        if machine.gpu_bytes is not None:
+            found = count_reference(reference, config, largest_of(pairs, [packs], config), machine)
+            taken = f"; GPU {found / GIB:.1f} of {machine.usable / GIB:.1f} GiB, by count"
         print(f"stage 5 {len(packs) / work.share:.0f} packs, {flops / 1e15:,.0f} PFLOP"
               f"{hours(flops, rates.train_flops, machine.num_ranks)}{taken}")  # fmt: skip
     pack = packer(pairs, members)
@@ -260,15 +257,6 @@ def print_training(
     )
     if host_gib is not None:
         check_host(config, machine, int(host_gib * GIB), options.cpu_offload)
-
-
-def reference_peak(pairs: TokenizedPairs, packs: list[list[PackGroup]], config: ModelConfig, machine: Machine) -> str:
-    if machine.gpu_bytes is None:
-        return ""
-    found = reference_memory(
-        config, largest_of(pairs, [packs], config), num_ranks=machine.num_ranks, num_shards=machine.num_shards
-    )
-    return f"; GPU {found.total / GIB:.1f} of {machine.usable / GIB:.1f} GiB, by count"
 
 
 def machine_of(given, run: Run) -> Machine:

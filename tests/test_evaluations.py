@@ -9,7 +9,7 @@ from test_dpo import dpo_options
 from test_packs import JUDGMENT_TOKENS, PROMPT_TOKENS
 
 from conj import InputError
-from conj.data.packs import pairs_of
+from conj.data.packs import pairs_of, plan_steps
 from conj.train.plan import (
     EVAL_SHARE,
     Plan,
@@ -17,7 +17,6 @@ from conj.train.plan import (
     evaluation_share,
     plan_evaluations,
     plan_packs,
-    plan_steps,
 )
 
 HOW = {"share": "prompt", "pairs_per_step": 24, "max_tokens_per_pack": 16384, "pack_multiple": 8}

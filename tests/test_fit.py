@@ -19,14 +19,13 @@ from conj.data.packs import plan_packs, plan_steps
 from conj.data.tokens import TokenizedPairs
 from conj.model import backends
 from conj.train import dpo, fit, sharding
-from conj.train.advice import Machine, count_step
+from conj.train.advice import Machine, count_step, largest_pack
 from conj.train.fit import (
     check_idle,
     check_least,
     check_reference_fits,
     choose_options,
     describe_training,
-    largest_pack,
     of_pack,
     packer,
     settle_options,

@@ -47,6 +47,13 @@ def largest_of(pairs: TokenizedPairs, steps: Sequence[list[list[Group]]], config
     return max(shapes, key=lambda shape: Block.of(config, shape, "none", 2).kept)
 
 
+def largest_pack(
+    pairs: TokenizedPairs, steps: Sequence[list[list[Group]]], config: ModelConfig, num_ranks: int
+) -> tuple[PackShape, int]:
+    """The pack that takes most memory, and the most packs that a rank has in a step."""
+    return largest_of(pairs, steps, config), max(-(-len(packs) // num_ranks) for packs in steps)
+
+
 def does_not_fit(
     options: DPOOptions,
     config: ModelConfig,
@@ -124,7 +131,7 @@ def after_out_of_memory(
 ) -> str:
     """What to give a run that fits by count, and did not at run time: a twentieth less than was counted at least."""
     config = read_config(options.model)
-    shape, num_turns = largest_of(pairs, steps, config), max(-(-len(packs) // machine.num_ranks) for packs in steps)
+    shape, num_turns = largest_pack(pairs, steps, config, machine.num_ranks)
     counted = count_step(options, config, shape, num_turns, machine).total
     what_fits = advice(options, config, shape, num_turns, machine, can_change=can_change, most=counted * 19 // 20)
     return f"{counted / GIB:.1f} GiB by count; {what_fits}"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from conj import InputError
 from conj.data import manifest
 from conj.data.options import require, unresolved
-from conj.data.packs import Group, plan_packs
+from conj.data.packs import Group, plan_packs, plan_steps
 from conj.data.tokens import TokenizedPairs
 from conj.model.config import ModelConfig, read_config
 from conj.train.advice import (
@@ -24,6 +24,7 @@ from conj.train.advice import (
     does_not_fit,
     flag_of,
     largest_of,
+    largest_pack,
     too_large,
 )
 from conj.train.memory import (
@@ -42,6 +43,13 @@ NOT_AUTOMATIC = {
     "activation_checkpointing": "none",
     "reshard_after_forward": True,
 }  # where memory is not counted: on a CPU
+
+
+def plan_members(options: DPOOptions, pairs: TokenizedPairs, train: list[int]) -> list[list[int]]:
+    """The pair numbers of each step of a run, all epochs, from those that it trains on."""
+    of_step = {"pairs_per_step": options.pairs_per_step, "share": options.share, "multiple": options.balanced_packs}
+    seeds = [f"{options.seed}:{epoch}" for epoch in range(options.num_train_epochs)]
+    return [step for seed in seeds for step in plan_steps(pairs, train, seed=seed, **of_step)][: options.max_steps]
 
 
 def packer(pairs: TokenizedPairs, members: Sequence[Sequence[int]]) -> Pack:
@@ -177,7 +185,7 @@ def choose_options(
 def _candidates(
     options: DPOOptions, pairs: TokenizedPairs, members: Sequence[Sequence[int]], longest: int
 ) -> Iterator[DPOOptions]:
-    """What is automatic, in the order in which it is preferred. Packs are halved, first while a prompt's pairs fit one, and
+    """What is automatic, in the order in which it is preferred. Packs lose a quarter each time, first while a prompt's pairs fit one, and
     only then, with full recomputation, down to the longest pair."""
     hows = (options.activation_checkpointing,)
     if hows == (None,):
@@ -212,13 +220,6 @@ def prompt_tokens(pairs: TokenizedPairs, step: Sequence[int], share: str) -> int
     return max(totals.values())
 
 
-def largest_pack(
-    pairs: TokenizedPairs, steps: Sequence[list[list[Group]]], config: ModelConfig, num_ranks: int
-) -> tuple[PackShape, int]:
-    """The pack that takes most memory, and the most packs that a rank has in a step."""
-    return largest_of(pairs, steps, config), max(-(-len(packs) // num_ranks) for packs in steps)
-
-
 def check_reference_fits(
     options: ReferenceOptions, pairs: TokenizedPairs, packs: list[list[Group]], config: ModelConfig, machine: Machine
 ) -> None:
@@ -239,8 +240,10 @@ def describe_training(
     """What a run of stage 6 will do and take, in a few lines: packs, ranks, memory, disk, by count. `num_steps` of a run of
     which `steps` are some."""
     config, num_packs = config or read_config(options.model), sum(map(len, steps)) / len(steps)
-    shape, idle = largest_of(pairs, steps, config), idle_turns(steps, machine.num_ranks)
-    num_turns = max(-(-len(packs) // machine.num_ranks) for packs in steps)
+    (shape, num_turns), idle = (
+        largest_pack(pairs, steps, config, machine.num_ranks),
+        idle_turns(steps, machine.num_ranks),
+    )
     chosen = " ".join(
         flag_of(name, value)
         for name in ("max_tokens_per_pack", "pack_multiple", "activation_checkpointing", "reshard_after_forward")

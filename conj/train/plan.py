@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from conj.data.options import require
-from conj.data.packs import Group, group_tokens, pairs_of, plan_packs, plan_steps
+from conj.data.packs import Group, group_tokens, pairs_of, plan_packs
 from conj.data.tokens import TokenizedPairs
 from conj.train.advice import after_out_of_memory
 from conj.train.checkpoint import list_checkpoints
-from conj.train.fit import of_pack, packer, settle_options
+from conj.train.fit import of_pack, packer, plan_members, settle_options
 from conj.train.options import DPOOptions
 from conj.train.reference import load_reference, map_pairs, reference_key
 from conj.train.sharding import NotEnoughMemory, World
@@ -49,9 +49,7 @@ def make_plan(options, world: World, *, elsewhere: bool = False, folders: Sequen
     pairs, tokenizer, usable = map_pairs(options, world, folders)
     train, held_out = ([i for i in usable if pairs.is_eval[i] is flag] for flag in (False, True))
     require(world.size <= len(train), f"{options.run_dir}: {len(train)} training pairs cannot feed {world.size} ranks")
-    of_step = {"pairs_per_step": options.pairs_per_step, "share": options.share, "multiple": options.balanced_packs}
-    seeds = [f"{options.seed}:{epoch}" for epoch in range(options.num_train_epochs)]
-    members = [step for seed in seeds for step in plan_steps(pairs, train, seed=seed, **of_step)][: options.max_steps]
+    members = plan_members(options, pairs, train)
     pack = packer(pairs, members)
     if not elsewhere:  # before files are hashed: what does not fit is refused in the first seconds
         has_begun = any(list_checkpoints(options.run_dir / "checkpoints"))

@@ -30,7 +30,7 @@ from conj.data.progress import progress
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.tokens import PAIR_COLUMNS, TOKENS, TokenizedPairs, find_tokens, map_tokens, tokenize_pairs
 from conj.model import backends
-from conj.model.config import ModelConfig
+from conj.model.config import ModelConfig, read_config
 from conj.model.folder import check_finite, check_vocabulary, read_decoder
 from conj.train.batch import batches_ahead
 from conj.train.fit import check_reference_fits
@@ -241,7 +241,7 @@ def main(options: ReferenceOptions) -> None:
             logps, _ = load_reference(artefact, key, len(pairs))
         todo = [i for i in usable if logps[i].isnan().any()]
         packs = plan_packs(pairs, todo, max_tokens=options.max_tokens_per_pack, share="prompt")
-        check_reference_fits(options, pairs, packs, read_decoder(options.model).config, world.machine())
+        check_reference_fits(options, pairs, packs, read_config(options.model), world.machine())
         compute_reference(artefact, options, pairs, logps, packs, key, world)
         if world.is_main:
             if not artefact.exists():  # no pair was within the length

@@ -280,8 +280,7 @@ def shard_model(
 
     One rank that holds everything has nothing to gather or to reduce, and FSDP2 would copy each weight twice and each
     gradient three times: there blocks cast their weights themselves and autograd adds the gradients up. With `cpu_offload`
-    master weights, gradients and optimizer state stay in the host's memory. Without `reshard_after_forward` what a forward
-    gathers stays until the backward: one gather of each block less, for all of its weights in `dtype`."""
+    master weights, gradients and optimizer state stay in the host's memory."""
     if cpu_offload and world.device.type == "cpu":
         raise InputError("--cpu-offload: expected a GPU, found a CPU")
     with torch.device("meta"):
