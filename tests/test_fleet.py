@@ -17,9 +17,10 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ENV, ROOT, num_lines, succeeds
-from kill_common import descendants
+from kill_common import descendants, is_alive
 
 from conj import InputError
 from conj.data.files import read_jsonl
@@ -280,6 +281,18 @@ def test_one_engine_needs_no_ray_and_more_say_how_to_get_it(monkeypatch, tied_mo
         next(complete_by_engines(requests, 4, options=FleetOptions(model=tied_model, num_engines=2), **given))
 
 
+def test_what_outlives_ray_is_ended_and_a_zombie_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(ray_cluster, "SECONDS_TO_END", 60)  # no return before it is gone
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    process = psutil.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"up\n"
+    before = time.monotonic()
+    ray_cluster.end([psutil.Process(process.pid)])  # a zombie at its end: nobody has waited for it
+    assert time.monotonic() - before < 30
+    assert process.status() == psutil.STATUS_ZOMBIE and process.wait() == -signal.SIGKILL
+    ray_cluster.end([process])  # nor one that is gone
+
+
 def test_a_machine_with_other_versions_is_refused(tied_model):
     """The manifest says one version of vLLM; judgments of another are not what it describes."""
     machine = ray_cluster.Machine(versions={"conj": "0.0.0"}, num_threads=None)
@@ -358,7 +371,7 @@ def test_two_engines_one_killed_end_with_the_file_of_one(prompts, started):
     assert artefact.read_bytes() == (one / "repeated.jsonl").read_bytes() and num_lines(artefact) == 240
     said = (two / "log").read_text()
     assert len(re.findall(r"engine [12] of 2 (is lost|does not start).*it is started again", said)) == 1
-    assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]
+    assert not [pid for pid in below if is_alive(pid)]
 
 
 @pytest.mark.vllm
@@ -375,10 +388,10 @@ def test_a_driver_that_is_ended_in_any_way_leaves_no_engine_and_any_number_goes_
         below = workers_of(process)
         process.send_signal(sent)
         assert process.wait() == code and len(below) == number
-        end = time.monotonic() + 20
-        while any(Path(f"/proc/{pid}").exists() for pid in below) and time.monotonic() < end:
+        end = time.monotonic() + (20 if sent == signal.SIGKILL else 0)  # then nobody is left who could wait for them
+        while any(map(is_alive, below)) and time.monotonic() < end:
             time.sleep(0.1)
-        assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]
+        assert not [pid for pid in below if is_alive(pid)]
     assert started(run, 1).wait() == 0
     assert artefact.read_bytes() == (whole / "repeated.jsonl").read_bytes()
     assert len({(row["id"], row["index"]) for row in read_jsonl(artefact)}) == num_lines(artefact) == 240

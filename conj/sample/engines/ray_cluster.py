@@ -9,8 +9,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+import psutil
 
 from conj import InputError
 from conj.data.options import brief_line, require
@@ -18,6 +21,7 @@ from conj.sample.engines.vllm import EngineOptions
 from conj.sample.engines.worker import Handle, Machine, Started, Worker, versions_here
 
 OBJECT_STORE_BYTES = 256 * 2**20
+SECONDS_TO_END = 10.0  # of killed processes; one that waits for a GPU's driver or a disk may take longer
 # Ray reads these when it is imported, or starts.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -65,6 +69,7 @@ def running_ray(options) -> Iterator[Cluster]:
     where = here if options.ray_address is None else {"address": options.ray_address}
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
+    started_before = psutil.Process().children(recursive=True)
     try:
         try:
             start_ray(ray, where)
@@ -75,9 +80,30 @@ def running_ray(options) -> Iterator[Cluster]:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         yield describe_cluster(ray, options)
     finally:
+        below = psutil.Process().children(recursive=True)
         ray.shutdown()
+        end([process for process in below if process not in started_before])
         if in_main:
             signal.signal(signal.SIGTERM, before)
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """Kills what is left of them and waits until they are gone: engines that outlive this command would hold GPU memory
+    which the next one wants. Ray itself waits for none but its own daemons."""
+    deadline = time.monotonic() + SECONDS_TO_END
+    while (left := [process for process in processes if is_running(process)]) and time.monotonic() < deadline:
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(0.02)
+
+
+def is_running(process: psutil.Process) -> bool:
+    """A zombie is not: it holds nothing, and where process 1 does not reap, as in some containers, it stays for ever."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def start_ray(ray, where: dict) -> None:
