@@ -283,7 +283,9 @@ def test_one_engine_needs_no_ray_and_more_say_how_to_get_it(monkeypatch, tied_mo
 
 def test_what_outlives_ray_is_ended_and_a_zombie_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(ray_cluster, "SECONDS_TO_END", 60)  # no return before it is gone
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    )
     process = psutil.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"up\n"
     before = time.monotonic()
