@@ -26,6 +26,7 @@ from conj.data.options import require, run_command
 from conj.data.progress import progress
 from conj.data.readers import read_rows
 from conj.model.folder import DecoderFolder, JudgeModel, check_finite, check_model
+from conj.sample.engines.http import check_endpoint
 from conj.sample.engines.vllm import check_engine
 from conj.sample.evaluation.evaluate import find_models, judge_of
 from conj.settings import Run, check_file_options, resolve
@@ -68,6 +69,8 @@ def check(runs: list[Run]) -> dict[Path, JudgeModel]:
         read_rows(locate_data(name)[0])  # nothing is read before the first row is asked for
     models, read = {}, functools.cache(check_model)
     for stage, options in stages:
+        if asks_endpoint(stage, options):
+            check_endpoint(options)
         if getattr(options, "model", None) is not None:
             # Training takes what fits the model; a sampler that is asked for more refuses.
             if stage == "evaluate":  # a judge may bring a template and a length of its own
@@ -77,7 +80,7 @@ def check(runs: list[Run]) -> dict[Path, JudgeModel]:
             models[options.model] = model
             if stage in ON_ALL_RANKS:
                 require(model.untrainable is None, f"[{stage}] cannot be trained: {model.untrainable}")
-            else:
+            elif not asks_endpoint(stage, options):
                 check_engine(model, options)
     if trained := [(stage, options) for stage, options in stages if stage in ON_ALL_RANKS]:
         for stage, options in trained:
@@ -88,6 +91,13 @@ def check(runs: list[Run]) -> dict[Path, JudgeModel]:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             process.submit(check_machine, trained, runs[0].num_processes, runs[0].num_ranks).result()
     return models
+
+
+def asks_endpoint(stage: str, options) -> bool:
+    """Whether judgments come from an endpoint and not from an engine here."""
+    if stage == "evaluate":
+        return not options.judgments and judge_of(options).backend == "openai"
+    return getattr(options, "api_model", None) is not None
 
 
 def survey(runs: list[Run]) -> dict[Path, str]:

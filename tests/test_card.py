@@ -165,6 +165,20 @@ def test_the_card_says_how_the_model_was_trained(tmp_path):
     assert settings["repeated"] == {"max_new_tokens": 300} and settings["pairs"] == {"pair_types": ["repeated"]}
 
 
+def test_the_card_says_whose_judgments_trained_the_model(tmp_path):
+    """The base's own, or those of another model, here or behind an endpoint: `[repeated]` and `[hinted]` may differ."""
+    run = trained_run(tmp_path / "run")
+    assert "The base model judged\npreference pairs many times" in render_card(run)
+    prompts = entry(run, "prompts.jsonl")
+    made(run, "repeated.jsonl", [prompts, {"path": "endpoint model large|<b>", "sha256": None}], "2" * 64)
+    made(run, "hinted.jsonl", [prompts, {"path": "cache/other", "sha256": "a" * 64}], "6" * 64)
+    given = [entry(run, "repeated.jsonl"), entry(run, "hinted.jsonl")]
+    made(run, "pairs.jsonl", given, "3" * 64)
+    text = render_card(run)
+    assert "large\\|&lt;b&gt;, behind an endpoint, and other judged\npreference" in text
+    assert "The base model judged" not in text
+
+
 def test_the_front_matter_is_what_the_hub_reads(tmp_path):
     from huggingface_hub import ModelCard
 

@@ -15,7 +15,7 @@ from conj.data.files import read_jsonl, write_jsonl
 from conj.data.options import parse_options
 from conj.data.preprocess import preprocess
 from conj.data.prompts import judgment_text
-from conj.preflight import survey
+from conj.preflight import check, survey
 from conj.run import command_line
 from conj.settings import COMMANDS, STAGES, as_toml, merge, resolve, run_file_options
 from conj.train.audit.chain import check_chain
@@ -67,6 +67,19 @@ def test_what_is_shared_reaches_no_stage_behind_an_endpoint_that_has_its_own(tmp
     assert {"--api-model=large", "--base-url=http://localhost:1/v1", "--top-k=40"} < set(line)
     with pytest.raises(InputError, match="--device: large is behind an endpoint"):
         resolved(file, *judge, "--repeated.device", "cpu")
+
+
+@pytest.mark.parametrize("asked", [["--repeated.api-model", "large"], ["--evaluate.judge", "gpt-4o"]])
+def test_an_endpoint_that_no_request_could_reach_is_refused_before_the_first_stage(asked, tmp_path, monkeypatch):
+    """A key that is missed hours later is a night lost. No request is sent: a server may be started between stages."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    file = write_settings(tmp_path)
+    with pytest.raises(InputError, match="OPENAI_API_KEY: expected the key"):
+        check(resolved(file, *asked))
+    address = asked[0].partition(".")[0] + ".base-url"
+    check(resolved(file, *asked, address, "http://localhost:1/v1"))
+    with pytest.raises(InputError, match="--base-url: expected an address"):
+        check(resolved(file, *asked, address, "http://localhost:port"))
 
 
 def test_what_stands_above_reaches_every_stage_a_table_wins_and_the_command_line_wins_over_both(tmp_path):

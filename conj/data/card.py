@@ -16,7 +16,7 @@ import yaml
 
 from conj import InputError
 from conj.data.files import first_line, replace_surrogates, write_atomic
-from conj.data.identity import MODEL_CARD, changed_since
+from conj.data.identity import ENDPOINT, MODEL_CARD, changed_since
 from conj.data.manifest import list_artefacts, read_manifest
 from conj.data.markdown import cell, percent, with_interval
 from conj.data.model_files import read_model_file
@@ -87,7 +87,7 @@ def render_card(run: Path, *, name: str = ".", revision: str | None = None, with
     page = {
         "front_matter": yaml.safe_dump(front_matter(stages, base), allow_unicode=True, sort_keys=False),
         "base": base, "folder": name, "revision": revision, "max_new_tokens": longest_judgment(stages),
-        "messages": prompt_messages(), "code": prompt_code(), "reason_key": REASON_KEY, "verdict_key": VERDICT_KEY,
+        "writers": writers_of(stages, base), "messages": prompt_messages(), "code": prompt_code(), "reason_key": REASON_KEY, "verdict_key": VERDICT_KEY,
         "stages": [{"name": stage_of(name), "judge": name.partition("_")[2]} | made for name, made in stages.items()],
         "missing": missing,
         "settings": settings_of(stages), "data": data_of(stages), "versions": versions_of(stages), "commits": commits_of(stages),
@@ -170,6 +170,20 @@ def _data_rows(entries: list[dict]) -> list[dict]:
             {"name": name, "is_hub": is_hub, "revision": entry.get("revision"), "sha256": sha256, "split": None}
         )
     return rows
+
+
+def writers_of(stages: dict[str, dict], base: dict) -> list[str]:
+    """The models that wrote the judgments: the base, or another, here or behind an endpoint."""
+    found = {}
+    for name in ("repeated.jsonl", "hinted.jsonl"):
+        for entry in stages.get(name, {"inputs": ()})["inputs"][1:2]:
+            behind = entry["path"].removeprefix(ENDPOINT)
+            if behind != entry["path"]:
+                found[f"{cell(behind)}, behind an endpoint,"] = None
+            else:
+                is_base = entry["sha256"] == base["sha256"]
+                found["The base model" if is_base else cell(entry.get("repo") or Path(behind).name)] = None
+    return list(found) or ["A model"]
 
 
 def settings_of(stages: dict[str, dict]) -> str:

@@ -13,6 +13,7 @@ from conj.data.files import sha256_file
 from conj.data.hub import provenance
 from conj.data.model_files import CONFIG, decides, deciding_files
 
+ENDPOINT = "endpoint model "  # before the name of a model behind one, among a manifest's inputs
 MODEL_CARD = "README.md"  # of a model: a text that is written anew when there is more to say, and decides nothing
 
 

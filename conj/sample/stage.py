@@ -17,6 +17,7 @@ from typing import ClassVar
 
 from conj import InputError
 from conj.data import manifest
+from conj.data.identity import ENDPOINT
 from conj.data.manifest import RunOptions
 from conj.data.options import option, refuse, require, require_each
 from conj.data.preprocess import stream_prompts
@@ -74,7 +75,7 @@ class SamplingOptions(RunOptions, FleetOptions, EndpointOptions):
 
     def made_from(self) -> list:
         """The prompts and the models that judge them, as a manifest's inputs."""
-        endpoint = [f"endpoint model {self.api_model}"] if self.api_model else []
+        endpoint = [f"{ENDPOINT}{self.api_model}"] if self.api_model else []
         return [self.find("prompts.jsonl"), *endpoint, *([self.model] if self.model else [])]
 
     def read_model(self) -> JudgeModel | None:

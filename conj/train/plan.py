@@ -49,7 +49,7 @@ def make_plan(options, world: World, *, elsewhere: bool = False, folders: Sequen
     pairs, tokenizer, usable = map_pairs(options, world, folders)
     train, held_out = ([i for i in usable if pairs.is_eval[i] is flag] for flag in (False, True))
     require(world.size <= len(train), f"{options.run_dir}: {len(train)} training pairs cannot feed {world.size} ranks")
-    members = plan_members(options, pairs, train)
+    members = world.on_main(lambda: plan_members(options, pairs, train))
     pack = packer(pairs, members)
     if not elsewhere:  # before files are hashed: what does not fit is refused in the first seconds
         has_begun = any(list_checkpoints(options.run_dir / "checkpoints"))

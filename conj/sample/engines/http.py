@@ -98,6 +98,12 @@ def complete_by_http(
             raise _input_error(*failed, num_done, count, model, options)
 
 
+def check_endpoint(options: EndpointOptions) -> None:
+    """Raises InputError for what the first request would find: no client, no key, no address. None is sent: a server may
+    be started between stages."""
+    _client(options).close()
+
+
 def _client(options: EndpointOptions):
     try:
         import openai
