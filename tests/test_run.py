@@ -304,6 +304,6 @@ def test_an_audit_follows_a_run_to_those_that_it_builds_on(sweep):
 
 
 def require_all(checks: list) -> None:
-    for check in checks:
-        if check.outcome != "holds":
-            raise InputError(check.found)
+    for one in checks:
+        if one.outcome != "holds":
+            raise InputError(one.found)
