@@ -11,11 +11,13 @@ setup:  ## the environment in .venv, with the right builds of torch and vLLM; qu
 demo: setup  ## all seven stages of Con-J on the shipped tiny judge
 	$(BIN)/python -m conj run demo/demo.toml
 
+TWO_FILES = -n 2 --dist loadfile  # two processes, a file of tests each: most tests wait for processes of their own
+
 test: setup  ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(TWO_FILES)
 
 test-oldest: .venv-oldest/done  ## those without vLLM, on Python 3.12 and the oldest versions that pyproject.toml allows
-	PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest -m "not gpu and not slow and not vllm" $(TESTS)
+	PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest -m "not gpu and not slow and not vllm" $(TWO_FILES) $(TESTS)
 
 .venv-oldest/done: pyproject.toml  # 5 GB: on PyPI the oldest torch has a build for CUDA alone, which pins its triton
 	$(PYTHON312) -m venv --clear .venv-oldest
