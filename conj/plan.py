@@ -260,23 +260,22 @@ def print_training(
 
 
 def machine_of(given, run: Run) -> Machine:
-    """The GPUs that are given, or those that are here."""
-    size = given.gpu_memory and int(given.gpu_memory * GIB)
-    if size is None:
+    """The GPUs that are given, or those that are here; none where training is asked to stay on the CPU."""
+    options, size = run.options["dpo"], given.gpu_memory and int(given.gpu_memory * GIB)
+    if options.device == "cpu":
+        size = None
+    elif size is None:
         import torch
 
         size = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    num_shards = choose_shard_size(run.options["dpo"].dp_shard_size, run.num_ranks, run.num_processes)
+    num_shards = choose_shard_size(options.dp_shard_size, run.num_ranks, run.num_processes)
     return Machine(num_ranks=run.num_ranks, num_local=run.num_processes, num_shards=num_shards, gpu_bytes=size)
 
 
 def main(given) -> None:
     for run in resolve(given):
         require("dpo" in run.options, "stages: expected dpo among them, found none to plan")
-        machine = machine_of(given, run)
-        plan_run(
-            run, given, machine if run.options["dpo"].device != "cpu" else dataclasses.replace(machine, gpu_bytes=None)
-        )
+        plan_run(run, given, machine_of(given, run))
 
 
 if __name__ == "__main__":

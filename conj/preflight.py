@@ -9,7 +9,6 @@ checkpoints take.
 
 import dataclasses
 import functools
-import math
 import multiprocessing
 import os
 import shutil
@@ -30,12 +29,12 @@ from conj.sample.engines.http import check_endpoint
 from conj.sample.engines.vllm import check_engine
 from conj.sample.evaluation.evaluate import find_models, judge_of
 from conj.settings import Run, check_file_options, resolve
+from conj.train.memory import disk_bytes
 from conj.train.options import DPOOptions, check_machine, choose_shard_size
 
 ON_ALL_RANKS = ("reference", "dpo")  # under torchrun
 SAME_IN_TRAINING = ("dtype", "attention", "kernels", "model")  # a stored reference is of one forward pass
 SAME_IN_A_SWEEP = ("data", "subsets", "limit", "seed", "num_resamples")  # of the evaluation: the runs are compared
-CHECKPOINT_BYTES = 12  # a parameter: master weight and two moments, fp32
 
 
 def at_hand(run: Run) -> Run:
@@ -80,7 +79,7 @@ def check(runs: list[Run]) -> dict[Path, JudgeModel]:
             models[options.model] = model
             if stage in ON_ALL_RANKS:
                 require(model.untrainable is None, f"[{stage}] cannot be trained: {model.untrainable}")
-            elif not asks_endpoint(stage, options):
+            else:
                 check_engine(model, options)
     if trained := [(stage, options) for stage, options in stages if stage in ON_ALL_RANKS]:
         for stage, options in trained:
@@ -166,15 +165,15 @@ def existing(folder: Path) -> Path:
 
 def check_disk(folder: Path, options: DPOOptions, base: DecoderFolder) -> None:
     """Raises InputError for a disk that has no room for training's checkpoints and model."""
-    parameters = sum(math.prod(tensor.shape) for tensor in base.tensors.values())
+    checkpoints = disk_bytes(base.config, options.keep_checkpoints)["checkpoints"]
     exported = sum(tensor.stop - tensor.start for tensor in base.tensors.values())  # as it is stored
-    kept = options.keep_checkpoints + 1  # the new one is whole before the oldest goes
+    kept = options.keep_checkpoints + 1
     there = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
-    needed = parameters * CHECKPOINT_BYTES * kept + exported - there
+    needed = checkpoints + exported - there
     free = shutil.disk_usage(existing(folder)).free
     require(
         needed <= free,
-        f"{folder}: expected room for {needed / 1e9:.1f} GB ({kept} checkpoints of {CHECKPOINT_BYTES * parameters / 1e9:.1f} "
+        f"{folder}: expected room for {needed / 1e9:.1f} GB ({kept} checkpoints of {checkpoints / kept / 1e9:.1f} "
         f"GB, and the model), found {free / 1e9:.1f} GB; fewer --dpo.keep-checkpoints take less",
     )
 

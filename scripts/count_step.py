@@ -228,8 +228,7 @@ def count_step(
         live.peak, live.peaks = live.live, {}
         for turn in range(num_turns):
             before, live.phase = live.live, f"forward {turn + 1}"
-            if audit_mode:
-                model.set_requires_gradient_sync(turn == num_turns - 1)
+            sharding.reduce_at(model, turn == num_turns - 1, once=audit_mode)
             logps = batch.pair_logps(model(*batch.inputs))
             kept, live.phase = live.live - before, f"backward {turn + 1}"
             logps.sum().backward()

@@ -297,9 +297,9 @@ def test_what_outlives_ray_is_ended_and_a_zombie_is_not_waited_for(monkeypatch):
 
 def test_a_machine_with_other_versions_is_refused(tied_model):
     """The manifest says one version of vLLM; judgments of another are not what it describes."""
-    machine = ray_cluster.Machine(versions={"conj": "0.0.0"}, num_threads=None)
+    environment = ray_cluster.Environment(versions={"conj": "0.0.0"}, num_threads=None)
     with pytest.raises(InputError, match="expected conj 0.0.0, as where the run was started, found"):
-        started_vllm(None, FleetOptions(model=tied_model), Decoding(max_new_tokens=1), machine).__enter__()
+        started_vllm(None, FleetOptions(model=tied_model), Decoding(max_new_tokens=1), environment).__enter__()
 
 
 # ---- Ray and vLLM ----

@@ -78,6 +78,9 @@ def test_an_endpoint_that_no_request_could_reach_is_refused_before_the_first_sta
         check(resolved(file, *asked))
     address = asked[0].partition(".")[0] + ".base-url"
     check(resolved(file, *asked, address, "http://localhost:1/v1"))
+    if asked[0] == "--repeated.api-model":  # whose tokens are counted by a --model
+        with pytest.raises(InputError, match="--max-new-tokens: expected fewer than the"):
+            check(resolved(file, *asked, address, "http://localhost:1/v1", "--repeated.max-new-tokens", "99999"))
     with pytest.raises(InputError, match="--base-url: expected an address"):
         check(resolved(file, *asked, address, "http://localhost:port"))
 

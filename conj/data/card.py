@@ -87,7 +87,8 @@ def render_card(run: Path, *, name: str = ".", revision: str | None = None, with
     page = {
         "front_matter": yaml.safe_dump(front_matter(stages, base), allow_unicode=True, sort_keys=False),
         "base": base, "folder": name, "revision": revision, "max_new_tokens": longest_judgment(stages),
-        "writers": writers_of(stages, base), "messages": prompt_messages(), "code": prompt_code(), "reason_key": REASON_KEY, "verdict_key": VERDICT_KEY,
+        "writers": writers_of(stages, base),
+        "messages": prompt_messages(), "code": prompt_code(), "reason_key": REASON_KEY, "verdict_key": VERDICT_KEY,
         "stages": [{"name": stage_of(name), "judge": name.partition("_")[2]} | made for name, made in stages.items()],
         "missing": missing,
         "settings": settings_of(stages), "data": data_of(stages), "versions": versions_of(stages), "commits": commits_of(stages),

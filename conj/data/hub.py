@@ -64,20 +64,21 @@ def find_model(name: Path, recorded: Recorded = lambda repo: None) -> Path:
     Raises InputError for what is neither, and for what the hub does not give."""
     if name.exists():
         return name
-    repo, revision = split_repo(name) or ("", None)
-    if "/" not in repo:
-        raise InputError(f"{name}: no such model folder")
+    repo, revision = _repo_of(name)
     return download_model(repo, revision or recorded(repo))
 
 
 def find_texts(name: Path) -> Path:
     """The folder of a model as `find_model` finds it; of one on the hub only the texts are fetched, no weights."""
-    if name.exists():
-        return name
+    return name if name.exists() else _fetch(*_repo_of(name), TEXT_FILES)
+
+
+def _repo_of(name: Path) -> tuple[str, str | None]:
+    """A model's repository and revision. Raises InputError for what names none."""
     repo, revision = split_repo(name) or ("", None)
     if "/" not in repo:
         raise InputError(f"{name}: no such model folder")
-    return _fetch(repo, revision, TEXT_FILES)
+    return repo, revision
 
 
 @functools.cache

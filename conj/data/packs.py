@@ -33,8 +33,7 @@ def plan_steps(
     if multiple > 1 and len(groups) * pairs_per_step < FEW_PROMPTS * multiple * len(members):
 
         def measured(part: list[int]) -> Prompt:
-            copies = pairs.prompt_tokens[pairs.prompt_of[part[0]]] * (2 if share == "none" else 1)
-            return measure(part, copies, pairs.judgment_tokens, multiple)
+            return measure(part, copies_tokens(pairs, part[0], share), pairs.judgment_tokens, multiple)
 
         groups = [part for group in groups for part in _cut(group, pairs_per_step)]
         rng.shuffle(groups)
@@ -90,6 +89,11 @@ class Group:
     prompt: int
     pairs: list[int]
     split: bool = False
+
+
+def copies_tokens(pairs: TokenizedPairs, pair: int, share: str) -> int:
+    """Tokens that the prompt of a pair takes beside it: one copy, or with `share="none"` one for each judgment."""
+    return pairs.prompt_tokens[pairs.prompt_of[pair]] * (2 if share == "none" else 1)
 
 
 def group_tokens(pairs: TokenizedPairs, group: Group) -> int:
@@ -155,14 +159,13 @@ def _pieces(pairs: TokenizedPairs, members: Sequence[int], max_tokens: int, shar
     """What packs are filled with, largest first: single pairs, or a prompt's pairs, as many as fit a pack."""
     by_prompt: dict[int, list[Piece]] = {}
     for pair in members:
-        prompt, judgments = pairs.prompt_of[pair], pairs.judgment_tokens[pair]
-        copies = pairs.prompt_tokens[prompt] * (2 if share == "none" else 1)
+        copies, judgments = copies_tokens(pairs, pair, share), pairs.judgment_tokens[pair]
         if copies + judgments > max_tokens:
             raise InputError(
                 f"pair of prompt {pairs.ids[pair]}: takes {copies + judgments} tokens, "
                 f"--max-tokens-per-pack is {max_tokens}"
             )
-        pieces = by_prompt.setdefault(prompt, [])
+        pieces = by_prompt.setdefault(pairs.prompt_of[pair], [])
         if share == "prompt" and pieces and pieces[-1][0] + judgments <= max_tokens:
             tokens, _, part = pieces[-1]
             part.append(pair)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from conj import InputError
 from conj.data import manifest
 from conj.data.options import require, unresolved
-from conj.data.packs import Group, plan_packs, plan_steps
+from conj.data.packs import Group, copies_tokens, plan_packs, plan_steps
 from conj.data.tokens import TokenizedPairs
 from conj.model.config import ModelConfig, read_config
 from conj.train.advice import (
@@ -205,8 +205,7 @@ def _candidates(
 
 def pair_tokens(pairs: TokenizedPairs, pair: int, share: str) -> int:
     """Tokens that a pair takes alone in a pack."""
-    copies = 2 if share == "none" else 1
-    return copies * pairs.prompt_tokens[pairs.prompt_of[pair]] + pairs.judgment_tokens[pair]
+    return copies_tokens(pairs, pair, share) + pairs.judgment_tokens[pair]
 
 
 def prompt_tokens(pairs: TokenizedPairs, step: Sequence[int], share: str) -> int:
@@ -240,10 +239,8 @@ def describe_training(
     """What a run of stage 6 will do and take, in a few lines: packs, ranks, memory, disk, by count. `num_steps` of a run of
     which `steps` are some."""
     config, num_packs = config or read_config(options.model), sum(map(len, steps)) / len(steps)
-    (shape, num_turns), idle = (
-        largest_pack(pairs, steps, config, machine.num_ranks),
-        idle_turns(steps, machine.num_ranks),
-    )
+    shape, num_turns = largest_pack(pairs, steps, config, machine.num_ranks)
+    idle = idle_turns(steps, machine.num_ranks)
     chosen = " ".join(
         flag_of(name, value)
         for name in ("max_tokens_per_pack", "pack_multiple", "activation_checkpointing", "reshard_after_forward")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from conj.data.packs import Group
+from conj.data.packs import Group, group_tokens
 from conj.data.tokens import TokenizedPairs
 from conj.model.config import ModelConfig, parameter_shapes
 
@@ -42,10 +42,9 @@ def pack_shape(pairs: TokenizedPairs, pack: list[Group]) -> PackShape:
     tokens = predicted = keys = 0
     for group in pack:
         judgments = sum(pairs.judgment_tokens[pair] for pair in group.pairs)
-        copies = (2 * len(group.pairs) if group.split else 1) * pairs.prompt_tokens[group.prompt]
-        tokens += copies + judgments
+        tokens += group_tokens(pairs, group)
         predicted += judgments + 2 * len(group.pairs)
-        keys += copies + 2 * len(group.pairs) * pairs.prompt_tokens[group.prompt] + judgments
+        keys += group_tokens(pairs, group) + 2 * len(group.pairs) * pairs.prompt_tokens[group.prompt]
     return PackShape(tokens=tokens, predicted=predicted, keys=keys)
 
 
@@ -240,7 +239,7 @@ class _Step:
     def _block(self, number: int) -> dict[str, int]:
         sizes, matrix = self.sizes, self.width * self.sizes.matrix
         if not self.wrapped:
-            copies = {"full": self.width * sizes.block}.get(self.how, matrix)
+            copies = self.width * sizes.block if self.how == "full" else matrix
             return {
                 "gathered": copies if self.width != 4 else 0,
                 "gradients": self._waiting + matrix,

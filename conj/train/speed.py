@@ -3,14 +3,15 @@
 What the log of a run and the benchmarks share, so that both count the same; FLOPs are in conj/train/flops.py.
 """
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from conj.model.config import ModelConfig
-from conj.model.decoder import DTYPES, Decoder
+from conj.model.config import ModelConfig, parameter_shapes
+from conj.model.decoder import DTYPES
 
 
 def step_traffic(
@@ -22,16 +23,11 @@ def step_traffic(
     `gathered`: weights, in `dtype`, within a copy of the model that `shard_size` ranks hold: each block's for its forward
     and, with `reshard_after_forward`, again for its backward; the root's (norm and head) once. `reduced`: gradients, fp32,
     after each pack. `between_copies`: each rank's sums of them, once. In audit mode both are float64, once."""
-    with torch.device("meta"):
-        model = Decoder(config)
-    root = [model.model.norm.weight, (model.lm_head or model.model.embed_tokens).weight]
-
-    def padded(parameters: list) -> int:
-        return sum(-(-len(p) // shard_size) * shard_size * (p.numel() // len(p)) for p in parameters)
-
-    own = {id(p) for p in root}
-    blocks = padded([p for p in model.parameters() if id(p) not in own])
-    every, itemsize = blocks + padded(root), 8 if audit_mode else 4
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    padded = {name: math.prod((-(-rows // shard_size) * shard_size, *rest))
+              for name, (rows, *rest) in parameter_shapes(config).items()}  # fmt: skip
+    every, itemsize = sum(padded.values()), 8 if audit_mode else 4
+    blocks = every - padded["model.norm.weight"] - padded[head]
     weights = ((1 + reshard_after_forward) * blocks + every - blocks) * DTYPES[dtype].itemsize
     return {
         "gathered": num_turns * weights * (shard_size - 1) // shard_size,

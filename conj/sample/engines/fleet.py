@@ -70,7 +70,7 @@ def complete_by_engines(
         yield from vllm.complete_by_vllm(requests, model, options, decoding)
         return
     with running_ray(options) as cluster:
-        start = functools.partial(started_vllm, model, options, decoding, cluster.machine)
+        start = functools.partial(started_vllm, model, options, decoding, cluster.environment)
         launch = functools.partial(cluster.launch, start)
         yield from complete_by_fleet(requests, count, launch, cluster.num_engines, cluster.num_places)
 

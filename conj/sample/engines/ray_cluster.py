@@ -18,7 +18,7 @@ import psutil
 from conj import InputError
 from conj.data.options import brief_line, require
 from conj.sample.engines.vllm import EngineOptions
-from conj.sample.engines.worker import Handle, Machine, Started, Worker, versions_here
+from conj.sample.engines.worker import Environment, Handle, Started, Worker, versions_here
 
 OBJECT_STORE_BYTES = 256 * 2**20
 SECONDS_TO_END = 10.0  # of killed processes; one that waits for a GPU's driver or a disk may take longer
@@ -35,7 +35,7 @@ class Cluster:
     num_engines: int
     num_places: Callable[[], int]  # for engines, on the machines that are there at this moment
     launch: Callable[[Callable[[], Started]], Handle]
-    machine: Machine
+    environment: Environment
 
 
 def num_gpus_here(options: EngineOptions) -> int:
@@ -90,11 +90,11 @@ def running_ray(options) -> Iterator[Cluster]:
 def end(processes: list[psutil.Process]) -> None:
     """Kills what is left of them and waits until they are gone: engines that outlive this command would hold GPU memory
     which the next one wants. Ray itself waits for none but its own daemons."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     deadline = time.monotonic() + SECONDS_TO_END
-    while (left := [process for process in processes if is_running(process)]) and time.monotonic() < deadline:
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+    while any(map(is_running, processes)) and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
@@ -148,7 +148,7 @@ def describe_cluster(ray, options) -> Cluster:
         import torch
 
         num_threads = torch.get_num_threads()
-    machine = Machine(versions=versions_here(), num_threads=num_threads)
+    environment = Environment(versions=versions_here(), num_threads=num_threads)
     return Cluster(
-        num_engines=num_engines, num_places=lambda: places(kind, each), launch=launch, machine=machine
+        num_engines=num_engines, num_places=lambda: places(kind, each), launch=launch, environment=environment
     )  # fmt: skip

@@ -67,7 +67,7 @@ class Handle:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
+class Environment:
     """What judgments depend on beside their requests, and the processes of all engines have in common."""
 
     versions: dict[str, str]
@@ -81,17 +81,17 @@ def versions_here() -> dict[str, str]:
 
 @contextlib.contextmanager
 def started_vllm(
-    model: JudgeModel, options: EngineOptions, decoding: Decoding, machine: Machine
+    model: JudgeModel, options: EngineOptions, decoding: Decoding, environment: Environment
 ) -> Iterator[tuple[Callable, int]]:
     """vLLM, as a worker starts it. Raises InputError where other versions are installed than the manifest will say."""
     here = versions_here()
-    for name, version in machine.versions.items():
+    for name, version in environment.versions.items():
         if here.get(name) != version:
             raise InputError(
                 f"{os.uname().nodename}: expected {name} {version}, as where the run was started, found {here.get(name)}"
             )
-    if machine.num_threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(machine.num_threads)
+    if environment.num_threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(environment.num_threads)
     with vllm.running_engine(model, options) as engine:
         complete = functools.partial(vllm.generate, engine, model=model, decoding=decoding)
         yield complete, engine.vllm_config.scheduler_config.max_num_seqs
