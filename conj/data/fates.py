@@ -1,0 +1,35 @@
+"""What became of the rows of a data set: how many met each fate, where the first of them stands, and which columns nothing read."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+SHOWN = 60  # characters of an example's value
+
+
+class Fates:
+    """Counts by fate (`records`, `left_out_tie`, `empty_answers`), an example of each, and the columns that were left over."""
+
+    def __init__(self):
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}  # fate -> where the first stands
+        self.leftover: dict[str, dict] = {}  # column -> {"rows": how many rows hold it, "example": where and its value}
+        self.not_needed: Counter[str] = Counter()  # columns that a layout knows and makes nothing of: model names, dates
+
+    def add(self, fate: str, where: str = "", number: int = 1) -> None:
+        """Counts `number` of a fate; the first place (`rows.jsonl:3`) that is not empty becomes its example."""
+        self.counts[fate] += number
+        if number and where:
+            self.examples.setdefault(fate, where)
+
+    def leave(self, columns: Iterable[str], where: str, row: dict) -> None:
+        """Counts columns of a row that nothing was made of; the first value that is not empty becomes the example."""
+        for column in columns:
+            found = self.leftover.setdefault(column, {"rows": 0, "example": ""})
+            found["rows"] += 1
+            if not found["example"] and row[column] not in (None, "", [], {}):
+                found["example"] = f"{where}: {str(row[column])[:SHOWN]!r}"
+
+    def report(self) -> dict:
+        """What a manifest records: `counts`, `examples` and, where there are any, `unused_columns` and `columns_not_needed`."""
+        columns = {"unused_columns": self.leftover, "columns_not_needed": dict(self.not_needed)}
+        return {"counts": dict(self.counts), "examples": self.examples} | {k: v for k, v in columns.items() if v}
