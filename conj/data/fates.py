@@ -12,8 +12,8 @@ class Fates:
     def __init__(self):
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, str] = {}  # fate -> where the first stands
-        self.leftover: dict[str, dict] = {}  # column -> {"rows": how many rows hold it, "example": where and its value}
-        self.not_needed: Counter[str] = Counter()  # columns that a layout knows and makes nothing of: model names, dates
+        self.leftover: dict[str, dict] = {}  # column -> {"rows": how many hold something, "example": one}
+        self.not_needed: Counter[str] = Counter()  # columns known and not needed (model names, dates): how many rows
 
     def add(self, fate: str, where: str = "", number: int = 1) -> None:
         """Counts `number` of a fate; the first place (`rows.jsonl:3`) that is not empty becomes its example."""
@@ -25,9 +25,9 @@ class Fates:
         """Counts columns of a row that nothing was made of; the first value that is not empty becomes the example."""
         for column in columns:
             found = self.leftover.setdefault(column, {"rows": 0, "example": ""})
-            found["rows"] += 1
-            if not found["example"] and row[column] not in (None, "", [], {}):
-                found["example"] = f"{where}: {str(row[column])[:SHOWN]!r}"
+            if row[column] is not None and str(row[column]) not in ("", "[]", "{}", "nan"):
+                found["rows"] += 1
+                found["example"] = found["example"] or f"{where}: {str(row[column])[:SHOWN]!r}"
 
     def report(self) -> dict:
         """What a manifest records: `counts`, `examples` and, where there are any, `unused_columns` and `columns_not_needed`."""
