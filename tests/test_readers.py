@@ -1,4 +1,4 @@
-"""Readers: every layout comes out as the same records, texts untouched, and a bad row is named by file and line."""
+"""Readers: files of every kind come out as the same records, texts untouched, and a bad row is named by file and line."""
 
 import gzip
 import json
@@ -220,9 +220,9 @@ def test_malformed_line_is_named(name, content, where, tmp_path):
 
 @pytest.mark.parametrize(("row", "message"), [
     ({"input": "q", "output_1": "a", "label": 1}, "missing column output_2; found input, label, output_1"),
-    (LLMBAR | {"output_1": None}, "missing column output_1"),
+    (LLMBAR | {"label": None}, "missing column label"),
     (LLMBAR | {"label": 3}, "expected label to be one of 0, 1, 2; found 3"),
-    (LLMBAR | {"label": True}, "found True"), (LLMBAR | {"label": "2"}, "found '2'"),
+    (LLMBAR | {"label": True}, "found True"), (LLMBAR | {"label": "two"}, "found 'two'"),
     (LLMBAR | {"label": [2]}, r"found \[2\]"), (LLMBAR | {"input": 7}, "expected a question of text, found int"),
     (LLMBAR | {"output_2": {"text": "b"}}, "expected an answer of text, found dict"),
     ([1, 2], "expected a JSON object, found list"),
@@ -246,8 +246,12 @@ def test_unreadable_chosen_and_rejected_are_an_input_error(row, tmp_path):
 
 
 def test_unknown_layout_lists_what_was_found_and_what_is_known(tmp_path):
-    """The user has to rename columns, and must know to what."""
-    with pytest.raises(InputError, match="columns text, score are of no known layout; .*LLMBar .input, output_1"):
+    """The user has to name the columns, and must know which there could have been."""
+    with pytest.raises(
+        InputError, match="columns input, output_1 are of no known layout: name .*LLMBar .input, output_1"
+    ):
+        records({"input": "q", "output_1": "a"}, path=tmp_path)
+    with pytest.raises(InputError, match="columns text, score are of no known layout: .*docs/data.md.$"):
         records({"text": "t", "score": 1}, path=tmp_path)
 
 

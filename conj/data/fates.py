@@ -1,7 +1,6 @@
 """What became of the rows of a data set: how many met each fate, where the first of them stands, and which columns nothing read."""
 
 from collections import Counter
-from collections.abc import Iterable
 
 SHOWN = 60  # characters of an example's value
 
@@ -21,13 +20,10 @@ class Fates:
         if number and where:
             self.examples.setdefault(fate, where)
 
-    def leave(self, columns: Iterable[str], where: str, row: dict) -> None:
-        """Counts columns of a row that nothing was made of; the first value that is not empty becomes the example."""
-        for column in columns:
-            found = self.leftover.setdefault(column, {"rows": 0, "example": ""})
-            if row[column] is not None and str(row[column]) not in ("", "[]", "{}", "nan"):
-                found["rows"] += 1
-                found["example"] = found["example"] or f"{where}: {str(row[column])[:SHOWN]!r}"
+    def leave(self, column: str, where: str, value) -> None:
+        """Counts a column that nothing was made of, in a row where it holds `value`."""
+        found = self.leftover.setdefault(column, {"rows": 0, "example": f"{where}: {str(value)[:SHOWN]!r}"})
+        found["rows"] += 1
 
     def report(self) -> dict:
         """What a manifest records: `counts`, `examples` and, where there are any, `unused_columns` and `columns_not_needed`."""
