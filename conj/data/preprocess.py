@@ -163,7 +163,7 @@ def write_prompts(
 def data_sets(data) -> list:
     """The data sets of an argument: the parts of a list, unless it is rows; all else stands for itself."""
     is_several = isinstance(data, list | tuple) and not (data and all(isinstance(part, dict) for part in data))
-    return list(data) if is_several else [data]
+    return [str(part) if isinstance(part, Path) else part for part in (data if is_several else [data])]
 
 
 def _at_hand(given):
