@@ -147,8 +147,6 @@ class AskedQuestions:
     def find(self, question: str | list[dict]) -> tuple[Asked, float] | None:
         """The benchmark's question that this one is, or holds, or is a part of, and the share of the shorter one's words
         that the other has: 1.0 for the same text. None if there is none."""
-        if not self.by_text:
-            return None
         text = normalised(question)
         for whole in (text, normalised(_without_system(question))):
             if whole in self.by_text:

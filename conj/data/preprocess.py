@@ -79,15 +79,17 @@ def _write(options: PreprocessOptions, data: Sequence, exclude: Sequence) -> Non
     began, [(artefact, inputs)] = time.monotonic(), options.makes().items()
     if not manifest.begin(artefact, inputs=inputs, options=options):
         return
-    fates, asked = Fates(), read_asked(exclude)
+    fates, asked = Fates(), read_asked(exclude) if exclude else None
     columns = as_mapping(options.columns)
     rows = make_rows(data, options.seed, options.subsets, options.limit, columns=columns, asked=asked, fates=fates)
     num_rows = write_jsonl(artefact, rows)
-    report = {k: v for k, v in fates.report().items() if k != "counts"} | ({"excluded": asked.found} if exclude else {})
+    found = asked.found if asked else []
+    report = {k: v for k, v in fates.report().items() if k != "counts"} | ({"excluded": found} if asked else {})
     manifest.finish(
         artefact, num_rows=num_rows, counts=dict(fates.counts), seconds=time.monotonic() - began, fates=report
     )
-    print("\n".join(_lines(fates, asked.found)))
+    for line in _lines(fates, found):
+        print(line)
 
 
 def as_mapping(columns: Sequence[str] | None) -> dict[str, str] | None:
@@ -98,7 +100,7 @@ def as_mapping(columns: Sequence[str] | None) -> dict[str, str] | None:
 def _lines(fates: Fates, excluded: list[dict]) -> Iterator[str]:
     """What became of rows and columns, with an example each, for the terminal."""
     for fate, where in fates.examples.items():
-        if fate != "records":
+        if fate not in ("records", "left_out_excluded"):
             yield f"  {fate}: {fates.counts[fate]}, first {where}"
     for column, found in fates.leftover.items():
         yield f"  column {column!r} is not used: {found['rows']} rows, {found['example']}"
@@ -127,8 +129,8 @@ def load_prompts(
     label 0, where the benchmark has ties. Such rows also hold its annotators' `votes`.
 
     Raises InputError for unusable data, a subset that is not there, or when every record is left out."""
-    fates, sets = Fates(), data_sets(data)
-    asked = read_asked(data_sets(exclude))
+    fates, sets, excluded = Fates(), data_sets(data), data_sets(exclude)
+    asked = read_asked(excluded) if excluded else None
     rows = make_rows(sets, seed, subsets, limit, benchmark, columns=columns, asked=asked, fates=fates)
     return list(rows), dict(fates.counts)
 
@@ -215,6 +217,8 @@ def make_rows(
     """The rows of `load_prompts`; `fates`, and what `asked` has found, are whole when they are all there. Without
     `benchmark` the first comes when the last is read, and between the two they lie in a temporary file."""
     fates.add("records", number=0)
+    if asked:
+        fates.add("left_out_excluded", number=0)
     entries, ids = _make_entries(data, seed, subsets, limit, benchmark, columns, asked, fates), set()
     for row, where, num_non_strings in entries if benchmark else drop_repeats(entries, fates):
         row["id"] = unused_id(row["id"], ids)
