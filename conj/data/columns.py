@@ -4,11 +4,12 @@ The layouts of public data sets are maps in `layouts.toml`; `--columns question=
 A path is a column, or goes on below it: `info.post`, `chosen.-1.content`, `completions.*.response`.
 """
 
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from conj import InputError
@@ -105,7 +106,8 @@ def _layout(table: dict) -> Layout:
     paths = {key: _several(value) for key, value in table.items() if key in TARGETS}
     paths |= {target: _several(every[target]) for target in EVERY if target not in paths}
     known = frozenset(every["known"]) | frozenset(fields.pop("known", ()))
-    return Layout(paths=paths, known=known, **fields)
+    no_tie = {"tie": ()} if "first" in fields else {}
+    return Layout(paths=paths, known=known, **no_tie | fields)
 
 
 def _several(paths: str | list[str]) -> tuple[str, ...]:
@@ -150,6 +152,12 @@ def given_layout(columns: Mapping[str, str]) -> Layout:
         labels = {"first": (0,), "second": (1,), "tie": ()}
     known = frozenset(tables()["every"]["known"])
     return Layout(name="--columns", columns=(), paths=paths, known=known, given=True, **labels)
+
+
+@lru_cache(4096)
+def is_known(layout: Layout, name: str) -> bool:
+    """Whether a column, or a key below one, or what that is a part of, is among those that are not needed."""
+    return name in layout.known or any(is_known(layout, name[: end.start()]) for end in re.finditer(r"\[\]|\.", name))
 
 
 class Cells:
@@ -219,7 +227,7 @@ class Cells:
     def _open(self, target: str) -> Iterator[tuple[str, ...]]:
         """A target's paths that start at a column of the row which is not used as a whole: a column is used once."""
         for path in self.layout.paths.get(target, ()):
-            steps = (path,) if path in self.row else tuple(path.split("."))  # a column's name may hold dots
+            steps = (path,) if path in self.row else _steps(path)  # a column's name may hold dots
             if steps[0] in self.row and () not in self.used.get(steps[0], ()):
                 yield steps
 
@@ -229,13 +237,18 @@ class Cells:
             paths = self.used.get(column)
             if paths is None:
                 if holds(value):
-                    yield column, value, column in self.layout.known
+                    yield column, value, is_known(self.layout, column)
             elif () not in paths:
                 for name, item in dict(_unread(value, paths, column)).items():
                     if holds(item):
-                        yield name, item, name in self.layout.known or column in self.layout.known
+                        yield name, item, is_known(self.layout, name)
         for name, value in self.left.items():
-            yield name, value, name in self.layout.known
+            yield name, value, is_known(self.layout, name)
+
+
+@cache
+def _steps(path: str) -> tuple[str, ...]:
+    return tuple(path.split("."))
 
 
 def _find(value, path: tuple[str, ...]):

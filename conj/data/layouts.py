@@ -12,7 +12,7 @@ from itertools import product
 from statistics import fmean
 
 from conj import InputError
-from conj.data.columns import Cells, Layout, holds, is_texts, missing
+from conj.data.columns import ANSWERS, Cells, Layout, holds, is_texts, missing
 from conj.data.fates import Fates
 from conj.data.files import listed
 from conj.data.rows import (
@@ -108,7 +108,7 @@ def _labels(cells: Cells) -> dict[str, tuple[int, tuple[int, ...]]]:
 def _ranked(cells: Cells, asked: list[dict]) -> Iterator[Preference]:
     """Several answers: the best against each that is strictly lower."""
     answers, scores = _scored(cells)
-    sides = [_side(cells, "answers", answer) for answer in answers]
+    sides = [_side(cells, ANSWERS[cells.layout.kind][0], answer) for answer in answers]
     order = [i for i, side in enumerate(sides) if side[1] is not None and scores[i] is not None]
     cells.counts["rows_of_several_answers"] += 1
     if len(order) < 2:
@@ -173,14 +173,13 @@ def _record(cells: Cells, asked: list[dict], better: Side, worse: Side, subset: 
     if better[0] and asked == [{"role": "user", "content": ""}]:
         asked = []  # an empty cell is no question where the conversation opens with one
     question, other = (join_question(asked, opening, answers) for opening in (better[0], worse[0]))
-    unusable = "two_questions" if None in (question, other) or not same_question(question, other) else None
+    differ = None in (question, other) or not same_question(question, other)
     question = with_tools(question or asked or better[0], cells.get("tools"))
     if not question and not cells.has("question"):
         raise InputError("missing column prompt or conversations (chosen does not open with the question)")
-    if not question or question[-1]["role"] == "assistant":
-        unusable = unusable or "no_question"
-    if None in answers:
-        unusable = unusable or "no_answer"
+    no_question = not question or question[-1]["role"] == "assistant"
+    reasons = {"no_answer": None in answers, "two_questions": differ, "no_question": no_question}
+    unusable = next((reason for reason, holds_here in reasons.items() if holds_here), None)
     better, worse = ("" if answer is None else answer for answer in answers)
     return Preference(
         question=as_question(question) if question else "", better=better, worse=worse, subset=subset,
