@@ -3,6 +3,7 @@
 import json
 import random
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,6 @@ def test_the_split_never_parts_a_question():
         options = PairsOptions(run_dir=Path("r"), eval_fraction=0.5)
         prompts = [{"id": str(i), "question": change(t), "answer_1": "a", "answer_2": "b", "label": 1}
                    for i, t in enumerate(texts)]  # fmt: skip
-        from collections import Counter
-
         return [made["split"] for made in make_pair_rows(prompts, lambda id: judgments, options, Counter())]
 
     plain = splits(str)
@@ -245,6 +244,38 @@ def test_rows_from_python_are_those_of_a_file_and_later_stages_go_on_from_them(t
         write_prompts(tmp_path / "run", rows[1:])
     with pytest.raises(InputError, match="was made with seed=2021, now 1"):
         write_prompts(tmp_path / "run", rows, seed=1)
+
+
+def test_frames_data_sets_and_files_of_the_same_rows_give_the_same_rows(tmp_path):
+    """Columns are named alike; what nothing read is named in the manifest, and a path that is not there is one line."""
+    import datasets
+    import pandas
+
+    rows = [{"ask": f"question {i}", "good": "a", "bad": "b", "extra": i} for i in range(9)]
+    columns, made = {"question": "ask", "better": "good", "worse": "bad"}, []
+    pandas.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
+    for given in pandas.DataFrame(rows), datasets.Dataset.from_list(rows), rows, iter(rows), tmp_path / "rows.csv":
+        path = write_prompts(tmp_path / f"run{len(made)}", given, columns=columns, seed=7)
+        made.append([row | {"source": ""} for row in read_prompts(path)])
+        found = manifest.read_manifest(path)
+        assert found["fates"]["unused_columns"]["extra"]["rows"] == 9
+        assert found["options"]["columns"] == ["question=ask", "better=good", "worse=bad"]
+    assert len(made[0]) == 9 and all(each == made[0] for each in made)
+    line = ["--data", str(tmp_path / "rows.csv"), "--seed=7", "--columns", *(f"{k}={v}" for k, v in columns.items())]
+    run_command(preprocess, PreprocessOptions, None, ["--run-dir", str(tmp_path / "run4"), *line])  # the same: complete
+    with pytest.raises(InputError, match="question=nope: no such column"):
+        write_prompts(tmp_path / "other", rows, columns=columns | {"question": "nope"})
+    with pytest.raises(InputError, match="--columns: expected NAME=PATH, found question"):
+        PreprocessOptions(run_dir=tmp_path, data=("a",), columns=("question",))
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (5, "int: expected a file"), ({"a": 1}, "dict: expected rows"), ([], "data: every record was left out"),
+    (["nowhere.jsonl"], "nowhere.jsonl: no such file"),
+])  # fmt: skip
+def test_what_is_no_data_is_one_line(given, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        write_prompts(tmp_path, given)
 
 
 def test_questions_to_exclude_may_come_from_python_too(tmp_path):

@@ -17,7 +17,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,15 @@ from conj.data.manifest import RunOptions
 from conj.data.options import option, require, require_each, run_command
 from conj.data.overlap import Asked, AskedQuestions, Entry, drop_repeats
 from conj.data.progress import progress
-from conj.data.readers import DATA_PARTS, describe_data, read_preferences, read_rows, split_name, without_revision
+from conj.data.readers import (
+    DATA_PARTS,
+    describe_data,
+    is_on_hub,
+    read_preferences,
+    read_rows,
+    split_name,
+    without_revision,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +178,7 @@ def data_sets(data) -> list:
 
 def _at_hand(given):
     """A data set that can be read twice: once for its hash."""
-    return given if isinstance(given, str) or hasattr(given, "__len__") else list(given)
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, Sized) else given
 
 
 def _describe(given) -> str:
@@ -200,7 +208,7 @@ def _open(given, is_benchmark: bool) -> tuple:
     if not isinstance(given, str):
         return given, "", type(given).__name__
     name, known = resolve_data(given) if is_benchmark else (given, "")
-    return name, known, Path(name).name if Path(split_name(name)[0]).exists() else without_revision(name)
+    return name, known, without_revision(name) if is_on_hub(split_name(name)[0]) else Path(name).name
 
 
 def make_rows(
@@ -227,7 +235,7 @@ def make_rows(
         fates.add("non_string_answers", where, num_non_strings)
         yield row
     if not ids:
-        names = ", ".join(_open(given, False)[2] for given in data)
+        names = ", ".join(_open(given, False)[2] for given in data) or "data"
         hint = "; without --exclude their questions stay" if fates.counts["left_out_excluded"] else ""
         raise InputError(f"{names}: every record was left out: {dict(fates.counts)}{hint}")
 
