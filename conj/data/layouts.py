@@ -19,6 +19,7 @@ from conj.data.rows import (
     Answer,
     Preference,
     as_question,
+    is_transcript,
     join_question,
     read_side,
     read_turns,
@@ -64,7 +65,7 @@ Side = tuple[list[dict], Answer | None]  # what stands before an answer, and the
 def _pair(cells: Cells, asked: list[dict]) -> Iterator[Preference]:
     """`better` and `worse` as texts, messages or conversations, which may open with the question themselves."""
     better, worse = cells.get("better"), cells.get("worse")
-    if not asked and isinstance(better, str) and isinstance(worse, str) and not better.startswith("\n\nHuman:"):
+    if not asked and isinstance(better, str) and isinstance(worse, str) and not is_transcript(better):
         asked, better, worse = _common_start(cells, better, worse)
     record = _record(cells, asked, _side(cells, "better", better), _side(cells, "worse", worse))
     scores = [_number(cells.get(target)) for target in ("score_better", "score_worse")]
@@ -177,12 +178,13 @@ def _record(cells: Cells, asked: list[dict], better: Side, worse: Side, subset: 
     question = with_tools(question or asked or better[0], cells.get("tools"))
     if not question and not cells.has("question"):
         raise InputError("missing column prompt or conversations (chosen does not open with the question)")
-    no_question = not question or question[-1]["role"] == "assistant"
+    is_whole = bool(question) and not any(missing(turn["content"]) for turn in question)
+    no_question = not is_whole or question[-1]["role"] == "assistant"
     reasons = {"no_answer": None in answers, "two_questions": differ, "no_question": no_question}
     unusable = next((reason for reason, holds_here in reasons.items() if holds_here), None)
     better, worse = ("" if answer is None else answer for answer in answers)
     return Preference(
-        question=as_question(question) if question else "", better=better, worse=worse, subset=subset,
+        question=as_question(question) if is_whole else "", better=better, worse=worse, subset=subset,
         unusable=unusable, place=place,
     )  # fmt: skip
 
@@ -190,8 +192,8 @@ def _record(cells: Cells, asked: list[dict], better: Side, worse: Side, subset: 
 def _side(cells: Cells, target: str, value) -> Side:
     if missing(value):
         return [], None
-    turn = cells.get("turn")  # a conversation may go on after the answer that was judged
-    num_answers = int(turn) if isinstance(turn, int | float) and not isinstance(turn, bool) else None
+    turn = _number(cells.get("turn"))  # a conversation may go on after the answer that was judged
+    num_answers = int(turn) if turn is not None and turn.is_integer() else None
     return read_side(value, cells.left, cells.column(target), num_answers)
 
 
@@ -240,5 +242,5 @@ def _number(value) -> float | None:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"expected a score that is a number, found {str(value)[:40]!r}") from None
