@@ -21,7 +21,7 @@ ANSWERS = {  # the ways to state a preference: what a map must have of each
     "sorted": ("betters", "worses"),
 }
 STATED = {  # by what, where the answers do not say it themselves: one of these
-    "two": ("label", "index", "votes", "score_1", "labels"),
+    "two": ("label", "index", "votes", "score_1"),
     "ranked": ("scores", "ranks"),
 }
 TARGETS = {
@@ -29,13 +29,8 @@ TARGETS = {
     "better", "worse", "score_better", "score_worse", "answer_1", "answer_2", "label", "index", "votes", "score_1",
     "score_2", "answers", "scores", "ranks", "betters", "worses",
 }  # fmt: skip
-NULLABLE = (
-    "question",
-    "better",
-    "worse",
-    "answer_1",
-    "answer_2",
-)  # an empty cell there is counted; elsewhere it is a mistake
+# An empty cell there is counted; of any other target it is a mistake.
+NULLABLE = ("question", "better", "worse", "answer_1", "answer_2")
 OPTIONAL = ("context", "system", "history", "tools", "subset", "id", "turn", "score_better", "score_worse")
 EVERY = ("system", "history", "tools", "subset", "id")  # read in every built-in layout where a row has them
 GIVEN_LABELS = {  # what a label of the user's map may say
@@ -142,7 +137,7 @@ def given_layout(columns: Mapping[str, str]) -> Layout:
     stated = [target for target in STATED.get(kinds[0], ()) if target in columns]
     if kinds[0] in STATED and len(stated) != 1:
         raise InputError(
-            f"--columns: expected one of {', '.join(STATED[kinds[0]][:4])}; found {', '.join(stated) or 'none'}"
+            f"--columns: expected one of {', '.join(STATED[kinds[0]])}; found {', '.join(stated) or 'none'}"
         )
     if ("score_1" in columns) != ("score_2" in columns) or ("score_better" in columns) != ("score_worse" in columns):
         raise InputError("--columns: expected the scores of both answers, found one")
