@@ -367,7 +367,7 @@ def test_every_way_to_state_a_preference_can_be_named(row, columns):
 
 
 @pytest.mark.parametrize(("columns", "message"), [
-    ({"question": "prompts", "better": "chosen", "worse": "rejected"}, "--columns question=prompts: leads to nothing in the first row; found chosen, prompt, rejected"),
+    ({"question": "prompts", "better": "chosen", "worse": "rejected"}, "--columns question=prompts: no such column; found chosen, prompt, rejected"),
     ({"question": "prompt", "better": "chosen.-1.contents", "worse": "rejected"}, "--columns better=chosen.-1.contents: leads to nothing"),
     ({"ask": "prompt"}, "--columns ask=: no such target; expected one of answer_1, "),
     ({"question": "prompt", "better": "chosen"}, "--columns: expected better and worse or "),

@@ -158,7 +158,8 @@ def fit(layout: Layout, row: dict) -> Layout:
             steps = (path,) if path in row else _steps(path)
             if _find(row, steps, GONE) is GONE:
                 found = ", ".join(sorted(map(str, row))) or "none"
-                raise InputError(f"--columns {target}={path}: leads to nothing in the first row; found {found}")
+                what = "no such column" if steps[0] not in row else "leads to nothing in the first row"
+                raise InputError(f"--columns {target}={path}: {what}; found {found}")
             if target not in OPTIONAL:
                 needed.add(steps[0])
     return replace(layout, columns=tuple(sorted(needed)))
