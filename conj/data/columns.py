@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -21,7 +21,7 @@ ANSWERS = {  # the ways to state a preference: what a map must have of each
     "sorted": ("betters", "worses"),
 }
 STATED = {  # by what, where the answers do not say it themselves: one of these
-    "two": ("label", "index", "votes", "score_1", "labels"),
+    "two": ("label", "index", "votes", "score_1"),
     "ranked": ("scores", "ranks"),
 }
 TARGETS = {
@@ -29,13 +29,9 @@ TARGETS = {
     "better", "worse", "score_better", "score_worse", "answer_1", "answer_2", "label", "index", "votes", "score_1",
     "score_2", "answers", "scores", "ranks", "betters", "worses",
 }  # fmt: skip
-NULLABLE = (
-    "question",
-    "better",
-    "worse",
-    "answer_1",
-    "answer_2",
-)  # an empty cell there is counted; elsewhere it is a mistake
+# An empty cell there is counted; of any other target it is a mistake.
+NULLABLE = ("question", "better", "worse", "answer_1", "answer_2")
+OPTIONAL = ("context", "system", "history", "tools", "subset", "id", "turn", "score_better", "score_worse")
 EVERY = ("system", "history", "tools", "subset", "id")  # read in every built-in layout where a row has them
 GIVEN_LABELS = {  # what a label of the user's map may say
     "first": (1, "A", "a", "A>B", "model_a"),
@@ -43,6 +39,7 @@ GIVEN_LABELS = {  # what a label of the user's map may say
     "tie": (0, "tie", "Tie", "A=B"),
 }
 MAX_SUGGESTIONS = 3
+GONE = object()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,7 +58,6 @@ class Layout:
     grid: bool = False
     turns_as_json: bool = False
     known: frozenset[str] = frozenset()
-    given: bool = False  # by the user
 
     @property
     def kind(self) -> str:
@@ -141,7 +137,7 @@ def given_layout(columns: Mapping[str, str]) -> Layout:
     stated = [target for target in STATED.get(kinds[0], ()) if target in columns]
     if kinds[0] in STATED and len(stated) != 1:
         raise InputError(
-            f"--columns: expected one of {', '.join(STATED[kinds[0]][:4])}; found {', '.join(stated) or 'none'}"
+            f"--columns: expected one of {', '.join(STATED[kinds[0]])}; found {', '.join(stated) or 'none'}"
         )
     if ("score_1" in columns) != ("score_2" in columns) or ("score_better" in columns) != ("score_worse" in columns):
         raise InputError("--columns: expected the scores of both answers, found one")
@@ -151,7 +147,22 @@ def given_layout(columns: Mapping[str, str]) -> Layout:
         paths["label"] = paths.pop("index")
         labels = {"first": (0,), "second": (1,), "tie": ()}
     known = frozenset(tables()["every"]["known"])
-    return Layout(name="--columns", columns=(), paths=paths, known=known, given=True, **labels)
+    return Layout(name="--columns", columns=(), paths=paths, known=known, **labels)
+
+
+def fit(layout: Layout, row: dict) -> Layout:
+    """The user's column map, which is to read rows like this first one. Raises InputError for a path that is not there."""
+    needed = set()
+    for target, paths in layout.paths.items():
+        for path in paths:
+            steps = (path,) if path in row else _steps(path)
+            if _find(row, steps, GONE) is GONE:
+                found = ", ".join(sorted(map(str, row))) or "none"
+                what = "no such column" if steps[0] not in row else "leads to nothing in the first row"
+                raise InputError(f"--columns {target}={path}: {what}; found {found}")
+            if target not in OPTIONAL:
+                needed.add(steps[0])
+    return replace(layout, columns=tuple(sorted(needed)))
 
 
 @lru_cache(4096)
@@ -171,8 +182,6 @@ class Cells:
         self.counts: Counter[str] = Counter()  # fates of this row's answers
         if gone := [column for column in layout.columns if column not in row or self._is_mistake(column)]:
             raise InputError(f"missing column {', '.join(gone)}; found {', '.join(sorted(map(str, row))) or 'none'}")
-        if layout.given:
-            self._check_given()
         for column in tables()["every"]["media"]:
             if column in row and holds(row[column]):
                 raise InputError(
@@ -184,13 +193,6 @@ class Cells:
             return False
         targets = (target for target in NULLABLE if target in self.layout.paths)
         return not any(path.partition(".")[0] == column for target in targets for path in self.layout.paths[target])
-
-    def _check_given(self) -> None:
-        for target, paths in self.layout.paths.items():
-            for path in paths:
-                if not (path in self.row or path.partition(".")[0] in self.row):
-                    found = ", ".join(sorted(map(str, self.row))) or "none"
-                    raise InputError(f"--columns {target}={path}: no such column; found {found}")
 
     def get(self, target: str, accept: Callable[[object], bool] = holds):
         """What the first path of a target that leads to something `accept` takes leads to, else what the first leads to at
@@ -251,18 +253,19 @@ def _steps(path: str) -> tuple[str, ...]:
     return tuple(path.split("."))
 
 
-def _find(value, path: tuple[str, ...]):
-    """What a path leads to; None where it ends before. After `*`, a list of what each item leads to."""
+def _find(value, path: tuple[str, ...], gone=None):
+    """What a path leads to; `gone` where it ends before. After `*`, a list of what each item leads to."""
     for depth, step in enumerate(path):
         if step == "*":
             items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-            return [_find(item, path[depth + 1 :]) for item in items]
-        if isinstance(value, dict):
-            value = value.get(step)
+            found = [_find(item, path[depth + 1 :], gone) for item in items]
+            return gone if gone is GONE and all(item is GONE for item in found) else found
+        if isinstance(value, dict) and step in value:
+            value = value[step]
         elif isinstance(value, list) and step.removeprefix("-").isdigit() and -len(value) <= int(step) < len(value):
             value = value[int(step)]
         else:
-            return None
+            return gone
     return value
 
 

@@ -19,6 +19,7 @@ from conj.data.rows import (
     Answer,
     Preference,
     as_question,
+    is_transcript,
     join_question,
     read_side,
     read_turns,
@@ -42,7 +43,7 @@ def read_records(layout: Layout, row: dict, where: str, fates: Fates) -> list[Pr
     """The records of one row, which stands at `where`; `fates` gets what nothing was made of. Raises InputError."""
     cells = Cells(layout, row)
     asked = _asked(cells)
-    made = list(_grid(cells, asked) if layout.grid else READERS[layout.kind](cells, asked))
+    made = list(_grid(cells, asked) if layout.grid else BY_KIND[layout.kind](cells, asked))
     subset, own_id = cells.get("subset", lambda value: isinstance(value, str)), cells.get("id")
     subset = subset if isinstance(subset, str) else ""
     own_id = own_id if isinstance(own_id, str | int) else None
@@ -64,12 +65,13 @@ Side = tuple[list[dict], Answer | None]  # what stands before an answer, and the
 def _pair(cells: Cells, asked: list[dict]) -> Iterator[Preference]:
     """`better` and `worse` as texts, messages or conversations, which may open with the question themselves."""
     better, worse = cells.get("better"), cells.get("worse")
-    if not asked and isinstance(better, str) and isinstance(worse, str) and not better.startswith("\n\nHuman:"):
+    if not cells.has("question") and isinstance(better, str) and isinstance(worse, str) and not is_transcript(better):
         asked, better, worse = _common_start(cells, better, worse)
     record = _record(cells, asked, _side(cells, "better", better), _side(cells, "worse", worse))
-    scores = [_number(cells.get(target)) for target in ("score_better", "score_worse")]
-    if record.unusable is None and None not in scores and scores[0] <= scores[1]:
-        record = replace(record, unusable="tie" if scores[0] == scores[1] else "scores_contradict")
+    if cells.has("score_better") and cells.has("score_worse"):
+        high, low = (_number(cells.get(target)) for target in ("score_better", "score_worse"))
+        if record.unusable is None and high is not None and low is not None and high <= low:
+            record = replace(record, unusable="tie" if high == low else "scores_contradict")
     yield record
 
 
@@ -112,7 +114,7 @@ def _ranked(cells: Cells, asked: list[dict]) -> Iterator[Preference]:
     order = [i for i, side in enumerate(sides) if side[1] is not None and scores[i] is not None]
     cells.counts["rows_of_several_answers"] += 1
     if len(order) < 2:
-        yield Preference(question=as_question(asked), better="", worse="", unusable="no_answer")
+        yield _record(cells, asked, ([], None), ([], None))
         return
     best = max(order, key=lambda i: scores[i])  # the first of them
     lower = [i for i in order if scores[i] < scores[best]]
@@ -149,7 +151,7 @@ def _grid(cells: Cells, asked: list[dict]) -> Iterator[Preference]:
         yield replace(_record(cells, asked, ([], better), ([], worse)), subset=cell)
 
 
-READERS = {"pair": _pair, "two": _two, "ranked": _ranked, "sorted": _ranked}
+BY_KIND = {"pair": _pair, "two": _two, "ranked": _ranked, "sorted": _ranked}
 
 
 def _asked(cells: Cells) -> list[dict]:
@@ -177,12 +179,13 @@ def _record(cells: Cells, asked: list[dict], better: Side, worse: Side, subset: 
     question = with_tools(question or asked or better[0], cells.get("tools"))
     if not question and not cells.has("question"):
         raise InputError("missing column prompt or conversations (chosen does not open with the question)")
-    no_question = not question or question[-1]["role"] == "assistant"
+    is_whole = bool(question) and not any(missing(turn["content"]) for turn in question)
+    no_question = not is_whole or question[-1]["role"] == "assistant"
     reasons = {"no_answer": None in answers, "two_questions": differ, "no_question": no_question}
     unusable = next((reason for reason, holds_here in reasons.items() if holds_here), None)
     better, worse = ("" if answer is None else answer for answer in answers)
     return Preference(
-        question=as_question(question) if question else "", better=better, worse=worse, subset=subset,
+        question=as_question(question) if is_whole else "", better=better, worse=worse, subset=subset,
         unusable=unusable, place=place,
     )  # fmt: skip
 
@@ -190,8 +193,8 @@ def _record(cells: Cells, asked: list[dict], better: Side, worse: Side, subset: 
 def _side(cells: Cells, target: str, value) -> Side:
     if missing(value):
         return [], None
-    turn = cells.get("turn")  # a conversation may go on after the answer that was judged
-    num_answers = int(turn) if isinstance(turn, int | float) and not isinstance(turn, bool) else None
+    turn = _number(cells.get("turn"))  # a conversation may go on after the answer that was judged
+    num_answers = int(turn) if turn is not None and turn.is_integer() else None
     return read_side(value, cells.left, cells.column(target), num_answers)
 
 
@@ -240,5 +243,5 @@ def _number(value) -> float | None:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"expected a score that is a number, found {str(value)[:40]!r}") from None

@@ -2,7 +2,7 @@
 
 A data set is a local file, a pattern of files (`data/*.jsonl.zst`), a local folder or a name on the hub (`ORG/NAME`,
 `ORG/NAME@REVISION`), the latter two with an optional split and configuration: `name:test_prefs`,
-`name:config/test_prefs`, `name:config/`. In Python it may also be a pandas or polars frame, an arrow table, a `Dataset`,
+`name:config/test_prefs`, `name:config/`. In Python it may also be a pandas frame, an arrow table, a `Dataset`,
 or any iterable of dicts.
 Parquet, arrow and the hub are read by `datasets`, which also says which files of a folder make up a split. JSON and CSV
 are read by `conj.data.texts`. Texts must come out as they went in.
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from conj import InputError
-from conj.data.columns import given_layout, recognise
+from conj.data.columns import fit, given_layout, recognise
 from conj.data.fates import Fates
 from conj.data.files import first_line, listed
 from conj.data.hub import COMMIT, Recorded, find_commit, split_repo
@@ -47,7 +47,8 @@ def read_preferences(
         try:
             if not isinstance(row, dict):
                 raise InputError(f"expected a JSON object, found {type(row).__name__}")
-            layout = layout or recognise(row)
+            if number == 0:
+                layout = fit(layout, row) if layout else recognise(row)
             records = read_records(layout, row, where, fates)
         except InputError as e:
             raise InputError(f"{where}: {e}") from None
@@ -131,9 +132,8 @@ def _read_objects(data) -> Iterator[tuple[str, dict]]:
             f"{name}: expected rows, found a mapping of {listed(list(map(str, data)))}; give one of its members"
         )
     if pandas is not None and isinstance(data, pandas.DataFrame):
-        rows = (dict(zip(map(str, data.columns), values)) for values in data.itertuples(index=False, name=None))
-    elif hasattr(data, "iter_rows"):  # polars
-        rows = data.iter_rows(named=True)
+        frame = data.reset_index() if any(name is not None for name in data.index.names) else data
+        rows = (dict(zip(map(str, frame.columns), values)) for values in frame.itertuples(index=False, name=None))
     elif hasattr(data, "to_batches"):  # arrow
         rows = (row for batch in data.to_batches() for row in batch.to_pylist())
     elif isinstance(data, Iterable):
@@ -153,7 +153,9 @@ def _plain(value):
         return [_plain(item) for item in value]
     if hasattr(value, "tolist") and hasattr(value, "dtype"):
         return _plain(value.tolist())
-    return value
+    return (
+        None if type(value).__name__ == "NAType" else value
+    )  # pandas' own null is neither equal nor unequal to itself
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, dict]]:

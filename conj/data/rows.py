@@ -22,7 +22,7 @@ ROLES = {
 }  # fmt: skip
 CALLS = ("tool_calls", "function_call")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")
+TRANSCRIPT = re.compile(r"(?:\n\n|\A\s*)(Human|Assistant):")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def read_turns(value, role: str, left: dict[str, object], name: str = "") -> lis
     """Chat messages of a text (one turn of `role`), a transcript, a message or a list of messages or of content parts.
 
     Keys of messages that are not understood go to `left`, named after the column `name`."""
-    if isinstance(value, str) and value.startswith("\n\nHuman:"):
+    if isinstance(value, str) and is_transcript(value):
         return _read_transcript(value)
     if isinstance(value, list):
         if not value:
@@ -72,7 +72,7 @@ def _read_turn(message, left: dict[str, object], name: str) -> dict:
                 raise InputError(f"unknown role {message[role_key][:40]!r}; expected one of {', '.join(ROLES)}")
             content = _read_content(message.get(key))
             if calls:
-                content = "\n".join([*([content] if holds(content) else []), *map(_show_call, calls)])
+                content = "\n".join([*([str(content)] if holds(content) else []), *map(_show_call, calls)])
             if len(message) > 2:
                 _note_keys(message, {role_key, key, *CALLS}, left, name)
             return {"role": role, "content": content}
@@ -127,6 +127,11 @@ def _read_content(value):
             raise InputError(f"content part with {', '.join(other)}: expected text alone, a judge here reads no media")
         texts.append(part["text"])
     return "\n".join(texts)
+
+
+def is_transcript(text: str) -> bool:
+    r"""Whether a text is turns of "Human: …\n\nAssistant: …", as in hh-rlhf."""
+    return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
 
 
 def _read_transcript(text: str) -> list[dict]:
