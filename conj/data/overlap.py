@@ -148,9 +148,8 @@ class AskedQuestions:
         """The benchmark's question that this one is, or holds, or is a part of, and the share of the shorter one's words
         that the other has: 1.0 for the same text. None if there is none."""
         text = normalised(question)
-        for whole in (text, normalised(_without_system(question))):
-            if whole in self.by_text:
-                return self.by_text[whole], 1.0
+        if row := self.by_text.get(text) or self.by_text.get(_without_system(question)):
+            return row, 1.0
         words = _WORD.findall(text)
         shares = {number: self._share(words, number, shifts) for number, shifts in self._alike(words).items()}
         best = max(shares, key=shares.get, default=None)
@@ -162,9 +161,9 @@ class AskedQuestions:
         if len(words) < SHORTEST:
             return {}
         found, num_common = {}, 0
-        for place, gram in enumerate(_ngrams(words)):
-            there = self.places.get(gram, ())
-            if len(there) > MOST_PLACES:
+        shared = [(place, gram) for place, gram in enumerate(_ngrams(words)) if gram in self.places]
+        for place, gram in shared:
+            if len(there := self.places[gram]) > MOST_PLACES:
                 num_common += 1
                 continue
             for other in there:
@@ -190,8 +189,10 @@ class AskedQuestions:
         return sum(block.size for block in blocks) / len(shorter)
 
 
-def _without_system(question: str | list[dict]) -> str | list[dict]:
-    return question if isinstance(question, str) else [turn for turn in question if turn["role"] != "system"]
+def _without_system(question: str | list[dict]) -> str | None:
+    """The question normalised as if it had no system turn; None if it has none."""
+    turns = [] if isinstance(question, str) else [turn for turn in question if turn["role"] != "system"]
+    return normalised(turns) if 0 < len(turns) < len(question) else None
 
 
 def _ngrams(words: list[str]) -> Iterator[int]:
