@@ -70,6 +70,8 @@ CASES = {
     ),
     "Infinity-Preference": Case({"prompt": "q", "task_category": "Math", "chosen": CHOSEN, "rejected": REJECTED, "id": 1}),
     "hh-rlhf": Case({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}),
+    "hh-rlhf, an empty answer": Case(
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant:"}, (("q", "a", "", None),)),
     "hh-rlhf, with a prompt": Case({"prompt": "Human: q\n\nAssistant:", "chosen": "a", "rejected": "b"}),
     "OpenAI, preference fine-tuning": Case(
         {"input": {"messages": [user("q")], "tools": [], "parallel_tool_calls": True},

@@ -158,6 +158,8 @@ def _asked(cells: Cells) -> list[dict]:
     """The turns of the question's own columns; none where the answers' conversations open with it."""
     value = None if cells.layout.turns_as_json else cells.get("question")
     asked = [] if missing(value) else read_turns(value, "user", cells.left, cells.column("question"))
+    if len(asked) > 1 and asked[-1] == {"role": "assistant", "content": ""}:
+        asked = asked[:-1]  # the answer that is still to come
     around = [text for text in cells.get_all("context") if holds(text)]
     if around or (cells.layout.ask and asked):
         *before, last = asked or [{"role": "user", "content": ""}]

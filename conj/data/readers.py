@@ -148,7 +148,7 @@ def _plain(value):
     if isinstance(value, str | bool | int | float | None):
         return value.item() if hasattr(value, "dtype") else value  # numpy's float64 is a float
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if hasattr(value, "tolist") and hasattr(value, "dtype"):

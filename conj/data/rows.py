@@ -135,14 +135,11 @@ def is_transcript(text: str) -> bool:
 
 
 def _read_transcript(text: str) -> list[dict]:
-    r"""The turns of "\n\nHuman: …\n\nAssistant: …"; an answer that is still to come, as at a prompt's end, is no turn."""
+    r"""The turns of "\n\nHuman: …\n\nAssistant: …"."""
     _, *parts = TRANSCRIPT.split(text)
-    turns = [
+    return [
         {"role": ROLES[speaker.casefold()], "content": said.strip()} for speaker, said in zip(parts[::2], parts[1::2])
     ]
-    if not turns:
-        raise InputError(f"expected a transcript of Human and Assistant, found {text[:60]!r}")
-    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} and len(turns) > 1 else turns
 
 
 def read_side(
