@@ -383,6 +383,23 @@ def test_a_map_that_cannot_be_is_refused_in_one_line(columns, message):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("labels", "refused"),
+    [((0, 1), True), (("0", "1"), True), ((0, 1, 2), False), ((1, 1), False), (("A", "tie"), False)],
+)
+def test_labels_that_count_from_0_are_not_taken_for_ties(labels, refused):
+    """0 would be a tie and 1 the first answer: every preference of the file would be lost or turned round."""
+    columns = {"question": "prompt", "answer_1": "chosen", "answer_2": "rejected", "label": "l"}
+    rows = [PAIR | {"l": label} for label in labels]
+    if refused:
+        with pytest.raises(InputError, match="--columns label=l: expected 1, 2, .*give index=l"):
+            read(*rows, columns=columns)
+        columns["index"] = columns.pop("label")
+        assert [better for _, better, *_ in read(*rows, columns=columns)[0]] == ["a", "b"]
+    else:
+        assert len(read(*rows, columns=columns)[0]) == len(rows)
+
+
 def test_a_column_that_some_rows_lack_is_refused_only_where_it_is_needed():
     columns = {"question": "prompt", "better": "chosen", "worse": "rejected", "system": "rules"}
     found, _ = read(PAIR | {"rules": "s"}, PAIR, columns=columns)

@@ -165,6 +165,16 @@ def fit(layout: Layout, row: dict) -> Layout:
     return replace(layout, columns=tuple(sorted(needed)))
 
 
+def check_labels(layout: Layout, labels: set) -> None:
+    """Raises InputError where the labels of the user's column are 0 and 1 alone: read as a tie and the first answer, each
+    would be wrong if they count from 0."""
+    if layout.tie == GIVEN_LABELS["tie"] and labels in ({0, 1}, {"0", "1"}):
+        raise InputError(
+            f"--columns label={layout.paths['label'][0]}: expected 1, 2, or 0 for a tie, found 0 and 1 alone; where 0 is "
+            f"the first answer, give index={layout.paths['label'][0]}"
+        )
+
+
 @lru_cache(4096)
 def is_known(layout: Layout, name: str) -> bool:
     """Whether a column, or a key below one, or what that is a part of, is among those that are not needed."""

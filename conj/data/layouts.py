@@ -39,11 +39,14 @@ STYLE_CELLS = [  # "easy/detailed-concise" and the like: the better answer's sty
 NO_SCORE = ("", "n/a", "na", "none", "nan")
 
 
-def read_records(layout: Layout, row: dict, where: str, fates: Fates) -> list[Preference]:
-    """The records of one row, which stands at `where`; `fates` gets what nothing was made of. Raises InputError."""
+def read_records(layout: Layout, row: dict, where: str, fates: Fates, labels: set) -> list[Preference]:
+    """The records of one row, which stands at `where`; `fates` gets what nothing was made of, `labels` the row's label.
+    Raises InputError."""
     cells = Cells(layout, row)
     asked = _asked(cells)
     made = list(_grid(cells, asked) if layout.grid else BY_KIND[layout.kind](cells, asked))
+    if "label" in cells.values:
+        labels.add(cells.values["label"])
     subset, own_id = cells.get("subset", lambda value: isinstance(value, str)), cells.get("id")
     subset = subset if isinstance(subset, str) else ""
     own_id = own_id if isinstance(own_id, str | int) else None

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from conj import InputError
-from conj.data.columns import fit, given_layout, recognise
+from conj.data.columns import check_labels, fit, given_layout, recognise
 from conj.data.fates import Fates
 from conj.data.files import first_line, listed
 from conj.data.hub import COMMIT, Recorded, find_commit, split_repo
@@ -40,7 +40,8 @@ def read_preferences(
     `columns` says which column is what (target -> path, see `conj.data.columns`) where the layout is none of the known.
     `fates` gets the columns that nothing was made of, and what became of rows of several answers. Raises InputError for a
     data set that is missing, empty or of no known layout, and, with its place, for a bad row."""
-    layout, fates, found = given_layout(columns) if columns else None, fates or Fates(), False
+    layout, fates, labels = given_layout(columns) if columns else None, fates or Fates(), set()
+    number = -1
     for number, (where, row) in enumerate(read_rows(data, fates)):
         if number == limit:
             break
@@ -49,13 +50,13 @@ def read_preferences(
                 raise InputError(f"expected a JSON object, found {type(row).__name__}")
             if number == 0:
                 layout = fit(layout, row) if layout else recognise(row)
-            records = read_records(layout, row, where, fates)
+            records = read_records(layout, row, where, fates, labels)
         except InputError as e:
             raise InputError(f"{where}: {e}") from None
-        found = True
         yield from records
-    if not found:
+    if number < 0 or limit == 0:
         raise InputError(f"{_name(data)}: expected at least one row, found none")
+    check_labels(layout, labels)
 
 
 def split_name(data: str) -> tuple[str, str | None]:
