@@ -64,21 +64,20 @@ def drop_repeats(entries: Iterable[Entry], fates: Fates) -> Iterator[Entry]:
 
     Questions are compared normalised, answers without white space around them. The whole is read before the first
     entry comes out, as the last row may contradict the first."""
-    firsts: dict[bytes, list] = {}  # pair -> number of its first entry and which answer that prefers, or CONTRADICTED
+    firsts: dict[
+        bytes, list
+    ] = {}  # pair -> number of its first entry and which answer that prefers; None: contradicted
     against: dict[int, str] = {}  # number of an entry -> where the one stands that contradicts it
     with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
         for number, entry in enumerate(entries):
             pair, preferred = _pair_of(entry.row)
             first = firsts.setdefault(pair, [number, preferred])
             if first[0] == number:
-                pass
+                spool.write(dump_line([number, *entry]).encode())
             elif first[1] in (preferred, None):
                 fates.add("left_out_duplicate", entry.where)
-                continue
             else:
                 against[first[0]], first[1] = entry.where, None
-                continue
-            spool.write(dump_line([number, *entry]).encode())
         spool.seek(0)
         for line in spool:
             number, *entry = json.loads(line)
@@ -89,13 +88,13 @@ def drop_repeats(entries: Iterable[Entry], fates: Fates) -> Iterator[Entry]:
                 yield entry
 
 
-def _pair_of(row: dict) -> tuple[bytes, str]:
-    """A hash of a row's question and its two answers in either order, and the one of these that is the better one."""
+def _pair_of(row: dict) -> tuple[bytes, bool]:
+    """A hash of a row's question and its two answers in either order, and whether the better one is the first in a sorted
+    order."""
     question = row["messages"] if "messages" in row else row["question"]
     answers = [unicodedata.normalize("NFC", row[f"answer_{i}"]).strip() for i in (row["label"], 3 - row["label"])]
     content = json.dumps([normalised(question), *sorted(answers)])
-    better = hashlib.sha256(json.dumps(answers[0]).encode()).hexdigest()[:16]
-    return hashlib.sha256(content.encode()).digest()[:16], better
+    return hashlib.sha256(content.encode()).digest()[:16], answers == sorted(answers)
 
 
 # ---- Questions that stand in a benchmark ----
