@@ -188,6 +188,10 @@ CASES = {
     "Prompt is the conversation's last question": Case(
         {"prompt": "q2", "chosen": [*CHOSEN, user("q2"), assistant("x")], "rejected": [*CHOSEN, user("q2"), assistant("y")]},
         (([*CHOSEN, user("q2")], "x", "y", None),)),
+    "Conversation is the prompt's last question": Case(
+        {"prompt": [*CHOSEN, user("q2")], "chosen": [user("q2"), assistant("x")], "rejected": [user("q2 "), assistant("y")]},
+        (([*CHOSEN, user("q2")], "x", "y", None),)),
+    "Conversation with the chosen answer": Case({"messages": CHOSEN, "chosen": "a", "rejected": "b"}),
     "Prompt and conversation ask two things": Case({"prompt": "p", "chosen": CHOSEN, "rejected": REJECTED},
                                                    counted("two_questions", "p")),
     "Other names of the roles": Case(
