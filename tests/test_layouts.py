@@ -216,7 +216,9 @@ CASES = {
     "Last turn is the user's": Case({"prompt": "q", "chosen": [*CHOSEN, user("thanks")], "rejected": REJECTED},
                                     counted("no_answer", [user("q"), assistant("a")], "")),
     "Both last turns are the user's": Case({"chosen": CHOSEN[:1], "rejected": REJECTED[:1], "prompt": "q"}, counted("no_answer", "q", "", "")),
-    "Question ends with an answer": Case({"messages": CHOSEN, "answer_1": "a", "answer_2": "b", "label": 1}, counted("no_question", CHOSEN)),
+    "Question ends with an answer": Case(
+        {"messages": [user("q"), assistant("x")], "answer_1": "a", "answer_2": "b", "label": 1},
+        counted("no_question", [user("q"), assistant("x")])),
     "Null answer": Case(PAIR | {"rejected": None}, counted("no_answer", worse="")),
     "NaN answer": Case(PAIR | {"chosen": float("nan")}, counted("no_answer", better="")),
     "Null question": Case(PAIR | {"prompt": None}, counted("no_question", "")),
