@@ -188,6 +188,10 @@ CASES = {
     "Prompt is the conversation's last question": Case(
         {"prompt": "q2", "chosen": [*CHOSEN, user("q2"), assistant("x")], "rejected": [*CHOSEN, user("q2"), assistant("y")]},
         (([*CHOSEN, user("q2")], "x", "y", None),)),
+    "Conversation is the prompt's last question": Case(
+        {"prompt": [*CHOSEN, user("q2")], "chosen": [user("q2"), assistant("x")], "rejected": [user("q2 "), assistant("y")]},
+        (([*CHOSEN, user("q2")], "x", "y", None),)),
+    "Conversation with the chosen answer": Case({"messages": CHOSEN, "chosen": "a", "rejected": "b"}),
     "Prompt and conversation ask two things": Case({"prompt": "p", "chosen": CHOSEN, "rejected": REJECTED},
                                                    counted("two_questions", "p")),
     "Other names of the roles": Case(
@@ -212,7 +216,9 @@ CASES = {
     "Last turn is the user's": Case({"prompt": "q", "chosen": [*CHOSEN, user("thanks")], "rejected": REJECTED},
                                     counted("no_answer", [user("q"), assistant("a")], "")),
     "Both last turns are the user's": Case({"chosen": CHOSEN[:1], "rejected": REJECTED[:1], "prompt": "q"}, counted("no_answer", "q", "", "")),
-    "Question ends with an answer": Case({"messages": CHOSEN, "answer_1": "a", "answer_2": "b", "label": 1}, counted("no_question", CHOSEN)),
+    "Question ends with an answer": Case(
+        {"messages": [user("q"), assistant("x")], "answer_1": "a", "answer_2": "b", "label": 1},
+        counted("no_question", [user("q"), assistant("x")])),
     "Null answer": Case(PAIR | {"rejected": None}, counted("no_answer", worse="")),
     "NaN answer": Case(PAIR | {"chosen": float("nan")}, counted("no_answer", better="")),
     "Null question": Case(PAIR | {"prompt": None}, counted("no_question", "")),

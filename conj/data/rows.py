@@ -165,22 +165,26 @@ def read_side(
 def join_question(asked: list[dict], opening: list[dict], answers: tuple = ()) -> list[dict] | None:
     """The question of a prompt and of what a conversation opens with: one may hold the other, but for white space and a
     system turn, or go on from it. None where they ask two things."""
-    if not opening or not asked:
-        return asked or opening
     if len(asked) > 1 and asked[-1]["role"] == "assistant" and asked[-1]["content"] in answers:  # the answer again
         asked = asked[:-1]
+    if not opening or not asked:
+        return asked or opening
     system, asked = _part_system(asked)
     own, opening = _part_system(opening)
     if system and own and _same(system) != _same(own):
         return None
     system, keys, opening_keys = own or system, _same(asked), _same(opening)
-    if keys == opening_keys[: len(keys)] or keys == opening_keys[len(opening_keys) - len(keys) :]:
+    if _opens_or_ends(opening_keys, keys):
         return system + opening
-    if opening_keys == keys[: len(opening_keys)]:
+    if _opens_or_ends(keys, opening_keys):
         return system + asked
     if opening and opening[0]["role"] == "user" and asked[-1]["role"] == "user":
         return None  # two questions, not one shown twice
     return system + asked + opening
+
+
+def _opens_or_ends(turns: list, part: list) -> bool:
+    return part in (turns[: len(part)], turns[len(turns) - len(part) :]) and len(part) <= len(turns)
 
 
 def _part_system(turns: list[dict]) -> tuple[list[dict], list[dict]]:
