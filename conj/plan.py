@@ -23,7 +23,7 @@ from conj.data.files import stream_jsonl
 from conj.data.hub import find_texts, name_of
 from conj.data.options import option, require, require_each, run_command
 from conj.data.packs import plan_packs
-from conj.data.preprocess import load_prompts, question_of, read_prompts
+from conj.data.preprocess import as_mapping, load_prompts, question_of, read_prompts
 from conj.data.prompts import judge_messages
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.tokens import PAIR_COLUMNS, TokenizedPairs, tokenize_pairs
@@ -148,7 +148,8 @@ def read_rows(run: Run, prompts_file: Path) -> tuple[list[dict], str]:
         return read_prompts(prompts_file), str(prompts_file)
     asked = run.options.get("preprocess")
     require(asked is not None, f"{prompts_file}: no such file; make it by its stage first")
-    return load_prompts(asked.data, asked.seed, asked.subsets, asked.limit)[0], " ".join(asked.data)
+    columns = as_mapping(asked.columns)  # what --exclude takes out is little, and may be on the hub
+    return load_prompts(asked.data, asked.seed, asked.subsets, asked.limit, columns=columns)[0], " ".join(asked.data)
 
 
 def expected_pairs(

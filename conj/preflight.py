@@ -64,7 +64,8 @@ def check(runs: list[Run]) -> dict[Path, JudgeModel]:
         for name in SAME_IN_TRAINING:
             first, second = (str(getattr(run.options[stage], name)) for stage in ON_ALL_RANKS)
             require(first == second, f"[dpo] {name}: expected {first}, as in [reference], found {second}")
-    for name in {name: None for _, options in stages for name in getattr(options, "data", ())}:
+    named = [name for _, options in stages for of in ("data", "exclude") for name in getattr(options, of, ())]
+    for name in dict.fromkeys(named):
         read_rows(locate_data(name)[0])  # nothing is read before the first row is asked for
     models, read = {}, functools.cache(check_model)
     for stage, options in stages:

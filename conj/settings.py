@@ -9,6 +9,8 @@
 What stands above the tables reaches every stage that has such an option (one that asks an endpoint has no device of its own);
 what stands in a stage's table wins, and the command line over both. `[runs.NAME.STAGE]` tables make a sweep: each NAME is a
 run folder below `run_dir` with the file's other settings. Keys are the stages' options; paths are as seen from where the command is given.
+
+Questions of the data of stage 7 are left out of the data of stage 1; `exclude = []` in [preprocess] keeps them.
 """
 
 import contextlib
@@ -257,6 +259,8 @@ def resolve(given) -> list[Run]:
             kind = COMMANDS[stage].load_options()
             names = {key(field) for field in dataclasses.fields(kind)}
             table = _stage_table(stage, names, (content, own), asked) | place
+            if stage == "preprocess":  # whichever stages are asked for, so that all starts make the same
+                table.setdefault("exclude", _stage_table("evaluate", {"data"}, (content, own), asked).get("data", []))
             options[stage] = _parse(kind, table, f"{where} [{f'runs.{name}.' if name else ''}{stage}]")
         nodes = {name: value for name in OF_TORCHRUN[1:] if (value := getattr(shared, name)) is not None}
         runs.append(Run(name=name, options=options, num_processes=shared.nproc_per_node or 1, nodes=nodes))

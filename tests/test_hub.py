@@ -317,6 +317,10 @@ def test_a_run_folder_keeps_to_the_commit_of_its_data(data, conj, tmp_path):
     (run / "prompts.jsonl.manifest.json").unlink()
     succeeded(conj(*preprocess(run, "org/data:easy/train")))
     assert read_manifest(run / "prompts.jsonl")["inputs"][0]["revision"] == second
+    excluding = ["--exclude", "org/data:easy/test"]  # has a commit too
+    succeeded(conj(*preprocess(tmp_path / "without", "org/data:easy/train"), *excluding))
+    inputs = read_manifest(tmp_path / "without" / "prompts.jsonl")["inputs"]
+    assert [entry.get("revision") for entry in inputs] == [second, None, None, second, None]
 
     # Without a network: what was read is read again, by its commit; another commit is not taken for it.
     offline = {"HF_HUB_OFFLINE": "1"}

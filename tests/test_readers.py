@@ -1,7 +1,10 @@
-"""Readers: every layout comes out as the same records, texts untouched, and a bad row is named by file and line."""
+"""Readers: files of every kind come out as the same records, texts untouched, and a bad row is named by file and line."""
 
+import bz2
+import csv
 import gzip
 import json
+import lzma
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +12,8 @@ import pytest
 from conftest import DATA, SHARED, here
 
 from conj import InputError
-from conj.data.readers import read_preferences
+from conj.data.fates import Fates
+from conj.data.readers import describe_data, read_preferences
 
 LLMBAR = {"input": "q", "output_1": "a", "output_2": "b", "label": 2}
 
@@ -157,15 +161,128 @@ def test_texts_come_out_as_they_went_in(text, escaped, tmp_path):
     assert [record.better for record in read_preferences(str(path))] == [text]
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz", "rows.jsonl.gz"])
+def pack(content: bytes, suffix: str) -> bytes:
+    if suffix == ".zst":
+        return bytes(pytest.importorskip("pyarrow").compress(content, codec="zstd", asbytes=True))
+    return {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(suffix, bytes)(content)
+
+
+PACKED = ["rows.json.gz", "rows.jsonl.gz", "rows.jsonl.bz2", "rows.ndjson.xz", "rows.jsonl.zst"]
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.ndjson", *PACKED])
 @pytest.mark.parametrize("array", [True, False], ids=["array", "lines"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
 def test_json_is_read_in_every_wrapping(name, array, mark, tmp_path):
-    """Array or lines, gzip or not, with a byte order mark or not: the content says which, not the name."""
+    """Array or lines, packed or not, with a byte order mark or not: the content says which, not the name."""
     text = json.dumps([LLMBAR] * 3) if array else "\n".join([json.dumps(LLMBAR)] * 3) + "\n\n"
     content = mark + text.encode()
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (tmp_path / name).write_bytes(pack(content, Path(name).suffix))
     assert [record.better for record in read_preferences(str(tmp_path / name))] == ["b"] * 3
+
+
+def test_zst_of_several_frames_is_read_whole(tmp_path):
+    """A file that was appended to has several frames; some readers stop at the end of the first."""
+    path = tmp_path / "rows.jsonl.zst"
+    path.write_bytes(pack(json.dumps(LLMBAR).encode() + b"\n", ".zst") * 3)
+    assert len(list(read_preferences(str(path)))) == 3
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_below_data_are_read(indent, tmp_path):
+    """`{"data": […]}` in one line or in many; what stands beside is refused, as nothing would read it."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"data": [LLMBAR] * 3}, indent=indent))
+    assert [record.where for record in read_preferences(str(path))] == [f"{path}: row {i}" for i in (1, 2, 3)]
+    path.write_text(json.dumps({"version": 1, "data": [LLMBAR]}, indent=indent))
+    with pytest.raises(InputError, match=r"rows.json: expected an object with data alone, .*found version as well"):
+        list(read_preferences(str(path)))
+    path.write_text(json.dumps(LLMBAR, indent=indent))
+    assert len(list(read_preferences(str(path)))) == 1
+
+
+ODD_CELLS = [
+    "a",
+    'say "hi", twice',
+    "two\nlines",
+    "two\r\nlines",
+    "2024-01-01",
+    "007",
+    "NA",
+    "null",
+    "[1, 2]",
+    "[{",
+    "a\tb",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "delimiter"), [("rows.csv", ","), ("rows.tsv", "\t"), ("rows.csv.gz", ","), ("rows.tsv.zst", "\t")]
+)
+def test_cells_of_a_csv_are_texts(name, delimiter, tmp_path):
+    """A reader that guesses types makes a number of 007 and nothing of NA; a label of such a file is a text."""
+    plain = tmp_path / "plain"
+    with plain.open("w", newline="") as file:
+        rows = csv.writer(file, delimiter=delimiter)
+        rows.writerow(["input", "output_1", "output_2", "label"])
+        rows.writerows(["q", text, "b", "1"] for text in ODD_CELLS)
+    (tmp_path / name).write_bytes(pack(plain.read_bytes(), Path(name).suffix))
+    found = list(read_preferences(str(tmp_path / name)))
+    assert [record.better for record in found] == ODD_CELLS
+    assert found[-1].where == f"{tmp_path / name}: row {len(ODD_CELLS)}"
+
+
+def test_messages_in_a_csv_are_json(tmp_path):
+    """pandas writes lists with Python's quotes, from which the texts cannot be had back: read as text, they would be one
+    long answer with its role in it."""
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({column: [json.dumps(turns)] for column, turns in TURNS.items()})
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    (record,) = read_preferences(str(tmp_path / "rows.csv"))
+    assert (record.question, record.better, record.worse) == ("q", "a", "b")
+    pandas.DataFrame([TURNS]).to_csv(tmp_path / "rows.csv", index=False)
+    with pytest.raises(
+        InputError, match="rows.csv: row 1: expected messages as JSON, found a list as Python prints it"
+    ):
+        list(read_preferences(str(tmp_path / "rows.csv")))
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("input,output_1,output_2,label\nq,a,b\n", "row 1: expected 4 cells, found 3"),
+    ("input,input,output_2,label\nq,a,b,1\n", "column input stands twice"),
+    ('input,output_1,output_2,label\nq,"a"b,b,1\n', "cannot be read"), ("input,output_1\n", "found none"),
+])  # fmt: skip
+def test_malformed_csv_is_one_line(content, message, tmp_path):
+    (tmp_path / "rows.csv").write_text(content)
+    with pytest.raises(InputError, match=f"rows.csv: .*{message}"):
+        list(read_preferences(str(tmp_path / "rows.csv")))
+
+
+def test_a_pattern_is_all_files_that_fit_it_in_order(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl"):
+        write(tmp_path / name, [LLMBAR | {"input": name}])
+    assert [record.question for record in read_preferences(f"{tmp_path}/*.jsonl")] == ["a.jsonl", "b.jsonl"]
+    assert len(list(read_preferences(f"{tmp_path}/**/*.jsonl"))) == 3
+    assert describe_data([f"{tmp_path}/[ab].jsonl"]) == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
+    with pytest.raises(InputError, match="no file fits this pattern"):
+        list(read_preferences(f"{tmp_path}/*.csv"))
+
+
+def test_files_of_another_kind_in_a_folder_are_counted(tmp_path):
+    """`datasets` takes the most frequent kind of file in a folder, and leaves the rest without a word."""
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / name, [LLMBAR])
+    (tmp_path / "c.csv").write_text("input,output_1,output_2,label\nq,a,b,1\n")
+    fates = Fates()
+    assert len(list(read_preferences(str(tmp_path), fates=fates))) == 2
+    assert (fates.counts, fates.examples) == ({"files_not_read": 1}, {"files_not_read": str(tmp_path / "c.csv")})
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.zst", "rows.csv", "rows.ndjson"])
+def test_a_folder_may_hold_files_of_any_kind(name, tmp_path):
+    text = "input,output_1,output_2,label\nq,a,b,1\n" if ".csv" in name else json.dumps(LLMBAR)
+    (tmp_path / name).write_bytes(pack(text.encode(), Path(name).suffix))
+    assert len(list(read_preferences(str(tmp_path)))) == 1
 
 
 def test_tables_and_folders_are_read_like_json(tmp_path):
@@ -220,9 +337,9 @@ def test_malformed_line_is_named(name, content, where, tmp_path):
 
 @pytest.mark.parametrize(("row", "message"), [
     ({"input": "q", "output_1": "a", "label": 1}, "missing column output_2; found input, label, output_1"),
-    (LLMBAR | {"output_1": None}, "missing column output_1"),
+    (LLMBAR | {"label": None}, "missing column label"),
     (LLMBAR | {"label": 3}, "expected label to be one of 0, 1, 2; found 3"),
-    (LLMBAR | {"label": True}, "found True"), (LLMBAR | {"label": "2"}, "found '2'"),
+    (LLMBAR | {"label": True}, "found True"), (LLMBAR | {"label": "two"}, "found 'two'"),
     (LLMBAR | {"label": [2]}, r"found \[2\]"), (LLMBAR | {"input": 7}, "expected a question of text, found int"),
     (LLMBAR | {"output_2": {"text": "b"}}, "expected an answer of text, found dict"),
     ([1, 2], "expected a JSON object, found list"),
@@ -246,8 +363,12 @@ def test_unreadable_chosen_and_rejected_are_an_input_error(row, tmp_path):
 
 
 def test_unknown_layout_lists_what_was_found_and_what_is_known(tmp_path):
-    """The user has to rename columns, and must know to what."""
-    with pytest.raises(InputError, match="columns text, score are of no known layout; .*LLMBar .input, output_1"):
+    """The user has to name the columns, and must know which there could have been."""
+    with pytest.raises(
+        InputError, match="columns input, output_1 are of no known layout: name .*LLMBar .input, output_1"
+    ):
+        records({"input": "q", "output_1": "a"}, path=tmp_path)
+    with pytest.raises(InputError, match="columns text, score are of no known layout: .*docs/data.md.$"):
         records({"text": "t", "score": 1}, path=tmp_path)
 
 

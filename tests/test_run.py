@@ -117,6 +117,30 @@ def test_the_resolved_settings_are_a_file_that_gives_the_same_run(tmp_path):
     assert resolved(tmp_path / "again.toml") == [run]
 
 
+def test_questions_of_the_evaluation_are_left_out_of_training_unless_the_file_says_otherwise(tmp_path):
+    """Whatever stages a start asks for, or what is in the run folder would be of other inputs; `exclude = []` stays off in
+    the resolved settings, too."""
+    import tomli_w
+
+    def excluded(*arguments) -> set:
+        return {run.options["preprocess"].exclude for run in resolved(*arguments)}
+
+    file = write_settings(tmp_path)
+    assert excluded(file) == excluded(file, "--stages", "preprocess") == {("demo/test.jsonl",)}
+    assert excluded(file, "--evaluate.data", "reward-bench", "a.jsonl") == {("reward-bench", "a.jsonl")}
+    assert excluded(file, "--preprocess.exclude", "b.jsonl") == {("b.jsonl",)}
+    sweep = write_settings(tmp_path, "[runs.a]\n[runs.b.preprocess]\nexclude = []\n")
+    assert excluded(sweep) == {("demo/test.jsonl",), ()}
+    off = tmp_path / "off.toml"
+    off.write_text("[preprocess]\nexclude = []\n")
+    [run] = resolved(write_settings(tmp_path), off)
+    assert run.options["preprocess"].exclude == ()
+    (tmp_path / "again.toml").write_text(tomli_w.dumps(as_toml(run)))
+    assert resolved(tmp_path / "again.toml") == [run]
+    with pytest.raises(InputError, match="nowhere.jsonl: no such file or folder"):
+        check(resolved(file, "--preprocess.exclude", "nowhere.jsonl"))
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_command_of_a_stage_gives_its_options_again(tmp_path, stage):
     """Options that are not their defaults travel as a command line."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from conj import InputError
-from conj.data.layouts import STYLE_CELLS, recognise
+from conj.data.columns import recognise
+from conj.data.layouts import STYLE_CELLS
 from conj.data.readers import read_rows, split_name, without_revision
 
 BY_ROWS = None  # as a weight: the number of rows that are there, so that each row counts the same
@@ -94,6 +95,12 @@ BENCHMARKS = {
 }  # fmt: skip
 
 
+BY_LAYOUT = {
+    "PKU-SafeRLHF": "pku-saferlhf", "LLMBar": "llmbar", "JudgeBench": "judgebench", "PandaLM": "pandalm",
+    "RM-Bench": "rm-bench",
+}  # fmt: skip
+
+
 def resolve_data(name: str) -> tuple[str, str]:
     """What `read_preferences` is to read, and which benchmark that is ("" if none), by its name or by its rows.
 
@@ -131,11 +138,8 @@ def _recognise_rows(data: str) -> str:
         layout = recognise(row).name
     except InputError:  # the reader says it better
         return ""
-    by_layout = {"PKU-SafeRLHF": "pku-saferlhf", "LLMBar": "llmbar", "JudgeBench": "judgebench", "PandaLM": "pandalm"}
-    if layout in by_layout:
-        return by_layout[layout]
-    if isinstance(row.get("chosen"), list) and all(isinstance(answer, str) for answer in row["chosen"]):
-        return "rm-bench"
+    if layout in BY_LAYOUT:
+        return BY_LAYOUT[layout]
     if row.get("subset") in BENCHMARKS["reward-bench"].num_rows:
         return "reward-bench"
     return "infinity-preference" if "task_category" in row and "rejected" in row else ""

@@ -16,7 +16,7 @@ import yaml
 
 from conj import InputError
 from conj.data.files import first_line, replace_surrogates, write_atomic
-from conj.data.identity import ENDPOINT, MODEL_CARD, changed_since
+from conj.data.identity import ENDPOINT, MODEL_CARD, changed_since, not_excluded
 from conj.data.manifest import list_artefacts, read_manifest
 from conj.data.markdown import cell, percent, with_interval
 from conj.data.model_files import read_model_file
@@ -154,7 +154,7 @@ def front_matter(stages: dict[str, dict], base: dict) -> dict:
 
 def data_of(stages: dict[str, dict]) -> list[dict]:
     """The preference data: names, hub revisions or hashes, and splits."""
-    return _data_rows(stages.get("prompts.jsonl", {"inputs": ()})["inputs"])
+    return _data_rows(not_excluded(stages.get("prompts.jsonl", {"inputs": ()})["inputs"]))
 
 
 def _data_rows(entries: list[dict]) -> list[dict]:

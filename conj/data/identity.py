@@ -5,6 +5,8 @@ hash: a card that is rewritten or a hub client's bookkeeping changes no judgment
 """
 
 import hashlib
+import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from conj.data.hub import provenance
 from conj.data.model_files import CONFIG, decides, deciding_files
 
 ENDPOINT = "endpoint model "  # before the name of a model behind one, among a manifest's inputs
+ROWS = re.compile("(.+ of [0-9]+ rows) with sha256 ([0-9a-f]{64})")  # how preprocess names data that Python handed it
+EXCLUDED = "without the questions of"  # among the inputs of prompts.jsonl: benchmarks come after it
 MODEL_CARD = "README.md"  # of a model: a text that is written anew when there is more to say, and decides nothing
 
 
@@ -51,8 +55,10 @@ def describe_made(artefact: Path) -> dict:
 
 def describe_input(path: str | Path, hash_file: Callable[[Path], str] = sha256_file) -> dict:
     """What a manifest says of an input: its path and hash, of a model the hashes of the files that decide results, and the
-    repository and commit of what is from the hub. A text that is not on disk (a data set of the hub, a split) is described
-    by itself alone."""
+    repository and commit of what is from the hub; of ROWS the hash in their name. A text that is not on disk (a data set of
+    the hub, a split) is described by itself alone."""
+    if rows := ROWS.fullmatch(str(path)):
+        return {"path": rows[1], "sha256": rows[2]}
     if isinstance(path, Path) and is_model(path):
         files = {file.name: hash_file(file) for file in deciding_files(path)}
         return {"path": str(path), "sha256": hash_listing(files), "files": files} | provenance(path)
@@ -62,6 +68,11 @@ def describe_input(path: str | Path, hash_file: Callable[[Path], str] = sha256_f
 
 def describe_inputs(inputs: Sequence[str | Path], hash_file: Callable[[Path], str] = sha256_file) -> list[dict]:
     return [describe_input(path, hash_file) for path in inputs]
+
+
+def not_excluded(entries: Sequence[dict]) -> list[dict]:
+    """Of the inputs of prompts.jsonl the preference data alone."""
+    return list(itertools.takewhile(lambda entry: entry["path"] != EXCLUDED, entries))
 
 
 def show_change(before: dict, now: dict) -> str:

@@ -318,17 +318,20 @@ def finish(
     also: Sequence[Path] = (),
     machine: dict | None = None,
     base_card: dict | None = None,
+    fates: dict | None = None,
 ) -> None:
     """Closes the stage: hash, number of rows, what was counted on the way, wall time in seconds. Prints the counts,
     lists of ids aside.
 
     `also`: files and folders that the stage made beside the artefact, hashed too. `machine`: what its bits depend on
-    beside versions, if they depend on more. `base_card`: what the card of the base model states."""
+    beside versions, if they depend on more. `base_card`: what the card of the base model states. `fates`: examples of what
+    `counts` counts, and more on what was left out."""
     manifest = read_manifest(artefact)
     made = {**describe_made(artefact), "num_rows": num_rows, "counts": counts, "seconds": round(seconds, 3)}
     made |= {"also": {str(p.relative_to(artefact.parent)): hash_input(p) for p in sorted(also)}} if also else {}
     made |= {"machine": machine} if machine else {}
     made |= {"base_card": base_card} if base_card else {}
+    made |= {"fates": fates} if fates else {}
     write_sealed(manifest_path(artefact), {**manifest, "complete": True, **made})
     if lock := _held.pop(artefact, None):
         lock.close()

@@ -6,7 +6,7 @@ with it as such. A judgment is used once; the choice among them is a hash of see
 neither on the order of the rows nor on Python's version.
 
 `pairs.jsonl` is the conversational preference format that trainers of this ecosystem read as it is. Questions, not
-rows, are held out for evaluation: the same question is never on both sides.
+rows, are held out for evaluation: the same question, white space and case aside, is never on both sides.
 
     python -m conj.data.pairs --run-dir runs/demo
 """
@@ -27,9 +27,10 @@ from conj.data import manifest
 from conj.data.files import locate_jsonl, read_at, write_jsonl
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require, require_each, run_command
+from conj.data.overlap import normalised
 from conj.data.preprocess import question_of, stream_prompts
 from conj.data.progress import progress
-from conj.data.prompts import VERDICT_KEY, judge_messages, question_text
+from conj.data.prompts import VERDICT_KEY, judge_messages
 
 PairType = Literal["repeated", "repeated_vs_unparsed", "hinted", "hinted_vs_unparsed"]
 HINTED = {"hinted", "hinted_vs_unparsed"}
@@ -111,7 +112,7 @@ def make_rows(
         if options.chosen_length and (length := _length_of_better(prompt)) != options.chosen_length:
             counts[f"left_out_better_is_{length}"] += 1
             continue
-        split = "eval" if _fraction(options.seed, question_text(question)) < options.eval_fraction else "train"
+        split = "eval" if _fraction(options.seed, normalised(question)) < options.eval_fraction else "train"
         made = judgments_of(id)
         pairs = make_pairs(id, label, made, options)
         counts.update([pair.pair_type for pair in pairs] + [split] * len(pairs))

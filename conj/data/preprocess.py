@@ -2,29 +2,45 @@
 
 Which answer comes first is decided by a coin from the seed and the record's id, and the id is a hash of the record's
 content: neither depends on the order of rows or on the machine. Left out, and counted: identical answers (nothing to
-prefer), ties, a chosen and a rejected conversation that ask different things, and duplicates. Kept, and counted:
-empty answers, and answers that are not strings, as their JSON text.
+prefer), ties, a chosen and a rejected conversation that ask different things, questions that stand in a benchmark
+(`--exclude`), duplicates, and pairs that are labelled both ways (conj/data/overlap.py says what is the same). Kept, and
+counted: empty answers, and answers that are not strings, as their JSON text.
 
     python -m conj.data.preprocess --run-dir runs/demo --data HuggingFaceH4/ultrafeedback_binarized:train_prefs
+
+The same from Python, of a DataFrame, a `datasets.Dataset` or an iterable of dicts:
+
+    write_prompts("runs/mine", frame, columns={"question": "ask", "better": "win", "worse": "lose"})
 """
 
+import dataclasses
 import hashlib
 import json
 import time
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
 from conj import InputError
 from conj.data import manifest
-from conj.data.benchmarks import BENCHMARKS, official_subset, resolve_data
+from conj.data.benchmarks import BENCHMARKS, locate_data, official_subset, resolve_data
+from conj.data.fates import Fates
 from conj.data.files import listed, stream_jsonl, write_jsonl
+from conj.data.identity import EXCLUDED
 from conj.data.layouts import Preference, swapped
 from conj.data.manifest import RunOptions
-from conj.data.options import option, require_each, run_command
+from conj.data.options import option, require, require_each, run_command
+from conj.data.overlap import Asked, AskedQuestions, Entry, drop_repeats
 from conj.data.progress import progress
-from conj.data.readers import DATA_PARTS, describe_data, read_preferences, split_name, without_revision
+from conj.data.readers import (
+    DATA_PARTS,
+    describe_data,
+    is_on_hub,
+    read_preferences,
+    read_rows,
+    split_name,
+    without_revision,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,89 +48,229 @@ class PreprocessOptions(RunOptions):
     data: tuple[str, ...] = option(
         help=f"preference data: files, folders or hub names, each {DATA_PARTS}", affects_result=False
     )
+    columns: tuple[str, ...] | None = option(
+        None, help="where a row holds what, as question=PATH better=PATH worse=PATH …; by default by the known layouts"
+    )
+    exclude: tuple[str, ...] = option(
+        (), help="benchmarks by name, NAME=PATH, or files, folders and hub names, whose questions are left out; in `conj run` "
+        "by default the data of stage 7", affects_result=False,
+    )  # fmt: skip
     seed: int = option(2021, help="seed of the order of the two answers")
     subsets: tuple[str, ...] = option((), help="names of the subsets to keep; all if not given")
     limit: int | None = option(None, help="number of rows read from the head of each data set; all if not given")
 
     def makes(self) -> dict[Path, list]:
-        return {self.run_dir / "prompts.jsonl": describe_data(self.data)}
+        excluded = [EXCLUDED, *describe_data([locate_data(name)[0] for name in self.exclude])] if self.exclude else []
+        return {self.run_dir / "prompts.jsonl": [*describe_data(self.data), *excluded]}
+
+    def at_hand(self) -> "PreprocessOptions":
+        """As for every stage; the benchmarks by name and place, with their commits."""
+        located = [locate_data(name) for name in self.exclude]
+        places = dataclasses.replace(self, data=tuple(data for data, _ in located))
+        pinned = super(PreprocessOptions, places).at_hand().data
+        names = (f"{benchmark}={data}" if benchmark else data for data, (_, benchmark) in zip(pinned, located))
+        return dataclasses.replace(super().at_hand(), exclude=tuple(names))
 
     def __post_init__(self):
         require_each(self, ("limit",), lambda value: value > 0, "a positive number of rows")
+        for part in self.columns or ():
+            name, equals, path = part.partition("=")
+            require(bool(name and equals and path), f"--columns: expected NAME=PATH, found {part}")
 
 
 def preprocess(options: PreprocessOptions) -> None:
     """Writes `prompts.jsonl`. Raises InputError for unusable data or when every record is left out."""
+    _write(options, options.data, options.exclude)
+
+
+def _write(options: PreprocessOptions, data: Sequence, exclude: Sequence) -> None:
     began, [(artefact, inputs)] = time.monotonic(), options.makes().items()
     if not manifest.begin(artefact, inputs=inputs, options=options):
         return
-    counts = Counter()
-    rows = make_rows(options.data, options.seed, options.subsets, options.limit, counts=counts)
+    fates, asked = Fates(), read_asked(exclude) if exclude else None
+    columns = as_mapping(options.columns)
+    rows = make_rows(data, options.seed, options.subsets, options.limit, columns=columns, asked=asked, fates=fates)
     num_rows = write_jsonl(artefact, rows)
-    manifest.finish(artefact, num_rows=num_rows, counts=dict(counts), seconds=time.monotonic() - began)
+    found = asked.found if asked else []
+    report = {k: v for k, v in fates.report().items() if k != "counts"} | ({"excluded": found} if asked else {})
+    manifest.finish(
+        artefact, num_rows=num_rows, counts=dict(fates.counts), seconds=time.monotonic() - began, fates=report
+    )
+    for line in _lines(fates, found):
+        print(line)
+
+
+def as_mapping(columns: Sequence[str] | None) -> dict[str, str] | None:
+    """What `--columns` gives, as `read_preferences` takes it."""
+    return None if columns is None else dict(part.split("=", 1) for part in columns)
+
+
+def _lines(fates: Fates, excluded: list[dict]) -> Iterator[str]:
+    """What became of rows and columns, with an example each, for the terminal."""
+    for fate, where in fates.examples.items():
+        if fate not in ("records", "left_out_excluded"):
+            yield f"  {fate}: {fates.counts[fate]}, first {where}"
+    for column, found in fates.leftover.items():
+        yield f"  column {column!r} is not used: {found['rows']} rows, {found['example']}"
+    for found in excluded[:10]:
+        share = "the same text" if found["share"] == 1 else f"{found['share']:.0%} of the words"
+        yield f"  {found['id']} ({found['where']}) stands in {found['in']} as {found['its_id']} ({found['its_where']}): {share}"
+    if len(excluded) > 10:
+        yield f"  and {len(excluded) - 10} more, see the manifest"
 
 
 def load_prompts(
-    data: Sequence[str],
+    data,
     seed: int = 2021,
     subsets: Sequence[str] = (),
     limit: int | None = None,
     benchmark: bool = False,
+    columns: Mapping[str, str] | None = None,
+    exclude: Sequence = (),
 ) -> tuple[list[dict], dict[str, int]]:
     """Rows as in `prompts.jsonl`, and how many records met each fate (`empty_answers` and the like count answers).
 
+    `data`: a name as of `--data`, a DataFrame, a `datasets.Dataset` or an iterable of dicts, or a list of these. `columns`:
+    where a row holds what, see docs/data.md. `exclude`: data sets and benchmarks whose questions are left out.
     With `benchmark`, for evaluation: `data` may name benchmarks (see `resolve_data`), rows say which they are of, and
     official numbers of rows are kept to: a repeated row stays (the second with id `ID-2`), and so does a tie, with
     label 0, where the benchmark has ties. Such rows also hold its annotators' `votes`.
 
     Raises InputError for unusable data, a subset that is not there, or when every record is left out."""
-    counts = Counter()
-    return list(make_rows(data, seed, subsets, limit, benchmark, counts=counts)), dict(counts)
+    fates, sets, excluded = Fates(), data_sets(data), data_sets(exclude)
+    asked = read_asked(excluded) if excluded else None
+    rows = make_rows(sets, seed, subsets, limit, benchmark, columns=columns, asked=asked, fates=fates)
+    return list(rows), dict(fates.counts)
+
+
+def write_prompts(
+    run_dir: str | Path,
+    data,
+    *,
+    seed: int = 2021,
+    subsets: Sequence[str] = (),
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    exclude: Sequence = (),
+) -> Path:
+    """Writes a run folder's `prompts.jsonl` and its manifest, from which stages 2 to 7 go on, and returns its path. The
+    arguments are those of `load_prompts`. What is no name is described in the manifest by a hash of its rows.
+
+    Raises InputError as `load_prompts` does, and where a file of other data or options stands there."""
+    sets, excluded = ([_at_hand(given) for given in data_sets(some)] for some in (data, exclude))
+    options = PreprocessOptions(
+        run_dir=Path(run_dir), data=tuple(map(_describe, sets)), exclude=tuple(map(_describe, excluded)), seed=seed,
+        subsets=tuple(subsets), limit=limit, columns=tuple(f"{k}={v}" for k, v in (columns or {}).items()) or None,
+    ).at_hand()  # fmt: skip
+    named = [
+        [name if isinstance(given, str) else given for given, name in zip(given_sets, names)]
+        for given_sets, names in ((sets, options.data), (excluded, options.exclude))
+    ]
+    _write(options, *named)
+    return options.run_dir / "prompts.jsonl"
+
+
+def data_sets(data) -> list:
+    """The data sets of an argument: the parts of a list, unless it is rows; all else stands for itself."""
+    is_several = isinstance(data, list | tuple) and not (data and all(isinstance(part, dict) for part in data))
+    return [str(part) if isinstance(part, Path) else part for part in (data if is_several else [data])]
+
+
+def _at_hand(given):
+    """A data set that can be read twice: once for its hash."""
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, Sized) else given
+
+
+def _describe(given) -> str:
+    """A data set's name; of one that has none, what it is and a hash of its rows, as `identity.ROWS` reads it."""
+    if isinstance(given, str):
+        return given
+    content, num_rows = hashlib.sha256(), 0
+    for _, row in read_rows(given):
+        content.update(json.dumps(row, sort_keys=True, default=str).encode())
+        num_rows += 1
+    return f"{type(given).__name__} of {num_rows} rows with sha256 {content.hexdigest()}"
+
+
+def read_asked(exclude: Sequence) -> AskedQuestions:
+    """The questions of benchmarks and other data sets, whatever they prefer."""
+    asked = AskedQuestions()
+    for given in exclude:
+        data, known, source = _open(given, True)
+        for record in progress(read_preferences(data), desc=f"reading {source}", unit=" records"):
+            id = make_row(record, source, None, known)["id"]
+            asked.add(record.question, Asked(id=id, source=known or source, where=record.where))
+    return asked
+
+
+def _open(given, is_benchmark: bool) -> tuple:
+    """What `read_preferences` is to read of a data set, which benchmark it is ("" for none), and how rows name it."""
+    if not isinstance(given, str):
+        return given, "", type(given).__name__
+    name, known = resolve_data(given) if is_benchmark else (given, "")
+    return name, known, without_revision(name) if is_on_hub(split_name(name)[0]) else Path(name).name
 
 
 def make_rows(
-    data: Sequence[str],
+    data: Sequence,
     seed: int,
     subsets: Sequence[str],
     limit: int | None,
     benchmark: bool = False,
     *,
-    counts: Counter,
+    fates: Fates,
+    columns: Mapping[str, str] | None = None,
+    asked: AskedQuestions | None = None,
 ) -> Iterator[dict]:
-    """The rows of `load_prompts`, one in memory at a time; `counts` is whole when they are all there."""
-    ids, found = set(), set()
-    counts["records"] = 0
+    """The rows of `load_prompts`; `fates`, and what `asked` has found, are whole when they are all there. Without
+    `benchmark` the first comes when the last is read, and between the two they lie in a temporary file."""
+    fates.add("records", number=0)
+    if asked:
+        fates.add("left_out_excluded", number=0)
+    entries, ids = _make_entries(data, seed, subsets, limit, benchmark, columns, asked, fates), set()
+    for row, where, num_non_strings in entries if benchmark else drop_repeats(entries, fates):
+        row["id"] = unused_id(row["id"], ids)
+        ids.add(row["id"])
+        fates.add("empty_answers", where, [row["answer_1"], row["answer_2"]].count(""))
+        fates.add("non_string_answers", where, num_non_strings)
+        yield row
+    if not ids:
+        names = ", ".join(_open(given, False)[2] for given in data) or "data"
+        hint = "; without --exclude their questions stay" if fates.counts["left_out_excluded"] else ""
+        raise InputError(f"{names}: every record was left out: {dict(fates.counts)}{hint}")
+
+
+def _make_entries(
+    data: Sequence, seed: int, subsets: Sequence[str], limit: int | None, benchmark: bool,
+    columns: Mapping[str, str] | None, asked: AskedQuestions | None, fates: Fates,
+) -> Iterator[Entry]:  # fmt: skip
+    found = set()
     for given in data:
-        name, known = resolve_data(given) if benchmark else (given, "")
-        source = Path(name).name if Path(split_name(name)[0]).exists() else without_revision(name)
-        for record in progress(read_preferences(name, limit), desc=f"reading {source}", unit=" records"):
-            counts["records"] += 1
+        name, known, source = _open(given, benchmark)
+        records = read_preferences(name, limit, columns=columns, fates=fates)
+        for record in progress(records, desc=f"reading {source}", unit=" records"):
+            fates.add("records", record.where)
             row = make_row(record, source, seed, known if benchmark else None)
             found.add(row["subset"])
-            if reason := _why_left_out(record, row, subsets, set() if benchmark else ids):
-                counts[f"left_out_{reason}"] += 1
+            reason = _why_left_out(record, row, subsets)
+            if not reason and asked and asked.take_out(record.question, row["id"], record.where):
+                reason = "excluded"
+            if reason:
+                fates.add(f"left_out_{reason}", record.where)
                 continue
-            row["id"] = unused_id(row["id"], ids)
-            ids.add(row["id"])
-            counts["empty_answers"] += [row["answer_1"], row["answer_2"]].count("")
-            counts["non_string_answers"] += sum(not isinstance(a, str) for a in (record.better, record.worse))
-            yield row
+            yield Entry(row, record.where, sum(not isinstance(a, str) for a in (record.better, record.worse)))
     if missing := sorted(set(subsets) - found):
         raise InputError(f"--subsets: no records of {listed(missing, repr)}; found {listed(sorted(found), repr)}")
-    if not ids:
-        raise InputError(f"{', '.join(data)}: every record was left out: {dict(counts)}")
 
 
-def _why_left_out(record: Preference, row: dict, subsets: Sequence[str], ids: set[str]) -> str | None:
+def _why_left_out(record: Preference, row: dict, subsets: Sequence[str]) -> str | None:
     if subsets and row["subset"] not in subsets:
         return "subset"
     if votes := row.get("votes"):  # a tie is an answer; three annotators of three minds have no majority
         return "no_majority" if len(set(votes)) == len(votes) else None
     if record.unusable is not None:
         return record.unusable
-    if row["answer_1"] == row["answer_2"]:
-        return "identical"
-    return "duplicate" if row["id"] in ids else None
+    return "identical" if row["answer_1"] == row["answer_2"] else None
 
 
 def unused_id(id: str, ids: Collection[str]) -> str:

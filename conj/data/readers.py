@@ -1,49 +1,62 @@
-"""Preference data sets: files, folders and the hub, row by row, as records of one kind.
+"""Preference data sets: files, folders, the hub and Python objects, row by row, as records of one kind.
 
-A data set is a local file, a local folder or a name on the hub (`ORG/NAME`, `ORG/NAME@REVISION`), the latter two with an
-optional split and configuration: `name:test_prefs`, `name:config/test_prefs`, `name:config/`.
-Parquet, arrow and the hub are read by `datasets`, which also says which files of a folder make up a split. JSON files
-are read by `json`: `datasets` 5.2 turns a column of answers that look like dates into timestamps, refuses lone
-surrogates, fills a missing column with null, and does not say which line is malformed. Texts must come out as they
-went in.
+A data set is a local file, a pattern of files (`data/*.jsonl.zst`), a local folder or a name on the hub (`ORG/NAME`,
+`ORG/NAME@REVISION`), the latter two with an optional split and configuration: `name:test_prefs`,
+`name:config/test_prefs`, `name:config/`. In Python it may also be a pandas frame, an arrow table, a `Dataset`,
+or any iterable of dicts.
+Parquet, arrow and the hub are read by `datasets`, which also says which files of a folder make up a split. JSON and CSV
+are read by `conj.data.texts`. Texts must come out as they went in.
 """
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import glob
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from conj import InputError
+from conj.data.columns import check_labels, fit, given_layout, recognise
+from conj.data.fates import Fates
 from conj.data.files import first_line, listed
 from conj.data.hub import COMMIT, Recorded, find_commit, split_repo
-from conj.data.layouts import Preference, recognise
+from conj.data.layouts import read_records
+from conj.data.rows import Preference
+from conj.data.texts import PACKED, read_csv, read_json
 
 DATA_PARTS = "with :SPLIT or :CONFIG/SPLIT (of the hub ORG/NAME@REVISION too) or without"  # for the help
-SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+READERS = {".json": read_json, ".jsonl": read_json, ".ndjson": read_json, ".csv": read_csv, ".tsv": read_csv}
+TABLES = (".parquet", ".arrow")
+SUFFIXES = (*READERS, *TABLES)
+METADATA = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # what `save_to_disk` adds
 
 
-def read_preferences(data: str, limit: int | None = None) -> Iterator[Preference]:
+def read_preferences(
+    data: str | Path | Iterable[dict],
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    fates: Fates | None = None,
+) -> Iterator[Preference]:
     """Records of the first `limit` rows of a data set (all if None), in its order.
 
-    Raises InputError for a data set that is missing, empty or of no known layout, and, with its place, for a bad row."""
-    layout = None
-    for number, (where, row) in enumerate(read_rows(data)):
+    `columns` says which column is what (target -> path, see `conj.data.columns`) where the layout is none of the known.
+    `fates` gets the columns that nothing was made of, and what became of rows of several answers. Raises InputError for a
+    data set that is missing, empty or of no known layout, and, with its place, for a bad row."""
+    layout, fates, labels = given_layout(columns) if columns else None, fates or Fates(), set()
+    number = -1
+    for number, (where, row) in enumerate(read_rows(data, fates)):
         if number == limit:
             break
         try:
             if not isinstance(row, dict):
                 raise InputError(f"expected a JSON object, found {type(row).__name__}")
-            layout = layout or recognise(row)
-            if missing := [column for column in layout.columns if row.get(column) is None]:
-                raise InputError(f"missing column {', '.join(missing)}; found {', '.join(sorted(row)) or 'none'}")
-            records = [replace(record, where=where) for record in layout.records(row)]
+            if number == 0:
+                layout = fit(layout, row) if layout else recognise(row)
+            records = read_records(layout, row, where, fates, labels)
         except InputError as e:
             raise InputError(f"{where}: {e}") from None
         yield from records
-    if layout is None:
-        raise InputError(f"{data}: expected at least one row, found none")
+    if number < 0 or limit == 0:
+        raise InputError(f"{_name(data)}: expected at least one row, found none")
+    check_labels(layout, labels)
 
 
 def split_name(data: str) -> tuple[str, str | None]:
@@ -55,13 +68,13 @@ def split_name(data: str) -> tuple[str, str | None]:
 
 
 def describe_data(data: Sequence[str]) -> list[str]:
-    """What a manifest records of data sets: each path or hub name, and the split where one is named."""
-    return [part for name in data for part in split_name(name) if part]
+    """What a manifest records of data sets: each path (of a pattern, all that fit) or hub name, and a split that is named."""
+    return [part for name in data for whole in expand(name) for part in split_name(whole) if part]
 
 
 def is_on_hub(name: str) -> bool:
     """Whether it may be a name on the hub: a file that was mistyped is none."""
-    return not Path(name).exists() and bool(split_repo(name)) and Path(name).suffix not in (*SUFFIXES, ".gz")
+    return not Path(name).exists() and bool(split_repo(name)) and Path(name).suffix not in (*SUFFIXES, *PACKED)
 
 
 def pin_data(data: str, recorded: Recorded = lambda repo: None) -> str:
@@ -81,9 +94,23 @@ def without_revision(data: str) -> str:
     return f"{name}:{split}" if split else name
 
 
-def read_rows(data: str) -> Iterator[tuple[str, dict]]:
+def expand(data: str) -> list[str]:
+    """The files that fit a pattern such as `data/*.jsonl`, sorted; any other data set as it is. Raises InputError for none."""
+    if Path(data).exists() or not glob.has_magic(data):
+        return [data]
+    if not (files := sorted(path for path in glob.glob(data, recursive=True) if Path(path).is_file())):
+        raise InputError(f"{data}: no file fits this pattern")
+    return files
+
+
+def read_rows(data: str | Path | Iterable[dict], fates: Fates | None = None) -> Iterator[tuple[str, dict]]:
     """Rows of a data set, each with where it stands. Raises InputError when it cannot be read."""
-    name, split = split_name(data)
+    if not isinstance(data, str | Path):
+        return _read_objects(data)
+    files = expand(str(data))
+    if files != [str(data)]:
+        return (row for file in files for row in _read_file(Path(file)))
+    name, split = split_name(str(data))
     path = Path(name)
     if path.is_file():
         if split is not None:
@@ -91,44 +118,56 @@ def read_rows(data: str) -> Iterator[tuple[str, dict]]:
         return _read_file(path)
     if not path.is_dir() and not is_on_hub(name):
         raise InputError(f"{name}: no such file or folder")
-    return _read_builder(name, split)
+    return _read_builder(name, split, fates or Fates())
+
+
+def _name(data) -> str:
+    return str(data) if isinstance(data, str | Path) else type(data).__name__
+
+
+def _read_objects(data) -> Iterator[tuple[str, dict]]:
+    """Rows of a frame, a table, a `Dataset` or an iterable of dicts."""
+    pandas, name = sys.modules.get("pandas"), _name(data)  # who has a frame has imported it
+    if isinstance(data, Mapping):
+        raise InputError(
+            f"{name}: expected rows, found a mapping of {listed(list(map(str, data)))}; give one of its members"
+        )
+    if pandas is not None and isinstance(data, pandas.DataFrame):
+        frame = data.reset_index() if any(name is not None for name in data.index.names) else data
+        rows = (dict(zip(map(str, frame.columns), values)) for values in frame.itertuples(index=False, name=None))
+    elif hasattr(data, "to_batches"):  # arrow
+        rows = (row for batch in data.to_batches() for row in batch.to_pylist())
+    elif isinstance(data, Iterable):
+        rows = data
+    else:
+        raise InputError(f"{name}: expected a file, a folder, a frame or rows that are dicts")
+    return ((f"{name}: row {number}", _plain(row)) for number, row in enumerate(rows, 1))
+
+
+def _plain(value):
+    """Python's own types for those of numpy, inside of lists and dicts too."""
+    if isinstance(value, str | bool | int | float | None):
+        return value.item() if hasattr(value, "dtype") else value  # numpy's float64 is a float
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist") and hasattr(value, "dtype"):
+        return _plain(value.tolist())
+    return (
+        None if type(value).__name__ == "NAType" else value
+    )  # pandas' own null is neither equal nor unequal to itself
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
-    suffix = Path(path.stem if path.suffix == ".gz" else path).suffix
-    if suffix in (".json", ".jsonl"):
-        return _read_json(path)
-    if suffix in (".parquet", ".arrow") and path.suffix != ".gz":
+    suffix = Path(path.stem if path.suffix in PACKED else path).suffix
+    if suffix in READERS:
+        return READERS[suffix](path)
+    if suffix in TABLES and path.suffix not in PACKED:
         return _read_table(path)
-    raise InputError(f"{path}: expected a file ending in {', '.join(SUFFIXES)} (JSON also with .gz)")
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
-    """Rows of a JSON array or of JSON lines, which are read one by one: which of the two, the first character says."""
-    head = ""  # up to that character
-    try:
-        # No other character ends a line: JSON's texts may hold those that Python would take for one.
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                head += "" if head.strip() else line
-                if head.lstrip().startswith("["):
-                    rows = _parse_json(head + file.read(), path, 1)
-                    yield from ((f"{path}: row {place}", row) for place, row in enumerate(rows, 1))
-                    return
-                if line.strip():
-                    yield f"{path}:{number}", _parse_json(line.removesuffix("\n"), path, number)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read: {e}") from None
-
-
-def _parse_json(text: str, path: Path, first_line: int):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        line, found = first_line + e.lineno - 1, text[e.pos : e.pos + 40]
-        raise InputError(f"{path}:{line}: expected JSON, found {found!r} at column {e.colno} ({e.msg})") from None
-    except (ValueError, RecursionError) as e:  # a number or a nesting too long for Python
-        raise InputError(f"{path}:{first_line}: expected JSON: {e}") from None
+    raise InputError(
+        f"{path}: expected a file ending in {', '.join(SUFFIXES)} (JSON and CSV also with {', '.join(PACKED)})"
+    )
 
 
 def _read_table(path: Path) -> Iterator[tuple[str, dict]]:
@@ -142,7 +181,7 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict]]:
         yield f"{path}: row {number}", row
 
 
-def _read_builder(name: str, part: str | None) -> Iterator[tuple[str, dict]]:
+def _read_builder(name: str, part: str | None, fates: Fates) -> Iterator[tuple[str, dict]]:
     """Rows of a folder or of a data set on the hub, whose configurations and splits `datasets` knows."""
     import datasets
 
@@ -166,6 +205,10 @@ def _read_builder(name: str, part: str | None) -> Iterator[tuple[str, dict]]:
         place = f"{repo}:{config}/SPLIT" if config else f"{repo}:SPLIT"
         raise InputError(f"{repo}: no split {split!r}; expected {place} with one of {', '.join(splits)}")
     if Path(name).is_dir():
+        known = {str(Path(file).resolve()) for files in builder.config.data_files.values() for file in files}
+        for file in sorted(_data_files(Path(name))):  # `datasets` takes files of one kind alone
+            if str(file.resolve()) not in known:
+                fates.add("files_not_read", str(file))
         for file in builder.config.data_files[split]:
             yield from _read_file(Path(file))
         return
@@ -176,6 +219,14 @@ def _read_builder(name: str, part: str | None) -> Iterator[tuple[str, dict]]:
         raise InputError(f"{name}:{part or split}: cannot be read: {first_line(e)}") from None
     for number, row in enumerate(table, 1):
         yield f"{name}:{part or split}: row {number}", row
+
+
+def _data_files(folder: Path) -> Iterator[Path]:
+    """The files in a folder that their names say are data."""
+    for path in folder.rglob("*"):
+        suffix = Path(path.stem if path.suffix in PACKED else path).suffix
+        if suffix in SUFFIXES and path.is_file() and path.name not in METADATA:
+            yield path
 
 
 def _check_config(repo: str, revision: str | None, config: str) -> None:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from conj import InputError
 from conj.data.card import CARD, owns_model, render_card, trained_by
 from conj.data.files import sha256_file, stream_jsonl
-from conj.data.identity import describe_inputs, hash_input, show_change
+from conj.data.identity import EXCLUDED, describe_inputs, hash_input, show_change
 from conj.data.manifest import ARTEFACTS, list_artefacts, locate, manifest_path, read_manifest, stage_order
 from conj.data.options import require
 from conj.data.tokens import TOKENS, check_tokens
@@ -60,7 +60,7 @@ def check_chain(run: Path, base: Path | None) -> list[Check]:
         for entry in made["inputs"]:
             path = find(Path(entry["path"]))
             if entry["sha256"] is None or not path.exists():
-                away.append(entry["path"])
+                away += [entry["path"]] if entry["path"] != EXCLUDED else []
                 continue
             [now] = describe_inputs([path if "files" in entry else str(path)], hash_file)
             if now["sha256"] != entry["sha256"]:
