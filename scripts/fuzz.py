@@ -159,7 +159,7 @@ def run_chunk(kind: str, seed: int, numbers: range) -> Tally:
 def run_coverage(args, began: float) -> int:
     import atheris
 
-    read = ["conj.data", "json_repair"] if args.target == "verdicts" else ["conj.data", "conj.model", "conj.sample"]
+    read = ["conj.data"] if args.target == "verdicts" else ["conj.data", "conj.model", "conj.sample"]
     tally = Tally()
     with scratch_folder() as root:
         with atheris.instrument_imports(include=read):

@@ -14,13 +14,14 @@ from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from conj import InputError
-from conj.data.prompts import judge_messages
+from conj.data.judges import judge_prompt, load_judge
 from conj.data.tokenizer import JudgeTokenizer
 from conj.model.config import read_config
 from conj.model.decoder import Decoder
 from conj.model.folder import check_model, read_decoder
 from conj.model.weights import load_model
 
+CARD = load_judge("con-j")
 # JSON texts put where a value was.
 HOSTILE = [
     "null", "true", "-1", "0", "1", "2.5", "1e999", "-1e999", "NaN", "100000000", "1000000000", "9" * 19, "9" * 400,
@@ -244,7 +245,7 @@ def fuzz_model_folder(data: bytes, folders: Folders) -> str:
             load_model(folder)
         if not refused[1]:
             text = "\n问题 {x} <|im_end|>"
-            ids = tokenizer.prompt_ids(judge_messages(text, "", "b\ud800"))
+            ids = tokenizer.prompt_ids(judge_prompt(CARD, text, "", "b\ud800"))
             control = set(tokenizer.special.values())
             if control & {*tokenizer.encode_text(text), *tokenizer.completion_ids(text)[:-1]}:
                 raise Finding("believed: text became a control token")

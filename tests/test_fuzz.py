@@ -7,7 +7,7 @@ import pytest
 from fuzz_verdicts import fuzz_verdict
 
 from conj.data import model_files
-from conj.data.verdicts import Verdict, parse_released
+from conj.data.verdicts import Form, Verdict, parse_released
 
 
 def run(target, num_inputs: int) -> fuzz.Tally:
@@ -22,7 +22,7 @@ def test_judgments_have_the_verdict_they_state_or_none():
     assert not tally.findings and min(tally.counts["accepted"], tally.counts["refused"]) > 1000
 
 
-def first_digit(text: str) -> Verdict:
+def first_digit(text: str, form: Form, opened: bool) -> Verdict:
     digits = [c for c in text if c in "12"]
     return Verdict(int(digits[0]), "json") if digits else Verdict(None, "none")
 

@@ -6,14 +6,13 @@ from array import array
 from pathlib import Path
 
 import pytest
-from conftest import write_tokenizer
+from conftest import judge_messages, judgment_text, write_tokenizer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from conj import InputError
 from conj.data.manifest import read_sealed, write_sealed
 from conj.data.packs import deal, group_tokens, plan_packs, plan_steps
-from conj.data.prompts import judge_messages, judgment_text
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.tokens import TokenizedPairs
 from conj.data.verdicts import parse_reason, parse_released, parse_strict
@@ -39,12 +38,24 @@ def test_any_reason_and_verdict_come_back_from_their_whole_judgment_and_from_no_
 
 
 @given(text=texts)
-def test_a_verdict_is_1_or_2_and_stands_behind_its_key(text):
+def test_a_verdict_is_1_or_2_and_is_stated(text):
     for verdict in (parse_strict(text), parse_released(text)):
-        assert (verdict.value in (1, 2)) == (verdict.rung != "none")
-    if parse_strict(text).value is not None:
-        assert "更好的回答" in text and str(parse_strict(text).value) in text.partition("更好的回答")[2]
+        assert (verdict.value in (1, 2)) == (verdict.rung not in ("none", "tie"))
+    verdict = parse_strict(text)
+    if verdict.rung == "stated":
+        assert str(verdict.value) in text and str(3 - verdict.value) not in text
+    elif verdict.value is not None:
+        assert "更好的回答" in text and str(verdict.value) in text.partition("更好的回答")[2]
     assert isinstance(parse_reason(text), str)
+
+
+@given(draft=texts, reason=texts, verdict=verdicts, opened=st.booleans(), data=st.data())
+def test_no_draft_in_a_thought_changes_the_verdict_and_an_unfinished_one_has_none(draft, reason, verdict, opened, data):
+    draft += data.draw(st.sampled_from(("", judgment_text(reason, 3 - verdict), "回答1更好。")))
+    thought = ("" if opened else "<think>") + draft
+    whole = f"{thought}\n</think>\n\n{judgment_text(reason, verdict)}"
+    assert parse_strict(whole, opened=opened) == (verdict, "json") and parse_reason(whole, opened=opened) == reason
+    assert parse_strict(thought, opened=opened) == (None, "none")
 
 
 @pytest.fixture(scope="module")

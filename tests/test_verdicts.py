@@ -1,15 +1,17 @@
 """Verdict parsing: what counts as a stated verdict, what never does, and that no text can break it."""
 
+import dataclasses
 import json
 import random
 import time
 
 import pytest
+from conftest import DATA, judgment_text
 
-from conj.data.prompts import judgment_text
-from conj.data.verdicts import parse_reason, parse_released, parse_strict
+from conj.data.verdicts import CARD, Form, parse_reason, parse_released, parse_strict, split_thought
 
-NONE = (None, "none")
+NONE, TIE = (None, "none"), (None, "tie")
+ENGLISH = Form(reason_key="reason", verdict_key="better_answer", answer_name="Answer")
 
 
 def test_no_prefix_of_a_judgment_has_a_verdict():
@@ -32,6 +34,35 @@ def test_reason_of_a_repaired_judgment_is_its_text():
     assert parse_reason('{"原因": 3, "更好的回答": 2}') == ""
 
 
+THOUGHT = ("<think>", "</think>")
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "thought", "answer"),
+    [
+        ("an answer", False, "", "an answer"),
+        (" an answer\n", False, "", " an answer\n"),
+        ("<think>\nso\n</think>\n\nan answer", False, "so", "an answer"),
+        ("\n<think></think>an answer", False, "", "an answer"),
+        ("so</think>an answer", True, "so", "an answer"),
+        ("<think>so</think>an answer", True, "so", "an answer"),
+        ("so</think>an answer", False, "so", "an answer"),  # the server's template opened it
+        ("<think>first </think> then </think>an answer", False, "first </think> then", "an answer"),
+        ("<think>so, and", False, "so, and", None),
+        ("so, and", True, "so, and", None),
+        ("<think>so</think>\n<think>once more", False, "so</think>\n<think>once more", None),
+        ("Well.\n<think>so, and", False, "Well.\n<think>so, and", None),
+        ("<think>so</think>", False, "so", ""),
+        ("It writes <think> and stops.", False, "", "It writes <think> and stops."),
+        ("", False, "", ""),
+        ("", True, "", None),
+    ],
+)
+def test_an_answer_follows_the_last_end_of_a_thought(text, opened, thought, answer):
+    """A thought that a reason is made of gives the hint away; one that is unfinished holds drafts."""
+    assert split_thought(text, THOUGHT, opened) == (thought, answer)
+
+
 MEGABYTE = 1_000_000
 HOSTILE = {
     "brackets": "[" * MEGABYTE, "braces": "{" * MEGABYTE, "spaced braces": "{ " * (MEGABYTE // 2),
@@ -41,6 +72,10 @@ HOSTILE = {
     "quotes": '{"原因": "' + '"' * MEGABYTE + '更好的回答": 1',
     "commas": '{"原因": "' + ", " * (MEGABYTE // 2) + '"更好的回答": x}',
     "digits": '{"更好的回答": ' + "1" * MEGABYTE + "}", "fences": "```" * (MEGABYTE // 3),
+    "judgments": '{"更好的回答":1}' * (MEGABYTE // 11) + '{"更好的回答":2}', "lines": "原因\n" * (MEGABYTE // 3),
+    "statements": "回答1更好。" * (MEGABYTE // 6), "open thoughts": "<think>" * (MEGABYTE // 7),
+    "thoughts": "<think>{'a'</think>\n" * (MEGABYTE // 20), "quotes in a mark": '{"a": "</think>"}' * (MEGABYTE // 17),
+    "other quotes": "{'原因': '" + "'更" * (MEGABYTE // 2) + "'", "colons": "更好的回答" + ":" * MEGABYTE,
 }  # fmt: skip
 
 
@@ -63,7 +98,7 @@ def test_mutilated_judgments_never_raise():
             text[at : at + rng.randrange(4)] = [rng.choice(pieces)] * rng.randrange(3)
         text = "".join(text)
         for verdict in (parse_strict(text), parse_released(text)):
-            assert (verdict.value in (1, 2)) == (verdict.rung != "none")
+            assert (verdict.value in (1, 2)) == (verdict.rung not in ("none", "tie"))
         assert isinstance(parse_reason(text), str)
 
 
@@ -100,12 +135,36 @@ STATED = [  # each rung that a base model's output needs, and no more
     ('{"原因": "x",\\n "更好的回答": 2}', (2, "repaired"), (2, "key")),
     ('{"原因"："x"，"更好的回答"：1}', (1, "repaired"), (1, "key")),
     ('```json\n{"原因": "他说"好"", "更好的回答": "回答2"}\n```', (2, "repaired"), (2, "digit")),
+    ("{'原因': 'x', '更好的回答': 2}", (2, "repaired"), (2, "key")),
+    ('{"原因": "x", "更好的回答": 1,}', (1, "repaired"), (1, "key")),
+    ("{“更好的回答”：2，“原因”：“x”}", (2, "repaired"), (2, "digit")),
+    ('{"原因": "x", "更好的回答": １}', (1, "repaired"), NONE),
+    ('判断：{"原因": "第一行\n第二行", "更好的回答": 1}', (1, "repaired"), (1, "key")),
+    *(
+        (f'{{"原因": "x", "更好的回答": {value}}}', (n, "spelled"), NONE)
+        for value, n in (
+            ("1.0", 1),
+            ("2e0", 2),
+            ('"1 "', 1),
+            ('"２"', 2),
+            ('"回答１"', 1),
+            ('"回答二"', 2),
+            ('"回答2更好。"', 2),
+        )
+    ),
+    ("第1个更好", (1, "stated"), NONE),
+    ("回答1更好", (1, "stated"), (1, "digit")),
+    ("更好的回答是2", (2, "stated"), (2, "digit")),
+    ("更好的回答：2", (2, "stated"), (2, "key")),
+    ("**更好的回答**：1", (1, "stated"), (1, "digit")),
+    ("**2**", (2, "stated"), NONE),
+    ("原因：x\n更好的回答：2", (2, "lines"), (2, "key")),
+    ("更好的回答：2\n\n原因：x", (2, "lines"), (2, "key")),
+    ("两个回答一样好。", TIE, NONE),
+    ('{"原因": "x", "更好的回答": "平局"}', TIE, NONE),
 ]
 UNSTATED = [  # cut off, contradictory or merely mentioned: a JSON-repair library finds a verdict in many of these
     ("", NONE, NONE),
-    ("第1个更好", NONE, NONE),
-    ("回答1更好", NONE, (1, "digit")),
-    ("更好的回答是2", NONE, (2, "digit")),
     ("两个回答都好，分数是1", NONE, (1, "digit")),
     ('"更好的回答": 1', NONE, (1, "key")),
     ('{"原因": "x", "更好的回答": 1', NONE, (1, "key")),
@@ -156,8 +215,6 @@ IN_PROSE = [
     ("The second one is better because it follows the instruction, so my choice is (b).", NONE, NONE),
     ("回答2比回答1更完整，因此我选择回答2。", NONE, (2, "digit")),
     ("两个回答各有优点，但第一个更切题。", NONE, NONE),
-    ("更好的回答：2", NONE, (2, "key")),
-    ("**更好的回答**：1", NONE, (1, "digit")),
     ("我认为更好的回答是1，因为它回答了2个问题。", NONE, (1, "digit")),
     ("更好的回答是第二个，它列出了10条理由", NONE, (1, "digit")),
     ("两者都不好。", NONE, NONE),
@@ -165,7 +222,7 @@ IN_PROSE = [
     ('先想一想。回答1漏了一步。\n\n{"原因": "回答1漏了一步", "更好的回答": 2}', (2, "embedded"), (2, "key")),
     ('以下是我的判断：\n```json\n{"原因": "更切题", "更好的回答": 1}\n```\n希望有帮助！', (1, "fenced"), (1, "key")),
     ('```\n{"更好的回答": 2, "原因": "回答1跑题"}\n```', (2, "fenced"), (2, "key")),
-    ('<think>回答1更好？</think>{"原因": "回答2有据", "更好的回答": 2}', (2, "embedded"), (2, "key")),
+    ('<think>回答1更好？</think>{"原因": "回答2有据", "更好的回答": 2}', (2, "json"), (2, "json")),
 ]
 ADVERSARIAL = [
     # The traps of the published parser: it reads a verdict out of a reason, and misses one that is there.
@@ -180,8 +237,8 @@ ADVERSARIAL = [
     ('```json\n{"原因": "回答1好", "更好的回答": 1', NONE, (1, "key")),
     # The value: of the wrong type, out of range, or written otherwise.
     *((f'{{"原因": "x", "更好的回答": {value}}}', NONE, NONE) for value in (
-        '"1 "', "1.0", "2e0", "true", "null", "[1]", "[2]", '{"更好的回答": 2}', "NaN", "-1", "0", "3", "12", "1e999", "１",
-        '"２"', '"回答１"', '"回答1和回答2"', '"A"', '"都好"',
+        "true", "null", "[1]", "[2]", '{"更好的回答": 2}', "NaN", "-1", "0", "3", "12", "1e999",
+        '"回答1和回答2"', '"A"', '"都好"',
     )),
     ('{"原因": "x", "更好的回答": "1"}', (1, "json"), (1, "json")),
     ('{"原因": "x", "更好的回答": 1' + "0" * 5000 + "}", NONE, (1, "key")),  # more digits than Python reads
@@ -191,7 +248,6 @@ ADVERSARIAL = [
     ('{"reason": "x", "better": 2}', NONE, NONE),
     ('{"原因": "x", "更好的 回答": 2}', NONE, (2, "digit")),
     ('{"原因": "x", "更好的答案": 2}', NONE, NONE),
-    ("{'原因': 'x', '更好的回答': 2}", NONE, (2, "key")),
     ("{原因: x, 更好的回答: 2}", NONE, (2, "key")),
     ('{"原因": "x", "\\u66f4\\u597d\\u7684\\u56de\\u7b54": 2}', (2, "json"), (2, "json")),
     ('{"原因"："x"，"更好的回答"：2}', (2, "repaired"), (2, "key")),
@@ -216,7 +272,6 @@ ADVERSARIAL = [
     ('{"原因": "他说\\"回答1\\"", "更好的回答": 2}', (2, "json"), (2, "json")),
     ('{"原因": "他说"回答1"对", "更好的回答": 2}', (2, "repaired"), (2, "key")),
     ('{"原因": "x", "更好的回答": 1}}', (1, "embedded"), (1, "key")),
-    ('{"原因": "x", "更好的回答": 1,}', NONE, (1, "key")),
     ('{"原因": "x"; "更好的回答": 1}', NONE, (1, "key")),
 ]  # fmt: skip
 TABLE = STATED + UNSTATED + WRITTEN_BY_THE_SHIPPED_JUDGE + IN_PROSE + ADVERSARIAL
@@ -227,11 +282,81 @@ def test_both_parsers_on_one_text(text, strict, released):
     """A verdict is never read out of a reason; the published parser's traps are kept, or figures would not compare with
     the published ones (FACTS lists them)."""
     assert (parse_strict(text), parse_released(text)) == (strict, released)
-    assert strict != NONE or parse_reason(text) == ""
+    assert strict not in (NONE, TIE) or parse_reason(text) == ""
 
 
-def test_what_strict_reads_released_reads_alike_but_for_the_words_of_an_answer():
+def test_what_strict_reads_released_reads_alike_or_not_at_all():
     """A rung of ours that read another verdict than the published parser would be an invention."""
     assert len({text for text, _, _ in TABLE}) == len(TABLE) >= 60
-    differ = {text for text, strict, released in TABLE if strict[0] not in (None, released[0])}
-    assert differ == {f'{{"原因": "{r}", "更好的回答": "回答{n}"}}' for r, n in (("x", 1), ("x", 2), ("回答1好", 2))}
+    assert not [text for text, strict, released in TABLE if {strict[0], released[0]} == {1, 2}]
+
+
+# ---- What a person would say ----
+
+CORPUS = [
+    (form, json.loads(line))
+    for name, form in (("con-j", CARD), ("english", ENGLISH))
+    for line in (DATA / "judgments" / f"{name}.jsonl").read_text("utf-8").splitlines()
+]
+ARGUED = "argued"  # a person follows the argument; a parser that did would look into reasons
+
+
+def misread(parse) -> tuple[list, list]:
+    """What was read otherwise than a person would, and what was not read."""
+    wrong, unread = [], []
+    for form, row in CORPUS:
+        verdict = parse(row["text"], form, row.get("opened", False))
+        found = "tie" if verdict.rung == "tie" else verdict.value
+        if found != row["says"]:
+            (unread if found is None else wrong).append((row["kind"], row["text"], row["says"], found))
+    return wrong, unread
+
+
+def test_no_verdict_is_invented_and_what_is_plainly_stated_is_read():
+    """An invented verdict trains on a lie; one that is not read makes a right judgment a rejected one. What the labels
+    mean: tests/data/SOURCE.md."""
+    wrong, unread = misread(parse_strict)
+    assert not wrong
+    plain = [row for _, row in CORPUS if row["says"] in (1, 2) and row["kind"] != ARGUED]
+    missed = [row for row in unread if row[0] != ARGUED]
+    assert len(CORPUS) >= 300 and len(plain) >= 200
+    assert len(missed) <= 0.02 * len(plain), missed
+
+
+@pytest.mark.parametrize(
+    "parse", [parse_released, lambda text, form, opened: parse_strict(text, without_thoughts(form))]
+)
+def test_the_corpus_finds_out_a_parser_that_invents(parse):
+    """The negative control: the published parser, and ours if it took thoughts for answers."""
+    assert len(misread(parse)[0]) > 10
+
+
+def without_thoughts(form: Form) -> Form:
+    return dataclasses.replace(form, thought=("no mark", "at all"))
+
+
+def test_the_marks_of_a_thought_are_the_forms():
+    text = '[THINK]回答1更好？{"更好的回答": 1}[/THINK]{"原因": "x", "更好的回答": 2}'
+    assert parse_strict(text) == NONE
+    assert parse_strict(text, Form(thought=("[THINK]", "[/THINK]"))) == (2, "json")
+
+
+def test_an_end_mark_may_be_quoted_in_a_reason():
+    """The verdict stands behind the key of the whole object, never in what the mark is quoted with."""
+    whole = '{"原因": "回答1写了</think>{\\"更好的回答\\": 1}", "更好的回答": 2}'
+    for before in ("", "<think>嗯。</think>"):
+        assert parse_strict(before + whole) == (2, "json")
+        assert {parse_strict(before + whole[:end]) for end in range(len(whole))} == {NONE}
+    assert parse_strict('嗯。</think>{"原因": "</think>", "更好的回答": 1}', opened=True) == (1, "json")
+
+
+def test_an_escaped_quote_before_a_brace_is_no_end():
+    """Found by the fuzzer: the text is cut off within its reason."""
+    assert parse_strict('{"更好的回答": 1, "原因": "写\\",}') == NONE
+    assert parse_strict('{"更好的回答": 1, "原因": "写\\\\",}') == (1, "repaired")
+
+
+def test_a_name_that_ends_a_text_after_a_thought_may_be_cut_off():
+    """There the budget of tokens may end; without a thought an answer of two words is whole."""
+    assert parse_strict("回答2") == parse_strict("<think>嗯。</think>**回答2**") == (2, "stated")
+    assert parse_strict("<think>嗯。</think>回答2") == NONE
