@@ -2,20 +2,26 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHARED, read_by
+import torch
+from conftest import ROOT, SHARED, judge_messages, read_by
+from make_tiny_judge import make_tokenizer
+from tiny_world import NUM_TRAIN_TOWNS, WORLDS, judge_text, make_facts, make_rows, write_rows
+from transformers import AutoModelForCausalLM
 
 from conj.data.card import CARD, render_card
 from conj.data.files import read_jsonl
+from conj.data.judges import judge_prompt, load_judge
 from conj.data.manifest import hash_input, read_manifest
 from conj.data.markdown import with_interval
 from conj.data.preprocess import load_prompts
-from conj.data.prompts import judge_messages
+from conj.data.tokenizer import JudgeTokenizer
 
 TRAIN, TEST = (ROOT / "demo" / f"{name}.jsonl" for name in ("train", "test"))
 
@@ -27,10 +33,54 @@ def conj_run(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def test_no_question_and_no_town_of_the_test_set_is_in_the_training_set():
+FOLDERS = {"zh": ROOT / "demo", "en": ROOT / "demo" / "english"}
+
+
+@pytest.mark.parametrize("language", WORLDS)
+def test_no_question_and_no_town_of_the_test_set_is_in_the_training_set(language):
     """Otherwise the demo could learn the answers by heart instead of what to look at."""
-    towns = [{row["prompt"][row["prompt"].index("镇") - 2 :][:3] for row in read_jsonl(f)} for f in (TRAIN, TEST)]
+    towns = []
+    for name in ("train", "test"):
+        questions = [row["prompt"] for row in read_jsonl(FOLDERS[language] / f"{name}.jsonl")]
+        towns.append({town for town in WORLDS[language].towns if any(town in question for question in questions)})
     assert len(towns[0]) == 33 and len(towns[1]) == 27 and not towns[0] & towns[1]
+
+
+@pytest.mark.parametrize("language", WORLDS)
+def test_the_script_gives_the_shipped_data_and_vocabulary_again(language, tmp_path):
+    """The bases were made of these: a text of a world or a prompt of its judge that changes makes another demo."""
+    world, rng = WORLDS[language], random.Random("world 0")
+    facts, towns = make_facts(rng, world), rng.sample(world.towns, len(world.towns))
+    write_rows(tmp_path / "train.jsonl", make_rows(rng, world, facts, towns[:NUM_TRAIN_TOWNS]))
+    write_rows(tmp_path / "test.jsonl", make_rows(rng, world, facts, towns[NUM_TRAIN_TOWNS:]))
+    make_tokenizer(world, load_judge(world.judge), tmp_path / "base")
+    for name in ("train.jsonl", "test.jsonl", "base/tokenizer.json", "base/tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (FOLDERS[language] / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("language", WORLDS)
+def test_what_tells_right_from_wrong_tells_nothing_by_its_length(language):
+    """An answer is longer by its filler alone, in characters and in tokens: else the bias could be right."""
+    world, tokenizer = WORLDS[language], JudgeTokenizer.load(FOLDERS[language] / "base")
+    for texts in (*world.values.values(), world.towns, world.fillers):
+        assert len({(len(text), len(tokenizer.encode_text(world.space + text))) for text in texts}) == 1
+    names = [value for values in world.values.values() for value in values]
+    assert len({len(answer) for answer in world.answers}) == 1 and len(set(names)) == len(names) == 512
+
+
+def test_a_base_that_thinks_is_taught_texts_whose_answer_is_not_their_draft():
+    """What the thinking toy writes is hard to read on purpose: a parser that looks into thoughts reads it wrongly."""
+    world, judge, rng = WORLDS["en"], load_judge("english-thinking"), random.Random(0)
+    facts = make_facts(rng, world)
+    pairs = make_rows(rng, world, facts, world.towns)
+    texts = [judge_text(rng, world, judge, True, pair, 1, None) for pair in pairs]
+    assert {judge.parse(text).value for text, ends in texts if ends} == {1, 2}
+    assert {judge.parse(text).value for text, ends in texts if not ends} == {None}
+    by_last = [text.rpartition("</think>")[2] for text, ends in texts if ends]
+    assert [judge.parse(text).value for text, ends in texts if ends] == [judge.parse(text).value for text in by_last]
+    drafts = [text for text, ends in texts if ends and text.count('"better_answer"') > 1]
+    first = re.compile(r'"better_answer": ([12])')
+    assert len(drafts) > 50 and all(int(first.search(text)[1]) != judge.parse(text).value for text in drafts)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +180,83 @@ def test_other_versions_of_transformers_judge_the_test_set_as_vllm_did(demo, oth
     by_vllm = {row["id"]: row["text"] for row in read_jsonl(demo / "judgments_trained.jsonl") if row["order"] == 1}
     found = read_by(other_transformers, demo / "model", conversations, tmp_path)
     assert len(prompts) == 324 and found["texts"] == [by_vllm[row["id"]] for row in prompts]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_the_demo_in_english_trains_the_bias_away_by_its_judge_file_alone(tmp_path):
+    """Nothing of the Chinese prompt is left in any stage: not in what is asked, written, trained on or shown."""
+    run = tmp_path / "run"
+    conj_run("demo/english/demo.toml", "--run-dir", run)
+    report = json.loads((run / "report.json").read_text())["judges"]
+    base, trained = report["base"], report["trained"]
+    assert base["n"] == trained["n"] >= 300
+    assert base["accuracy"] <= 0.70 and trained["accuracy"] >= 0.95
+    assert trained["consistency"] > base["consistency"] + 0.1
+    assert trained["unparsed"] <= 0.02 and base["unparsed"] <= 0.02
+    for file in ("repeated.jsonl", "hinted.jsonl", "pairs.jsonl", "judgments_trained.jsonl", "model/judge.toml"):
+        assert not re.search(r"[\u4e00-\u9fff]", (run / file).read_text("utf-8")), file
+
+
+# What the thinking toy thinks of when it is given a hint, in its words; sampled warm it also puts a lone word for another.
+OF_A_HINT = re.compile("told that answer|hint says|mention the hint")
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory) -> Path:
+    """A run of a judge that thinks first, on a base made for it."""
+    pytest.importorskip("vllm", reason="sampling needs vLLM; scripts/setup.sh installs it")
+    folder = tmp_path_factory.mktemp("thinking")
+    maker = [sys.executable, "scripts/make_tiny_judge.py", "--language", "en", "--out", folder]
+    maker += ["--thinking", FOLDERS["en"] / "base", "--make-only"]
+    subprocess.run(maker, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    conj_run("demo/english/thinking.toml", "--run-dir", folder / "run", "--model", folder / "base")
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_no_hint_is_in_a_chosen_text_of_a_judge_that_thinks(thinking):
+    """The base thinks of the hint whenever it is given one, so a thought that got through would be found."""
+    base, judge, told = thinking.parent / "base", load_judge("english-thinking"), 0
+    tokenizer, model = JudgeTokenizer.load(base), AutoModelForCausalLM.from_pretrained(base)
+    for row in list(read_jsonl(thinking / "prompts.jsonl"))[:20]:
+        ids = tokenizer.prompt_ids(judge_prompt(judge, row["question"], row["answer_1"], row["answer_2"], row["label"]))
+        written = model.generate(torch.tensor([ids]), max_new_tokens=40)[0, len(ids) :].tolist()
+        told += bool(OF_A_HINT.search(tokenizer.decode(written)))
+    assert told >= 15
+    hinted, pairs = (list(read_jsonl(thinking / f"{name}.jsonl")) for name in ("hinted", "pairs"))
+    assert sum(row["verdict"] is not None for row in hinted) > 0.8 * len(hinted)
+    assert not [row for row in hinted if "<think>" in row["text"] or OF_A_HINT.search(row["text"])]
+    assert sum(row["pair_type"] == "hinted" for row in pairs) > 200
+    assert not [row["chosen"] for row in pairs if OF_A_HINT.search(row["chosen"][0]["content"])]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_verdict_of_a_judge_that_thinks_is_its_answers(thinking):
+    """A draft for the other answer stands in many thoughts, and some thoughts never end: nothing of these is a verdict."""
+    rows, first = list(read_jsonl(thinking / "repeated.jsonl")), re.compile(r'"better_answer": ([12])')
+    judged, judge = [row for row in rows if row["verdict"] is not None], load_judge("english-thinking")
+    assert len(judged) > 0.8 * len(rows)
+    assert all(judge.parse(row["text"].rpartition("</think>")[2]).value == row["verdict"] for row in judged)
+    drafts = [row for row in judged if int(first.search(row["text"])[1]) != row["verdict"]]
+    assert len(drafts) > 0.05 * len(rows)
+    unfinished = [row for row in rows if "</think>" not in row["text"]]
+    assert sum("better_answer" in row["text"] for row in unfinished) > 10
+    assert all(row["verdict"] is None for row in unfinished)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_judge_that_thinks_loses_its_bias_and_thinks_on(thinking):
+    report = json.loads((thinking / "report.json").read_text())["judges"]
+    base, trained = report["base"], report["trained"]
+    assert trained["accuracy"] >= 0.90 and trained["accuracy"] > base["accuracy"] + 0.05
+    assert trained["consistency"] > base["consistency"] + 0.1
+    assert trained["unparsed"] <= 0.02
+    texts = [row["text"] for row in read_jsonl(thinking / "judgments_trained.jsonl")]
+    assert sum(text.startswith("<think>") for text in texts) > 0.9 * len(texts)
 
 
 @pytest.mark.slow
