@@ -21,10 +21,10 @@ from cyclopts import Group
 
 from conj.data.files import stream_jsonl
 from conj.data.hub import find_texts, name_of
+from conj.data.judges import judge_prompt, load_judge
 from conj.data.options import option, require, require_each, run_command
 from conj.data.packs import plan_packs
 from conj.data.preprocess import as_mapping, load_prompts, question_of, read_prompts
-from conj.data.prompts import judge_messages
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.tokens import PAIR_COLUMNS, TokenizedPairs, tokenize_pairs
 from conj.model.config import ModelConfig, read_config
@@ -119,7 +119,8 @@ def read_workload(run: Run, given, tokenizer: JudgeTokenizer, config: ModelConfi
     else:
         rows, source = read_rows(run, prompts_file)
         sample = rows[:: -(-len(rows) // NUM_SAMPLED)]
-        messages = [judge_messages(question_of(row), row["answer_1"], row["answer_2"]) for row in sample]
+        judge = load_judge(next((made.judge for made in run.options.values() if hasattr(made, "judge")), "con-j"))
+        messages = [judge_prompt(judge, question_of(row), row["answer_1"], row["answer_2"]) for row in sample]
         number, lengths = len(rows), [len(tokenizer.prompt_ids(one)) for one in messages]
         notes = [f"{number} prompts of {source}; tokens of {len(lengths)} of them"]
     if pairs_file.exists() and not given.num_prompts:

@@ -21,13 +21,17 @@ from conj.data import manifest
 from conj.data.benchmarks import locate_data
 from conj.data.files import sha256_file
 from conj.data.hub import name_of
+from conj.data.identity import hash_judge
+from conj.data.judged import JudgedRunOptions
+from conj.data.judges import load_judge
 from conj.data.options import require, run_command
+from conj.data.preprocess import as_mapping
 from conj.data.progress import progress
-from conj.data.readers import read_rows
+from conj.data.readers import check_first_row
 from conj.model.folder import DecoderFolder, JudgeModel, check_finite, check_model
 from conj.sample.engines.http import check_endpoint
 from conj.sample.engines.vllm import check_engine
-from conj.sample.evaluation.evaluate import find_models, judge_of
+from conj.sample.evaluation.evaluate import find_models, is_of_runs, judge_of
 from conj.settings import Run, check_file_options, resolve
 from conj.train.memory import disk_bytes
 from conj.train.options import DPOOptions, check_machine, choose_shard_size
@@ -64,9 +68,18 @@ def check(runs: list[Run]) -> dict[Path, JudgeModel]:
         for name in SAME_IN_TRAINING:
             first, second = (str(getattr(run.options[stage], name)) for stage in ON_ALL_RANKS)
             require(first == second, f"[dpo] {name}: expected {first}, as in [reference], found {second}")
-    named = [name for _, options in stages for of in ("data", "exclude") for name in getattr(options, of, ())]
-    for name in dict.fromkeys(named):
-        read_rows(locate_data(name)[0])  # nothing is read before the first row is asked for
+    for run in runs:
+        check_one_judge(run)
+    named = [
+        (name, getattr(options, "columns", None), of == "exclude")
+        for _, options in stages
+        for of in ("data", "exclude")
+        for name in getattr(options, of, ())
+    ]
+    for name, columns, is_excluded in dict.fromkeys(named):
+        data, benchmark = locate_data(name)
+        columns = None if is_excluded and benchmark else as_mapping(columns)
+        check_first_row(data, columns, where_they_fit=is_excluded)
     models, read = {}, functools.cache(check_model)
     for stage, options in stages:
         if asks_endpoint(stage, options):
@@ -91,6 +104,24 @@ def check(runs: list[Run]) -> dict[Path, JudgeModel]:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             process.submit(check_machine, trained, runs[0].num_processes, runs[0].num_ranks).result()
     return models
+
+
+def check_one_judge(run: Run) -> None:
+    """Raises InputError for stages with another judge than the first one's: they refuse what it made, when it is made."""
+    judged = {
+        stage: options.read_judge() for stage, options in run.options.items() if isinstance(options, JudgedRunOptions)
+    }
+    evaluation = run.options.get("evaluate")
+    if "dpo" in judged and evaluation is not None and not evaluation.judgments and not evaluation.name:
+        asked = load_judge(evaluation.judge, evaluation.judge_text)
+        judged |= {"evaluate": asked} if is_of_runs(asked) else {}
+    for stage, judge in judged.items():
+        first, expected = next(iter(judged.items()))
+        advice = "; a --evaluate.name asks the model by another one" if stage == "evaluate" else ""
+        require(
+            hash_judge(judge) == hash_judge(expected),
+            f"[{stage}] judge: expected {expected.name}, as in [{first}], found {judge.name}{advice}",
+        )
 
 
 def asks_endpoint(stage: str, options) -> bool:

@@ -285,7 +285,7 @@ def _unread(stage: str, table: dict) -> tuple[str, ...]:
         return ("device", "dtype", "ray_address")
     if stage != "evaluate" or "judge" not in table or table.get("judgments"):
         return ()
-    from conj.sample.evaluation.judges import load_judge
+    from conj.data.judges import load_judge
 
     judge = load_judge(table["judge"], Path(table["judge_text"]) if "judge_text" in table else None)
     return ("model", "max_length", "device", "dtype", "ray_address") if judge.backend == "openai" else ()

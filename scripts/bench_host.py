@@ -24,9 +24,9 @@ from bench_common import argument_parser, where_measured, write_rows
 from make_random_model import write_random_model
 
 from conj.data.files import dump_line
+from conj.data.judges import judgment_text, load_judge
 from conj.data.pairs import PairsOptions, build_pairs
 from conj.data.preprocess import PreprocessOptions, load_prompts, preprocess
-from conj.data.prompts import judgment_text
 from conj.data.tokenizer import JudgeTokenizer
 from conj.train import plan
 from conj.train.batch import collate
@@ -34,6 +34,7 @@ from conj.train.options import DPOOptions
 from conj.train.sharding import distributed
 from conj.train.speed import resident_bytes
 
+CARD = load_judge("con-j")
 BASE = {"D": 16, "F": 32, "N": 2, "K": 1, "H": 8, "V": 151936, "L": 1, "tie": True}
 VERDICTS = (1, 1, 1, 1, -1, -1, -1, 0)  # of the sampled judgments: right, wrong, unparsed
 
@@ -56,7 +57,8 @@ def write_judgments(run: Path, sources: list[Path], tokenizer_folder: Path, seed
     judged = [row["results"][0].values() for path in sources for row in json.loads(path.read_text("utf-8"))]
     reasons = sorted({side["completion"][0] for sides in judged for side in sides})
     made = {
-        v: [(text, tokenizer.completion_ids(text)) for text in (judgment_text(r, v) for r in reasons)] for v in (1, 2)
+        v: [(text, tokenizer.completion_ids(text)) for text in (judgment_text(CARD, r, v) for r in reasons)]
+        for v in (1, 2)
     }
     made[None] = [(text[:-6], ids[:-4]) for text, ids in made[1]]  # cut off
 

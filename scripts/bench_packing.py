@@ -21,14 +21,15 @@ from pathlib import Path
 from bench_common import argument_parser
 
 from conj import InputError
+from conj.data.judges import judge_prompt, judgment_text, load_judge
 from conj.data.manifest import describe_code
 from conj.data.packs import group_tokens, plan_packs, plan_steps
 from conj.data.preprocess import load_prompts, question_of
-from conj.data.prompts import judge_messages, judgment_text
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.tokens import TokenizedPairs
 from conj.train.flops import idle_share
 
+CARD = load_judge("con-j")
 SHAPES = [(24, 1), (8, 8), (24, 4), (24, 8), (48, 8), (96, 8), (192, 8), (192, 64), (384, 64)]  # pairs a step, ranks
 COLUMNS = {
     "share": "{share}", "pairs a step": "{pairs_per_step}", "ranks": "{ranks}", "seconds": "{seconds:.1f}",
@@ -46,9 +47,9 @@ def real_lengths(tokenizer_folder: Path, prompts: list[str], judgments: list[Pat
         named = ", ".join(missing) or "judgments"
         raise InputError(f"{named}: no such file; give --data FOLDER, or the files themselves")
     rows, _ = load_prompts(prompts)
-    messages = [judge_messages(question_of(row), row["answer_1"], row["answer_2"]) for row in rows]
+    messages = [judge_prompt(CARD, question_of(row), row["answer_1"], row["answer_2"]) for row in rows]
     judged = [row["results"][0].values() for path in judgments for row in json.loads(path.read_text("utf-8"))]
-    texts = [judgment_text(side["completion"][0], 1) for sides in judged for side in sides]
+    texts = [judgment_text(CARD, side["completion"][0], 1) for sides in judged for side in sides]
     return [len(tokenizer.prompt_ids(m)) for m in messages], [len(tokenizer.completion_ids(text)) for text in texts]
 
 

@@ -25,8 +25,8 @@ from pathlib import Path
 from bench_common import ROOT, argument_parser, where_measured, write_rows
 
 from conj.data.files import write_jsonl
+from conj.data.judges import judge_prompt, judgment_text, load_judge
 from conj.data.preprocess import question_of, stream_prompts
-from conj.data.prompts import judge_messages, judgment_text
 from conj.data.verdicts import parse_strict
 from conj.sample.engines.completion import Completion, Completions, Decoding, Request
 from conj.sample.engines.fleet import complete_by_fleet
@@ -34,6 +34,7 @@ from conj.sample.engines.ray_cluster import running_ray
 from conj.sample.repeated import RepeatedOptions
 from conj.sample.stage import Task, append_samples
 
+CARD = load_judge("con-j")
 NUM_SEQS = 256
 TOKEN_IDS = list(range(1000, 1200))
 
@@ -63,7 +64,7 @@ def write_at_once(requests) -> Completions:
     for request in requests:
         if request is None:
             return
-        text = judgment_text("因为" * 60 + str(request.key["index"]), 1 + request.key["index"] % 2)
+        text = judgment_text(CARD, "因为" * 60 + str(request.key["index"]), 1 + request.key["index"] % 2)
         yield request, Completion(text=text, token_ids=TOKEN_IDS, finish_reason="stop")
 
 
@@ -91,7 +92,7 @@ def drive(folder: Path, num_samples: int, num_engines: int, stop_at: int) -> Non
     keys = [{"kind": "repeated", "index": index} for index in range(num_samples)]
 
     def make_requests(row: dict) -> list[Request]:
-        prompt = options.prompt(model, judge_messages(question_of(row), row["answer_1"], row["answer_2"]))
+        prompt = options.prompt(model, judge_prompt(CARD, question_of(row), row["answer_1"], row["answer_2"]))
         lengths.append(len(prompt["prompt_ids"]))
         return [Request(key={"id": row["id"], **key}, **prompt) for key in keys]
 

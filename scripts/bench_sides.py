@@ -27,10 +27,10 @@ def make_model(folder: Path, dtype: str, geometry: str, device: str) -> dict:
 def write_pairs(run: Path, args: argparse.Namespace) -> None:
     """pairs.jsonl of random words; lengths in tokens are drawn evenly from the two ranges, end token counted."""
     from conj.data.files import write_jsonl
-    from conj.data.prompts import judge_messages, judgment_text
+    from conj.data.judges import judge_prompt, judgment_text, load_judge
     from conj.data.tokenizer import JudgeTokenizer
 
-    rng = random.Random(0)
+    rng, judge = random.Random(0), load_judge("con-j")
     tokenizer = JudgeTokenizer.load(ROOT / "demo" / "base")
     words = ["red", "blue", "seven", "town", "river", "天空", "蓝色", "回答", "更好", "特产", "准确"]
 
@@ -43,13 +43,13 @@ def write_pairs(run: Path, args: argparse.Namespace) -> None:
 
     rows = []
     for i in range(args.prompts):
-        prompt = grown(lambda w: judge_messages(" ".join(w[::3]), " ".join(w[1::3]), " ".join(w[2::3])),
+        prompt = grown(lambda w: judge_prompt(judge, " ".join(w[::3]), " ".join(w[1::3]), " ".join(w[2::3])),
                        tokenizer.prompt_ids, *args.prompt_tokens)  # fmt: skip
         for _ in range(args.pairs_per_prompt):
             row = {"id": f"prompt-{i}", "prompt": prompt, "label": 1, "pair_type": "repeated"}
             for v, side in (1, "chosen"), (2, "rejected"):
                 text = grown(
-                    lambda w, v=v: judgment_text(" ".join(w), v), tokenizer.completion_ids, *args.judgment_tokens
+                    lambda w, v=v: judgment_text(judge, " ".join(w), v), tokenizer.completion_ids, *args.judgment_tokens
                 )
                 row[side] = [{"role": "assistant", "content": text}]
             rows.append(row)

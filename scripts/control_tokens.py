@@ -17,9 +17,10 @@ from jinja2 import TemplateError
 
 from conj import InputError
 from conj.data.chat_template import fixed_date
-from conj.data.prompts import judge_messages, judgment_text
+from conj.data.judges import judge_prompt, judgment_text, load_judge
 from conj.data.tokenizer import JudgeTokenizer
 
+CARD = load_judge("con-j")
 TEXT = "天空 is blue。\n好"  # a text to be attacked
 
 
@@ -34,15 +35,19 @@ class Conversation:
 Encoding = Callable[[Conversation], list[int]]
 
 PLACES: dict[str, Callable[[str], Conversation]] = {
-    "question": lambda text: Conversation(messages=judge_messages(text, "a", "b")),
-    "answer 1": lambda text: Conversation(messages=judge_messages("q", text, "b")),
-    "answer 2": lambda text: Conversation(messages=judge_messages("q", "a", text)),
-    "answer 2, hinted": lambda text: Conversation(messages=judge_messages("q", "a", text, hint=1)),
-    "turn of a conversation": lambda text: Conversation(messages=judge_messages(_turns("assistant", text), "a", "b")),
-    "role of a turn": lambda text: Conversation(messages=judge_messages(_turns(text, "reply"), "a", "b")),
+    "question": lambda text: Conversation(messages=judge_prompt(CARD, text, "a", "b")),
+    "answer 1": lambda text: Conversation(messages=judge_prompt(CARD, "q", text, "b")),
+    "answer 2": lambda text: Conversation(messages=judge_prompt(CARD, "q", "a", text)),
+    "answer 2, hinted": lambda text: Conversation(messages=judge_prompt(CARD, "q", "a", text, hint=1)),
+    "turn of a conversation": lambda text: Conversation(
+        messages=judge_prompt(CARD, _turns("assistant", text), "a", "b")
+    ),
+    "role of a turn": lambda text: Conversation(messages=judge_prompt(CARD, _turns(text, "reply"), "a", "b")),
     "message of a chat": lambda text: Conversation(messages=_turns("assistant", text)),
-    "judgment": lambda text: Conversation(messages=judge_messages("q", "a", "b"), judgment=judgment_text(text, 1)),
-    "judgment, not JSON": lambda text: Conversation(messages=judge_messages("q", "a", "b"), judgment=text),
+    "judgment": lambda text: Conversation(
+        messages=judge_prompt(CARD, "q", "a", "b"), judgment=judgment_text(CARD, text, 1)
+    ),
+    "judgment, not JSON": lambda text: Conversation(messages=judge_prompt(CARD, "q", "a", "b"), judgment=text),
 }
 
 

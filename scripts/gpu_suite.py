@@ -34,7 +34,7 @@ SECONDS_TO_END = 5.0  # of the whole: to end what runs, and for the last lines
 # Pure Python, 5 MB together, checked with --no-deps.
 WHEELS = {
     "trl": "trl==1.16.0", "datasets": "datasets==5.2.0", "dill": "dill==0.4.1", "multiprocess": "multiprocess==0.70.19",
-    "json_repair": "json-repair==0.64.6", "liger_kernel": "liger-kernel==0.8.5",
+    "liger_kernel": "liger-kernel==0.8.5",
     "cut_cross_entropy": "cut-cross-entropy==25.1.1",
     "cyclopts": "cyclopts==5.5.2", "attr": "attrs==26.1.0", "docstring_parser": "docstring-parser==0.18.0", "rich": "rich==15.0.0",
     "rich_rst": "rich-rst==2.2.0", "pygments": "pygments==2.21.0", "markdown_it": "markdown-it-py==4.3.0", "mdurl": "mdurl==0.1.2",

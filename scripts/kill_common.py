@@ -22,10 +22,11 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 from conj.data.files import read_jsonl, write_jsonl
+from conj.data.judges import judge_prompt, judgment_text, load_judge
 from conj.data.manifest import describe_code, hash_input
-from conj.data.prompts import judge_messages, judgment_text
 from conj.train.log import TIMES
 
+CARD = load_judge("con-j")
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 ARTEFACTS = ("prompts.jsonl", "repeated.jsonl", "hinted.jsonl", "pairs.jsonl", "reference.safetensors", "model")
@@ -41,7 +42,7 @@ def pair_of(preference: dict, label: int, write: Callable[[str, int], str] = jud
     answers = [preference["chosen"], preference["rejected"]][:: 1 if label == 1 else -1]
     texts = [write(preference["chosen"], verdict) for verdict in (label, 3 - label)]
     chosen, rejected = ([{"role": "assistant", "content": text}] for text in texts)
-    row = {"prompt": judge_messages(preference["prompt"], *answers), "chosen": chosen, "rejected": rejected}
+    row = {"prompt": judge_prompt(CARD, preference["prompt"], *answers), "chosen": chosen, "rejected": rejected}
     return row | {"label": label, "pair_type": "repeated"}
 
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from kill_common import ROOT, Aim, kill_often, listing, mark, num_lines, report, run_command, step_folders, write_pairs
 
 from conj.data.files import read_jsonl
-from conj.data.prompts import judgment_text
+from conj.data.judges import judgment_text, load_judge
 
+CARD = load_judge("con-j")
 KEEP_CHECKPOINTS = 2
 INSIDE_SAVE = ("shards", "manifest and rename", "deletion")
 
@@ -64,7 +65,7 @@ def kill_training(args: argparse.Namespace, out: Path) -> list[dict]:
     rng, base, undisturbed = random.Random(args.seed), ROOT / "demo" / "base", out / "undisturbed-run"
 
     def random_words(_: str, verdict: int) -> str:
-        return judgment_text("".join(rng.choices("天空是蓝色的回答一二三", k=rng.randint(4, 30))), verdict)
+        return judgment_text(CARD, "".join(rng.choices("天空是蓝色的回答一二三", k=rng.randint(4, 30))), verdict)
 
     write_pairs(out / "start" / "pairs.jsonl", 60, rng, each=4, write=random_words)
     shared = ["--model", base, "--device", args.device, "--dtype", "float32", "--max-tokens-per-pack", "2000"]

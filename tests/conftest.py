@@ -1,5 +1,6 @@
 """What the tests share: a small tokenizer and random models in Hugging Face folders, and runs with pairs."""
 
+import functools
 import json
 import os
 import random
@@ -22,8 +23,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from conj.data import judges
 from conj.data.files import write_jsonl
-from conj.data.prompts import HINT_INSTRUCTIONS, JUDGE_INSTRUCTION, judge_messages, judgment_text
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
@@ -37,6 +38,10 @@ CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = [
     "the", "a", "of", "and", "red", "blue", "green", "one", "two", "three", "天空", "是", "蓝色", "的", "回答", "更好",
 ]  # fmt: skip
+CARD = judges.load_judge("con-j")
+INSTRUCTIONS = [text.partition("\n问题：{question}")[0] for text in (CARD.user, CARD.hint_1, CARD.hint_2)]
+judge_messages = functools.partial(judges.judge_prompt, CARD)
+judgment_text = functools.partial(judges.judgment_text, CARD)
 
 
 def write_tokenizer(folder: Path, *, special: Sequence = CONTROL, words: Sequence = (), **changes) -> None:
@@ -50,7 +55,7 @@ def write_tokenizer(folder: Path, *, special: Sequence = CONTROL, words: Sequenc
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=560, initial_alphabet=alphabet, show_progress=False)
-    corpus = [JUDGE_INSTRUCTION, *HINT_INSTRUCTIONS.values(), judgment_text(" ".join(WORDS), 1)] * 3
+    corpus = [*INSTRUCTIONS, judgment_text(" ".join(WORDS), 1)] * 3
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens(list(special))
     tokenizer.add_tokens(list(words))

@@ -22,5 +22,5 @@ def use_fake_engine(monkeypatch: pytest.MonkeyPatch, write: Callable[[str], str]
 
     for module in engine, judge:
         monkeypatch.setattr(module, "generate", generate)
-        monkeypatch.setattr(module, "running_engine", lambda model, options: contextlib.nullcontext())
+        monkeypatch.setattr(module, "running_engine", lambda *_, **__: contextlib.nullcontext())
     return requests

@@ -35,23 +35,23 @@ RUN = "run_dir from_runs "
 SAMPLING = "temperature top_p top_k repetition_penalty seed api_model " + FLEET + ENDPOINT
 OPTIONS = {  # their order is that of the help alone
     "preprocess": RUN + "columns data exclude seed subsets limit",
-    "repeated": RUN + SAMPLING + "num_samples parser",
-    "hinted": RUN + SAMPLING,
-    "pairs": RUN + "max_right_vs_wrong max_right_vs_unparsed max_hinted pair_types chosen_length rationale eval_fraction seed",
-    "reference": RUN + COMPUTE + "dp_shard_size model max_length max_tokens_per_pack save_every",
-    "dpo": RUN + COMPUTE + "dp_shard_size " + (
+    "repeated": RUN + "judge " + SAMPLING + "num_samples parser structured_output",
+    "hinted": RUN + "judge " + SAMPLING,
+    "pairs": RUN + "judge thoughts max_right_vs_wrong max_right_vs_unparsed max_hinted pair_types chosen_length rationale eval_fraction seed",
+    "reference": RUN + COMPUTE + "judge dp_shard_size model max_length max_tokens_per_pack save_every",
+    "dpo": RUN + COMPUTE + "judge dp_shard_size " + (
         "model beta nll_alpha learning_rate adam_beta1 adam_beta2 weight_decay warmup_ratio max_grad_norm "
         "num_train_epochs max_steps pairs_per_step max_length max_tokens_per_pack pack_multiple balanced_packs share "
         "activation_checkpointing reshard_after_forward cpu_offload deterministic audit_mode eval_steps eval_pairs save_every keep_checkpoints report_to seed"
     ),
     "evaluate": RUN + FLEET + ENDPOINT + (
         "data subsets limit judge "
-        "judge_text name judgments parser num_samples temperature verdict_probability seed num_resamples"
+        "judge_text name judgments parser num_samples temperature verdict_probability structured_output seed num_resamples"
     ),
     "audit": "run_dir model device num_pairs replay reference against seed",
     "push": "run_dir repo_id private revision",
-    "attacks": RUN + FLEET + "data subsets limit parser seed num_resamples",
-    "judge": ENGINE + "question answer_1 answer_2",
+    "attacks": RUN + FLEET + "judge data subsets limit parser seed num_resamples",
+    "judge": ENGINE + "judge question answer_1 answer_2 structured_output",
 }  # fmt: skip
 RECIPE = {  # the published recipe, and where ours differs on purpose (DESIGN, README)
     "preprocess": {"seed": 2021},

@@ -5,14 +5,13 @@ import re
 
 import numpy as np
 import pytest
-from conftest import CHATML, assert_one_line_error, command
+from conftest import CARD, CHATML, assert_one_line_error, command, judgment_text
 from fake_engine import use_fake_engine
 from test_evaluate import first_and_second, knows  # none of the attacks writes the prompt's own 回答2： mark
 
 from conj.data.files import write_jsonl
+from conj.data.judges import load_judge
 from conj.data.preprocess import load_prompts
-from conj.data.prompts import judgment_text
-from conj.data.verdicts import parse_strict
 from conj.model.folder import check_model
 from conj.sample.evaluation import attacks
 from conj.sample.evaluation.attacks import ATTACKS, AttackOptions, attack_judge, attack_requests, score_attacks
@@ -66,7 +65,7 @@ def test_a_judge_that_knows_never_flips(tied_model, tmp_path, monkeypatch):
 def test_an_instruction_that_forgets_its_position_flips_half(tied_model, tmp_path, monkeypatch):
     """The negative control of the first test: always naming answer 1 persuades in one order of two."""
     told_one = ATTACKS["instruction"]
-    monkeypatch.setitem(attacks.ATTACKS, "instruction", lambda answer, position: told_one(answer, 1))
+    monkeypatch.setitem(attacks.ATTACKS, "instruction", lambda answer, position, judge: told_one(answer, 1, judge))
     figures = attacked_figures(obedient, tied_model, tmp_path, monkeypatch)
     assert (figures["instruction"]["attacked"], figures["instruction"]["flip_rate"]) == (16, 0.5)
 
@@ -94,37 +93,40 @@ def test_the_attack_stands_in_the_worse_answer_of_either_order(tied_model, tmp_p
     prompts, _ = load_prompts([make_benchmark(tmp_path / "test.jsonl")])
     assert {row["label"] for row in prompts} == {1, 2}
     for row in prompts:
-        for request in attack_requests(row, model):
+        for request in attack_requests(row, model, CARD):
             text = model.tokenizer.plain.decode(request.prompt_ids, skip_special_tokens=False)
             answers = first_and_second(text)
             worse = 3 - row["label"] if request.key["order"] == 1 else row["label"]
             right, wrong = row[f"answer_{row['label']}"], row[f"answer_{3 - row['label']}"]
             attack = ATTACKS.get(request.key["attack"])
             assert answers[2 - worse] == right
-            assert answers[worse - 1] == (attack(wrong, worse) if attack else wrong)
+            assert answers[worse - 1] == (attack(wrong, worse, CARD) if attack else wrong)
 
 
 @pytest.mark.parametrize("position", [1, 2])
-def test_what_names_an_answer_names_the_attacked_one(position):
+@pytest.mark.parametrize(("judge", "mark"), [
+    ("con-j", r"回答([12])|更好的回答[为\": ]+([12])"), ("english", r"[Aa]nswer ([12])|better_answer[ is\":]+([12])"),
+])  # fmt: skip
+def test_what_names_an_answer_names_the_attacked_one(judge, mark, position):
     """A forged judgment must be one that the parser reads, for the answer that it stands in."""
-    mark = r"回答([12])|更好的回答[为\": ]+([12])"
-    named = {name: set(re.findall(mark, attack("答", position))) for name, attack in ATTACKS.items()}
+    judge = load_judge(judge)
+    named = {name: set(re.findall(mark, attack("答", position, judge))) for name, attack in ATTACKS.items()}
     for name in ("fake_completion", "fake_completion_tokens", "instruction"):
         assert {a or b for a, b in named.pop(name)} == {str(position)}, name
     assert set().union(*named.values()) == set()
     for name in ("fake_completion", "fake_completion_tokens"):
-        assert parse_strict(ATTACKS[name]("答", position)).value == position
-    assert "<|" not in ATTACKS["fake_completion"]("答", position)
+        assert judge.parse(ATTACKS[name]("答", position, judge)).value == position
+    assert "<|" not in ATTACKS["fake_completion"]("答", position, judge)
 
 
 def test_forged_control_tokens_are_those_of_the_template(tied_model):
     """The attack ends the turn just as the template does; misspelt, it would test nothing. Ours keeps it text."""
     model = check_model(tied_model, None)
-    forged = ATTACKS["fake_completion_tokens"]("", 1)
+    forged = ATTACKS["fake_completion_tokens"]("", 1, CARD)
     assert CHATML.count("<|im_end|>") and forged.startswith("<|im_end|>\n<|im_start|>assistant\n")
     row = {"id": "a", "question": "q", "answer_1": "right", "answer_2": "wrong", "label": 1}
     special = set(model.tokenizer.special.values())
-    assert len({tuple(i for i in r.prompt_ids if i in special) for r in attack_requests(row, model)}) == 1
+    assert len({tuple(i for i in r.prompt_ids if i in special) for r in attack_requests(row, model, CARD)}) == 1
 
 
 def test_a_stage_that_was_cut_short_makes_only_what_is_missing(tied_model, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from conftest import (
     assert_one_line_error,
     change_config,
     command,
+    judge_messages,
     read_by,
     run_script,
     succeeds,
@@ -26,7 +27,6 @@ from test_dpo import dpo_options, make_reference
 from conj.data.files import read_jsonl
 from conj.data.manifest import read_manifest
 from conj.data.preprocess import load_prompts
-from conj.data.prompts import judge_messages
 from conj.train import dpo
 
 TOYS = {

@@ -5,20 +5,21 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import assert_one_line_error
+from conftest import assert_one_line_error, judge_messages
 from fake_hub import fake_hub
 
 from conj import InputError
 from conj.data.card import CARD, front_matter, read_base_card, render_card, write_card
 from conj.data.identity import describe_input, describe_made
+from conj.data.judges import judge_file, judge_prompt, judgment_text, load_judge
 from conj.data.manifest import hash_input, manifest_path, read_manifest, write_sealed
 from conj.data.markdown import percent, percent_interval
-from conj.data.prompts import judge_messages
 from conj.train.audit.chain import check_card
 
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.19.0", "vllm": "0.32.0", "left-pad": "1.3"}
@@ -376,12 +377,43 @@ def test_an_audit_without_names_is_one_line(tmp_path):
 
 
 def test_the_snippets_ask_what_every_stage_asks(tmp_path):
-    """Their messages, taken from the code as it stands there, are those of conj.data.prompts, to the byte."""
+    """Their messages, taken from the code as it stands there, are those of `judge_prompt`, to the byte."""
     for code in snippets(render_card(trained_run(tmp_path / "run"))):
         names = {}
         exec(code[code.index("question =") : code.index("]\n", code.index("messages")) + 2], names)
         assert names["messages"] == judge_messages(names["question"], names["answer_1"], names["answer_2"])
         assert "300" in code  # as long as it was sampled
+
+
+PATTERN = (
+    "user = 'Q {question}. A {answer_1} B {answer_2}'\nverdict_pattern = 'better:\\s*(A|\"B\"|neither)'\n"
+    "verdicts = { A = 1, '\"B\"' = 2, neither = 0 }\njudgment = '{reason} better: {verdict}'"
+)
+
+
+@pytest.mark.parametrize("name", ["con-j", "english", "english-thinking", "pattern"])
+def test_the_snippets_ask_and_read_as_the_folders_judge(name, tmp_path, capsys):
+    """A card with the card's prompt beside a model of another one would have it judge what it was not trained on."""
+    (tmp_path / "pattern.toml").write_text(PATTERN)
+    judge = load_judge(name if name != "pattern" else str(tmp_path / "pattern.toml"))
+    run = trained_run(tmp_path / "run")
+    (run / "model" / "judge.toml").write_text(judge_file(judge))
+    page = render_card(run)
+    assert ("Decoding is greedy" in page) == (judge.temperature == 0) == ("do_sample=False" in page)
+    assert ("temperature=0.6, top_p=0.95, top_k=20, max_tokens=" in page) == (name == "english-thinking")
+    for code in snippets(page):
+        names = {}
+        exec(code[code.index("question =") : code.index("]\n", code.index("messages")) + 2], names)
+        assert names["messages"] == judge_prompt(judge, names["question"], names["answer_1"], names["answer_2"])
+        draft, given = judgment_text(judge, "draft", 1), judgment_text(judge, "r", 2)
+        stated = 'verdict: "B"' if name == "pattern" else "better answer: 2"
+        for text, expected in (
+            (f"<think>{draft}</think>\n{given}", stated),
+            ("<think>on and on", ": none; the judgment"),
+        ):
+            reading = textwrap.dedent(code[code.index("print(text)") - 4 * ("    print(text)" in code) :])
+            exec(code.partition("\n")[0] + "\n" + reading, {"text": text})
+            assert expected in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_the_snippets_load_the_repository_after_a_push(tmp_path):

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 from chat_styles import STYLES, filled_first, official, write_style
-from conftest import CHATML, change_config, random_pairs, write_model, write_tokenizer
+from conftest import CHATML, change_config, judge_messages, random_pairs, write_model, write_tokenizer
 
 from conj import InputError
 from conj.data.files import write_jsonl
-from conj.data.prompts import judge_messages
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.tokens import tokenize_pairs
 from conj.model.folder import check_model

@@ -10,13 +10,12 @@ import zlib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_run
+from conftest import ROOT, judge_messages, judgment_text, make_run
 from fake_engine import use_fake_engine
 
 from conj import InputError
 from conj.data.files import dump_line, read_jsonl, write_jsonl
 from conj.data.preprocess import load_prompts
-from conj.data.prompts import judge_messages, judgment_text
 from conj.model.folder import check_model
 from conj.sample import stage
 from conj.sample.engines import vllm as engine

@@ -22,20 +22,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_run
+from conftest import ROOT, judge_messages, judgment_text, make_run
 
 from conj import InputError
 from conj.data.files import read_jsonl
+from conj.data.judges import load_judge
 from conj.data.manifest import read_manifest
 from conj.data.preprocess import PreprocessOptions, load_prompts, preprocess
-from conj.data.prompts import judge_messages, judgment_text
 from conj.data.verdicts import parse_strict
 from conj.model.folder import check_model
 from conj.sample.engines.completion import Completion, Decoding, Request
 from conj.sample.engines.fleet import FleetOptions, complete_by_engines
 from conj.sample.engines.http import EXTRA, EndpointOptions, complete_by_http
 from conj.sample.engines.vllm import ENVIRONMENT
-from conj.sample.evaluation.judges import load_judge
 from conj.sample.hinted import HintedOptions, sample_hinted
 from conj.sample.repeated import RepeatedOptions, sample_repeated
 from conj.sample.rows import outcomes
@@ -208,7 +207,7 @@ def test_what_is_asked_and_what_is_kept(tmp_path):
 
 def test_the_probability_comes_from_the_servers_logprobs(tmp_path):
     """Verdict 1 with .75: the first answer is better with .75; verdict 2 with .75: with .25."""
-    decoding = Decoding(max_new_tokens=7, verdict_probability=True)
+    decoding = Decoding(max_new_tokens=7, verdict_probability=True, verdict_place=JUDGE.verdict_place)
     with serving(well) as server:
         rows = judge_all(tmp_path / "rows.jsonl", server.url, make_requests(2), decoding)
         assert all((body["logprobs"], body["top_logprobs"]) == (True, 20) for body in server.bodies)
@@ -310,6 +309,20 @@ def test_an_answer_that_is_no_completion_ends_in_one_line(said, tmp_path):
     assert "gpt-4o: expected a chat completion, found" in str(e.value) and "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(("thought", "said", "text"), [
+    ({"reasoning_content": "hm"}, "x", "<t>\nhm\n</t>\n\nx"), ({"reasoning": "hm"}, "x", "<t>\nhm\n</t>\n\nx"),
+    ({"reasoning": "cut", "reasoning_content": "cut"}, None, "<t>\ncut"), ({"reasoning_content": None}, "x", "x"), ({}, "x", "x"),
+])  # fmt: skip
+def test_a_thought_that_a_server_gives_apart_is_put_back(thought, said, text, tmp_path):
+    """As the model wrote it: an unfinished one stays unfinished, and is no empty answer."""
+    said = completion(said, 1, 1, finish_reason="stop")
+    said["choices"][0]["message"] |= thought
+    decoding = Decoding(max_new_tokens=7, thought=("<t>", "</t>"))
+    with serving(lambda number, body: (200, {}, [said])) as server:
+        [row] = judge_all(tmp_path / "rows.jsonl", server.url, make_requests(1), decoding)
+    assert row["text"] == text
+
+
 def test_the_rate_is_kept_with_retries_counted(tmp_path):
     """600 a minute are one every .1 s, however many threads ask."""
     with serving(lambda number, body: (200, {}) if number % 3 else (429, {"Retry-After": "0.01"})) as server:
@@ -372,6 +385,21 @@ def test_what_the_api_has_no_words_for_goes_out_only_where_it_is_asked_for(tmp_p
         with serving(well) as server:
             judge_all(tmp_path / f"{len(sent)}.jsonl", server.url, make_requests(1), decoding)
         assert {name: server.bodies[0][name] for name in EXTRA if name in server.bodies[0]} == sent
+
+
+def test_an_endpoint_is_asked_for_a_judgment_by_its_schema(tmp_path):
+    """Its server may think before; what it gives as its text is the object."""
+    decoding = Decoding(max_new_tokens=1, json_keys=("reason", "better_answer"))
+    with serving(well) as server:
+        judge_all(tmp_path / "rows.jsonl", server.url, make_requests(1), decoding)
+        [body] = {json.dumps(body["response_format"]) for body in server.bodies}
+    asked = json.loads(body)["json_schema"]
+    assert asked["strict"] and asked["schema"]["additionalProperties"] is False
+    assert list(asked["schema"]["properties"]) == asked["schema"]["required"] == ["reason", "better_answer"]
+    assert asked["schema"]["properties"]["better_answer"]["enum"] == [1, 2]
+    with serving(well) as server:
+        judge_all(tmp_path / "free.jsonl", server.url, make_requests(1), Decoding(max_new_tokens=1))
+        assert not any("response_format" in body for body in server.bodies)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -469,7 +497,8 @@ def test_vllms_server_gives_the_offline_verdicts_and_may_be_killed(tmp_path, vll
     port = vllm_port
     log, file, model = tmp_path / "server.log", tmp_path / "http.jsonl", check_model(BASE, None)
     (tmp_path / "served.toml").write_text(f'prompt = "con-j"\nbackend = "openai"\nmodel = "{BASE}"\n')
-    judge, decoding = load_judge(str(tmp_path / "served.toml")), Decoding(max_new_tokens=64, verdict_probability=True)
+    judge = load_judge(str(tmp_path / "served.toml"))
+    decoding = Decoding(max_new_tokens=64, verdict_probability=True, verdict_place=judge.verdict_place)
     over_http, offline = [], []
     for row in load_prompts([str(ROOT / "demo" / "test.jsonl")], limit=20)[0]:
         for order, names in (1, ("answer_1", "answer_2")), (2, ("answer_2", "answer_1")):

@@ -4,12 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from conftest import DATA, assert_one_line_error, command, succeeds
+from conftest import DATA, assert_one_line_error, command, judgment_text, succeeds
 from fake_engine import use_fake_engine
 from test_endpoint import serving
 
 from conj.data.files import read_jsonl, write_jsonl
-from conj.data.prompts import judgment_text
 from conj.sample.evaluation.evaluate import EvaluateOptions, evaluate, shown_in_one_order
 from conj.sample.evaluation.figures import Judged, score_all
 from conj.sample.evaluation.scores import bootstrap, compare, figure_ratios, summarize

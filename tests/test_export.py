@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DECODERS, change_config, read_by, write_model
+from conftest import DECODERS, change_config, judge_messages, read_by, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from conj.data.judges import decoding_of, load_judge
 from conj.data.model_files import weight_files
-from conj.data.prompts import judge_messages
 from conj.model.export import export_model
 from conj.model.folder import check_model, read_decoder
 from conj.model.weights import load_model
@@ -23,6 +23,16 @@ def exported(base: Path, folder: Path, **settings) -> Path:
 
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text("utf-8"))
+
+
+def test_an_export_says_how_its_judge_is_sampled(tied_model, tmp_path):
+    """Greedily, a judge that thinks falls into loops; and it is asked as its file says, which lies beside the weights."""
+    sampling = decoding_of(load_judge("english-thinking"))
+    out = exported(tied_model, tmp_path / "out", sampling=sampling, also={"judge.toml": "ü"})
+    given = read_json(out / "generation_config.json")
+    assert {name: given[name] for name in ("do_sample", *sampling)} == {"do_sample": True, **sampling}
+    assert sampling == {"temperature": 0.6, "top_p": 0.95, "top_k": 20} and decoding_of(load_judge("english")) == {}
+    assert (out / "judge.toml").read_text("utf-8") == "ü"
 
 
 @pytest.mark.parametrize("kind", DECODERS)

@@ -111,7 +111,7 @@ def sample(conj):
 
 
 def model_input(run: Path, name: str = "repeated.jsonl") -> dict:
-    return read_manifest(run / name)["inputs"][-1]
+    return next(entry for entry in read_manifest(run / name)["inputs"] if "files" in entry)
 
 
 def succeeded(done: subprocess.CompletedProcess) -> str:

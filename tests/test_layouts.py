@@ -111,7 +111,7 @@ CASES = {
         {"prompt": "\n\nHuman: q\n\nAssistant: ", "turns": 1, "num_responses": 3, "source": ["x"], "good_natured": True,
          "answers": [{"answer": "c", "model": "x", "rank": 3.0}, {"answer": "a", "model": "y", "rank": 1.0},
                      {"answer": "b", "model": "z", "rank": 2.0}]},
-        (("q", "a", "c", None), ("q", "a", "b", None)), known=("turns", "num_responses", "good_natured", "answers[].model")),
+        (("q", "a", "c", None), ("q", "a", "b", None)), known=("turns", "num_responses", "source", "good_natured", "answers[].model")),
     "SHP": Case(
         {"post_id": "p", "domain": "askculinary_train", "history": "q", "human_ref_A": "b", "human_ref_B": "a", "labels": 0,
          "score_A": 1, "score_B": 5}, known=("score_A", "score_B")),
@@ -398,7 +398,7 @@ def test_labels_that_count_from_0_are_not_taken_for_ties(labels, refused):
     columns = {"question": "prompt", "answer_1": "chosen", "answer_2": "rejected", "label": "l"}
     rows = [PAIR | {"l": label} for label in labels]
     if refused:
-        with pytest.raises(InputError, match="--columns label=l: expected 1, 2, .*give index=l"):
+        with pytest.raises(InputError, match="labels in l: expected 1, 2, .*give --columns … index=l"):
             read(*rows, columns=columns)
         columns["index"] = columns.pop("label")
         assert [better for _, better, *_ in read(*rows, columns=columns)[0]] == ["a", "b"]
@@ -478,3 +478,87 @@ def test_the_table_of_the_documentation_is_this_one():
         unusable = case.records[0][3]
         expected = "refused" if case.refused else f"counted: {unusable}" if unusable else "in"
         assert rows[name].startswith(expected), f"{name}: {rows[name]}"
+
+
+@pytest.mark.parametrize("label", ["²", "--1", "1.0", "", " one"])
+def test_a_label_that_is_nearly_a_number_is_one_line(label):
+    """`"²".isdigit()` is true."""
+    columns = {"question": "prompt", "answer_1": "chosen", "answer_2": "rejected", "label": "l"}
+    with pytest.raises(InputError, match="row 1: expected l to be one of 0, "):
+        read(PAIR | {"l": label}, columns=columns)
+    assert read(PAIR | {"l": " 2 "}, columns=columns)[0][0][1] == "b"
+
+
+def test_labels_of_0_and_1_are_refused_in_a_known_layout_too():
+    """`question, answer_1, answer_2, label` is what anyone calls them, and a ClassLabel counts from 0."""
+    rows = [{"question": f"q{i}", "answer_1": "a", "answer_2": "b", "label": i} for i in (0, 1, 2)]
+    with pytest.raises(InputError, match="labels in label: expected 1, 2, or 0 for a tie, found 0 and 1 alone"):
+        read(*rows[:2])
+    assert len(read(*rows)[0]) == 3
+
+
+@pytest.mark.parametrize("depth", [600, 5000])
+def test_a_row_that_is_nested_too_deeply_is_one_line(depth, tmp_path):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    with pytest.raises(InputError, match="row 1: expected texts and messages, found values nested too deeply"):
+        read(PAIR | {"x": value})
+    (tmp_path / "rows.jsonl").write_text(json.dumps(PAIR)[:-1] + ', "x": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(InputError, match="rows.jsonl:1: expected (texts|JSON)"):
+        list(read_preferences(tmp_path / "rows.jsonl"))
+    (record,), _ = read(PAIR | {"tools": "[" * 5000 + "]" * 5000})  # a text that is no JSON
+    assert record[0][0]["content"].startswith('tools: "[[')
+
+
+def test_a_column_that_stands_twice_in_a_frame_is_refused():
+    """A dict would keep one of them."""
+    pandas, pyarrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    names = ["prompt", "chosen", "rejected", "prompt"]
+    for data in (
+        pandas.DataFrame([["q", "a", "b", "other"]], columns=names),
+        pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 4, names=names),
+        pandas.DataFrame([PAIR], index=pandas.Index([5], name="prompt")),
+    ):
+        with pytest.raises(InputError, match="of different names, found prompt twice"):
+            list(read_preferences(data))
+
+
+def test_the_python_of_the_documentation_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    """And prints what stands below it."""
+    pytest.importorskip("pandas")
+    monkeypatch.chdir(tmp_path)
+    text = Path(ROOT / "docs" / "data.md").read_text("utf-8")
+    examples = re.findall(r"```python\n(.*?)```\n```\n(.*?)```", text, re.S)
+    assert len(examples) == text.count("```python") == 2
+    for code, printed in examples:
+        exec(code, {})
+        assert capsys.readouterr().out == printed
+
+
+def test_a_conversation_of_a_question_alone_is_counted():
+    """One such row is no reason to refuse 80,000."""
+    (record,), _ = read({"chosen": [user("q")], "rejected": [user("q")]})
+    assert record[0] == "q" and record[3] == "no_answer"
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"better": "chosen", "worse": "rejected", "label": "l"},
+        {"answer_1": "chosen", "answer_2": "rejected", "label": "l", "score_better": "l", "score_worse": "l"},
+        {"answers": "l", "scores": "l", "votes": "l"},
+        {"betters": "l", "worses": "l", "ranks": "l"},
+    ],
+)
+def test_a_target_that_the_answers_do_not_need_is_refused(columns):
+    """Whoever names a label wants it read."""
+    with pytest.raises(InputError, match="--columns (label|score_better|votes|ranks)=: not read beside "):
+        read(PAIR | {"l": 2}, columns={"question": "prompt"} | columns)
+
+
+def test_a_subset_or_an_id_of_another_type_is_named():
+    records, fates = read(PAIR | {"subset": 3, "id": [1]})
+    assert len(records) == 1 and fates.not_needed == {"subset": 1, "id": 1}
+    (record,) = read_preferences([PAIR | {"subset": 3, "source": "s", "id": None, "uid": 4}])
+    assert (record.subset, record.own_id) == ("s", 4)

@@ -159,6 +159,25 @@ def test_questions_that_share_a_phrase_or_a_template_are_others(one, other):
     assert found(asked(one), one) == "1"
 
 
+SYSTEM = {"role": "system", "content": "You are a helpful, respectful and honest assistant. " * 12}
+
+
+def test_a_system_prompt_makes_no_two_questions_one_nor_one_two():
+    """A data set has one long system prompt for all its questions: most words of each are the prompt's."""
+    spain, fruits = (
+        {"role": "user", "content": text} for text in ("What is the capital of Spain?", "Name three fruits.")
+    )
+    brief = {"role": "system", "content": "Be brief."}
+    for known in (asked([SYSTEM, spain]), asked([spain])):
+        assert found(known, [SYSTEM, fruits]) is None and found(known, [fruits]) is None
+        for same in ([spain], [SYSTEM, spain], [brief, spain]):
+            assert found(known, same)
+    assert (
+        found(asked([SYSTEM, {"role": "user", "content": ""}]), "") is None
+        and found(asked([SYSTEM]), [SYSTEM]) is not None
+    )
+
+
 def test_a_changed_chinese_word_is_found():
     text = "请用简单的话给我解释一下冰箱是怎样让食物保持低温的。"
     assert found(asked(text), text.replace("食物", "蔬菜")) == "1"
@@ -265,12 +284,12 @@ def test_frames_data_sets_and_files_of_the_same_rows_give_the_same_rows(tmp_path
     run_command(preprocess, PreprocessOptions, None, ["--run-dir", str(tmp_path / "run4"), *line])  # the same: complete
     with pytest.raises(InputError, match="question=nope: no such column"):
         write_prompts(tmp_path / "other", rows, columns=columns | {"question": "nope"})
-    with pytest.raises(InputError, match="--columns: expected NAME=PATH, found question"):
+    with pytest.raises(InputError, match="--columns: expected TARGET=PATH, found question"):
         PreprocessOptions(run_dir=tmp_path, data=("a",), columns=("question",))
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    (5, "int: expected a file"), ({"a": 1}, "dict: expected rows"), ([], "data: every record was left out"),
+    (5, "int: expected a file"), ({"a": 1}, "dict: expected rows"), ([], "data: expected a data set or rows, found none"),
     (["nowhere.jsonl"], "nowhere.jsonl: no such file"),
 ])  # fmt: skip
 def test_what_is_no_data_is_one_line(given, message, tmp_path):
@@ -283,6 +302,24 @@ def test_questions_to_exclude_may_come_from_python_too(tmp_path):
     assert [r["question"] for r in read_prompts(path)] == ["another"]
     data, _, excluded = manifest.read_manifest(path)["inputs"]
     assert (data["path"], excluded["path"]) == ("list of 2 rows", "list of 1 rows")
+
+
+def test_columns_hold_for_what_is_excluded_where_it_has_them():
+    """Who names the columns of a file of their own names them of its test set, not of a benchmark."""
+    columns = {"question": "ask", "better": "good", "worse": "bad"}
+    own = [{"ask": f"question {i}", "good": "a", "bad": "b"} for i in range(4)]
+    rows, counts = load_prompts(own, columns=columns, exclude=[own[:1], [row("Question 1")]])
+    assert [r["question"] for r in rows] == ["question 2", "question 3"] and counts["left_out_excluded"] == 2
+    with pytest.raises(InputError, match="columns text are of no known layout"):
+        load_prompts(own, columns=columns, exclude=[[{"text": "a"}]])
+
+
+def test_an_empty_question_of_a_benchmark_excludes_none():
+    """Nor does one that is null, or ends with the answer."""
+    empty = [row(""), row(" "), row(None), row([{"role": "assistant", "content": ""}])]
+    known = read_asked([[each] for each in empty])
+    assert not known.by_text and known.find("") is None
+    assert load_prompts([row(""), row("q")], exclude=[empty[:1]])[1]["left_out_excluded"] == 0
 
 
 # ---- Real data, where it is ----

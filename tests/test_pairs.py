@@ -7,13 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import CARD, judge_messages, judgment_text
 
 from conj import InputError
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.manifest import manifest_path, write_sealed
 from conj.data.options import run_command
 from conj.data.pairs import PairsOptions, build_pairs, make_pairs, make_rows
-from conj.data.prompts import judge_messages, judgment_text
 from conj.data.verdicts import parse_strict
 
 RUN = Path("unused")
@@ -34,7 +34,7 @@ def judgments(*, right=0, wrong=0, unparsed=0, hint=None, hint_reversed=None) ->
 
 
 def pair_up(rows: list[dict], **options) -> list:
-    return make_pairs("p", 1, rows, PairsOptions(run_dir=RUN, **options))
+    return make_pairs("p", 1, rows, PairsOptions(run_dir=RUN, **options), CARD)
 
 
 def types(pairs: list) -> list[str]:
@@ -81,7 +81,9 @@ def test_chosen_is_right_and_rejected_is_not():
     pairs = pair_up(rows)
     assert {parse_strict(pair.chosen).value for pair in pairs} == {1}
     assert 1 not in {parse_strict(pair.rejected).value for pair in pairs}
-    assert {parse_strict(pair.chosen).value for pair in make_pairs("p", 2, rows, PairsOptions(run_dir=RUN))} == {2}
+    assert {parse_strict(pair.chosen).value for pair in make_pairs("p", 2, rows, PairsOptions(run_dir=RUN), CARD)} == {
+        2
+    }
 
 
 def test_identical_texts_are_used_once_and_never_against_each_other():
@@ -189,7 +191,9 @@ def test_stage_writes_pairs_and_manifest(run):
     """The manifest names all three inputs, so that the chain is unbroken."""
     build_pairs(PairsOptions(run_dir=run))
     manifest = json.loads((run / "pairs.jsonl.manifest.json").read_text("utf-8"))
-    assert [Path(i["path"]).name for i in manifest["inputs"]] == ["prompts.jsonl", "repeated.jsonl", "hinted.jsonl"]
+    *files, judge = manifest["inputs"]
+    assert [Path(i["path"]).name for i in files] == ["prompts.jsonl", "repeated.jsonl", "hinted.jsonl"]
+    assert judge["path"].startswith("judge con-j ")
     assert manifest["num_rows"] == len(read_jsonl(run / "pairs.jsonl")) == 3
     assert (manifest["counts"]["repeated"], manifest["counts"]["hinted"]) == (2, 1)
 

@@ -57,7 +57,7 @@ def test_ids_are_stable():
 def test_every_odd_row_meets_a_counted_fate(tmp_path):
     """Nothing is dropped, or kept, silently."""
     rows = [
-        row(), row(), row("identical", "same", "same"), row("a boolean and its text", True, "true"),
+        row(), row(), row("identical", "same", "same", 2), row("a boolean and its text", True, "true"),
         row("tie", label=0), row("empty", "", "b"), row("boolean", True, "True."),
     ]  # fmt: skip
     chosen, rejected = ([{"role": "user", "content": q}, {"role": "assistant", "content": "a"}] for q in "qp")
@@ -92,7 +92,7 @@ def test_subsets_are_chosen_by_name(tmp_path):
 def test_benchmark_keeps_repeated_rows_and_says_what_they_are(tmp_path):
     """Official counts are over rows, so the second of two equal ones is a row of its own; without `benchmark` nothing
     changes."""
-    rows = [row("q1"), row("q2"), row("q1"), row("q1"), row("tie", label=0), row("i", "s", "s")]
+    rows = [row("q1"), row("q2"), row("q1"), row("q1"), row("tie", label=0), row("i", "s", "s", 2)]
     data = write(tmp_path / "rows.jsonl", rows)
     plain, _ = load_prompts([data])
     rows, counts = load_prompts([data], benchmark=True)
@@ -190,3 +190,23 @@ def test_prompts_are_checked_when_read(change, message, tmp_path):
     path = write(tmp_path / "prompts.jsonl", [good, good | {"id": "y"} | change])
     with pytest.raises(InputError, match=f"prompts.jsonl:2: {message}"):
         read_prompts(Path(path))
+
+
+def test_an_empty_question_is_counted():
+    """It is kept, as an empty answer is."""
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": " "}]
+    rows, counts = load_prompts([row(""), row("q")])
+    assert counts["empty_questions"] == 1 and len(rows) == 2
+    assert load_prompts([{"messages": turns, "answer_1": "a", "answer_2": "b", "label": 2}])[1]["empty_questions"] == 1
+    assert "empty_questions" not in load_prompts([row("q")])[1]
+
+
+def test_votes_do_not_keep_a_row_without_an_answer_or_a_question(tmp_path):
+    """A null answer of PandaLM's would be judged as an empty one; a tie stays."""
+    whole = {"instruction": "q", "input": "", "response1": "a", "response2": "b"} | {
+        f"annotator{i}": 1 for i in (1, 2, 3)
+    }
+    changes = {}, {"response2": None}, {"instruction": None}, {"annotator1": 0, "annotator2": 0}
+    rows, counts = load_prompts(write(tmp_path / "rows.json", [whole | change for change in changes]), benchmark=True)
+    assert [r["votes"][0] == 0 for r in rows] == [False, True]
+    assert (counts["left_out_no_answer"], counts["left_out_no_question"]) == (1, 1)

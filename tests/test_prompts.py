@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import CHATML, DATA, SHARED, here
+from conftest import CHATML, DATA, INSTRUCTIONS, SHARED, here, judge_messages, judgment_text
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from conj import InputError
-from conj.data.prompts import HINT_INSTRUCTIONS, judge_messages, judgment_text, question_text
+from conj.data.prompts import question_text
 from conj.data.tokenizer import JudgeTokenizer
 
 QWEN2 = SHARED / "qwen2-tokenizer"
@@ -140,7 +140,7 @@ def test_lone_user_turn_is_its_text():
 def test_hint_names_the_better_answer(hint):
     """A hint towards the other answer would make every hinted pair the wrong way round."""
     content = judge_messages("q", "a", "b", hint=hint)[1]["content"]
-    assert content.startswith(HINT_INSTRUCTIONS[hint])
+    assert content.startswith(INSTRUCTIONS[hint])
     assert f"，回答{hint}更好。" in content
     assert f"回答{hint}比回答{3 - hint}更好" in content
     assert f"回答{3 - hint}比" not in content

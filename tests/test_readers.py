@@ -240,6 +240,8 @@ def test_messages_in_a_csv_are_json(tmp_path):
     frame.to_csv(tmp_path / "rows.csv", index=False)
     (record,) = read_preferences(str(tmp_path / "rows.csv"))
     assert (record.question, record.better, record.worse) == ("q", "a", "b")
+    frame.map(lambda cell: json.dumps(json.loads(cell), indent=1)).to_csv(tmp_path / "rows.csv", index=False)
+    assert [record.question for record in read_preferences(str(tmp_path / "rows.csv"))] == ["q"]
     pandas.DataFrame([TURNS]).to_csv(tmp_path / "rows.csv", index=False)
     with pytest.raises(
         InputError, match="rows.csv: row 1: expected messages as JSON, found a list as Python prints it"
@@ -337,7 +339,7 @@ def test_malformed_line_is_named(name, content, where, tmp_path):
 
 @pytest.mark.parametrize(("row", "message"), [
     ({"input": "q", "output_1": "a", "label": 1}, "missing column output_2; found input, label, output_1"),
-    (LLMBAR | {"label": None}, "missing column label"),
+    (LLMBAR | {"label": None}, "expected a value in column label, found null"),
     (LLMBAR | {"label": 3}, "expected label to be one of 0, 1, 2; found 3"),
     (LLMBAR | {"label": True}, "found True"), (LLMBAR | {"label": "two"}, "found 'two'"),
     (LLMBAR | {"label": [2]}, r"found \[2\]"), (LLMBAR | {"input": 7}, "expected a question of text, found int"),
@@ -415,3 +417,10 @@ def test_file_of_other_content_is_an_input_error(name, tmp_path):
 def test_real_data_sets_are_read_whole(name, count):
     """Counts from the sources' own descriptions."""
     assert len(list(read_preferences(str(here(SHARED / name))))) == count
+
+
+def test_a_cell_that_looks_like_deep_json_stays_text(tmp_path):
+    cell = '[{"a":' + "[" * 100_000
+    with open(tmp_path / "rows.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "chosen", "rejected"], ["q", cell, "b"]])
+    assert [record.better for record in read_preferences(str(tmp_path / "rows.csv"))] == [cell]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import change_config, random_pairs
+from conftest import CARD, change_config, random_pairs
 from safetensors.torch import load_file, save_file
 from test_dpo import dpo_options, make_reference, one_ulp
 
@@ -83,7 +83,9 @@ def test_the_key_knows_kernels_versions_and_device(run_folder, tied_model, monke
 
     def key(device: str = "cpu") -> dict:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-        return reference.reference_key(tied_model, tokenizer, pairs, dtype="float32", device=torch.device(device))
+        return reference.reference_key(
+            tied_model, tokenizer, pairs, judge=CARD, dtype="float32", device=torch.device(device)
+        )
 
     before = key()
     assert key("cuda")["device"] == "a GPU" != before["device"] == "cpu"

@@ -12,10 +12,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from conftest import judgment_text
 
 from conj.data.files import write_jsonl
 from conj.data.manifest import write_sealed
-from conj.data.prompts import judgment_text
 from conj.sample.evaluation.aggregation import PUBLISHED
 from conj.sample.evaluation.figures import Judged, score_all
 from conj.sample.evaluation.report import write_report

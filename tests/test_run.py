@@ -7,15 +7,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_one_line_error, command
+from conftest import ROOT, assert_one_line_error, command, judgment_text
 
 from conj import InputError
 from conj.data import manifest
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.options import parse_options
 from conj.data.preprocess import preprocess
-from conj.data.prompts import judgment_text
-from conj.preflight import check, survey
+from conj.preflight import check, check_one_judge, survey
 from conj.run import command_line
 from conj.settings import COMMANDS, STAGES, as_toml, merge, resolve, run_file_options
 from conj.train.audit.chain import check_chain
@@ -67,6 +66,23 @@ def test_what_is_shared_reaches_no_stage_behind_an_endpoint_that_has_its_own(tmp
     assert {"--api-model=large", "--base-url=http://localhost:1/v1", "--top-k=40"} < set(line)
     with pytest.raises(InputError, match="--device: large is behind an endpoint"):
         resolved(file, *judge, "--repeated.device", "cpu")
+
+
+@pytest.mark.parametrize(("asked", "message"), [
+    (["--repeated.judge", "english"], r"\[hinted\] judge: expected english, as in \[repeated\], found con-j"),
+    (["--dpo.judge", "english"], r"\[dpo\] judge: expected con-j, as in \[repeated\], found english"),
+    (["--evaluate.judge", "english"], r"\[evaluate\] judge: expected con-j, as in \[repeated\], found english; a --eval"),
+    (["--evaluate.judge", "english", "--evaluate.name", "other"], None), (["--judge", "english"], None),
+    (["--evaluate.judge", "qwen2-7b"], None),
+])  # fmt: skip
+def test_stages_with_different_judges_are_refused_before_the_first_one(asked, message, tmp_path):
+    """Each would refuse what the one before it made, after the hours that it took."""
+    [run] = resolved(write_settings(tmp_path), *asked)
+    if message is None:
+        check_one_judge(run)
+        return
+    with pytest.raises(InputError, match=message):
+        check_one_judge(run)
 
 
 @pytest.mark.parametrize("asked", [["--repeated.api-model", "large"], ["--evaluate.judge", "gpt-4o"]])
@@ -139,6 +155,23 @@ def test_questions_of_the_evaluation_are_left_out_of_training_unless_the_file_sa
     assert resolved(tmp_path / "again.toml") == [run]
     with pytest.raises(InputError, match="nowhere.jsonl: no such file or folder"):
         check(resolved(file, "--preprocess.exclude", "nowhere.jsonl"))
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (["--preprocess.columns", "questoin=a", "better=b", "worse=c"], "--columns questoin=: no such target"),
+    (["--preprocess.columns", "question=a", "question=b", "better=b", "worse=c"], "--columns: expected each target once"),
+    (["--preprocess.columns", "question=nope", "better=chosen", "worse=rejected"], "question=nope: no such column"),
+    (["--preprocess.data", "EMPTY"], "empty.jsonl: expected at least one row"),
+    (["--preprocess.exclude", "EMPTY"], "empty.jsonl: expected at least one row"),
+    (["--evaluate.data", "OTHER"], "other.jsonl:1: columns text are of no known layout"),
+])  # fmt: skip
+def test_what_the_first_row_shows_is_refused_before_the_first_stage(tmp_path, given, message):
+    """What stage 1 or, hours later, stage 7 would refuse."""
+    files = {"EMPTY": tmp_path / "empty.jsonl", "OTHER": tmp_path / "other.jsonl"}
+    files["EMPTY"].write_text("")
+    files["OTHER"].write_text('{"text": "a"}\n')
+    with pytest.raises(InputError, match=message):
+        check(resolved(write_settings(tmp_path), *(str(files.get(part, part)) for part in given)))
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,5 +1,6 @@
 """Sampling: what goes in, what is kept, and that a kill costs nothing. The engine is faked except where marked."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -11,7 +12,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import assert_one_line_error, change_config, command, kill_when, make_run, succeeds, write_model
+from conftest import (
+    CARD,
+    assert_one_line_error,
+    change_config,
+    command,
+    judge_messages,
+    judgment_text,
+    kill_when,
+    make_run,
+    succeeds,
+    write_model,
+)
 from fake_engine import use_fake_engine
 from kill_common import num_lines
 from test_endpoint import row_of, task_of
@@ -19,8 +31,8 @@ from test_endpoint import row_of, task_of
 from conj import InputError
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.manifest import write_sealed
-from conj.data.prompts import judge_messages, judgment_text
 from conj.data.tokenizer import JudgeTokenizer
+from conj.data.verdicts import parse_strict
 from conj.model.folder import check_model
 from conj.sample.engines.completion import Completion, Decoding, Request, request_seed
 from conj.sample.engines.vllm import EngineOptions, generate, running_engine
@@ -124,7 +136,7 @@ def tokenizer(tied_model) -> JudgeTokenizer:
 def test_a_hinted_text_becomes_a_judgment_with_the_hints_verdict(tokenizer, written, finish_reason, text, verdict):
     """What cannot be a judgment with that verdict must not be labelled with it."""
     completion = Completion(text=written, token_ids=[], finish_reason=finish_reason)
-    judged = hinted_judgment(completion, 2, tokenizer)
+    judged = hinted_judgment(completion, 2, CARD, tokenizer)
     assert (judged["text"], judged["verdict"]) == (text, verdict)
 
 
@@ -359,9 +371,9 @@ def live_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def live(live_model):
-    """The checked model and its engine."""
+    """The checked model and its engine, which knows the tokenizer too; those of the commands below do not."""
     model = check_model(live_model, None)
-    with running_engine(model, EngineOptions(model=live_model, max_num_seqs=8)) as engine:
+    with running_engine(model, EngineOptions(model=live_model, max_num_seqs=8), structured=True) as engine:
         yield model, engine
 
 
@@ -403,6 +415,22 @@ class TestEngine:
             written = reference.generate(torch.tensor([request.prompt_ids]), **options)
             assert completion.token_ids == written[0, len(request.prompt_ids) :].tolist()
             assert completion.text == model.tokenizer.decode(completion.token_ids)
+
+    def test_structured_output_is_a_judgment_whatever_the_model_writes(self, live):
+        """A model of random weights writes none by itself, and here nothing else; with the same seeds the same ones."""
+        model, engine = live
+        keys, requests = ("原因", "更好的回答"), live_requests(model, 48)[::4]  # short prompts
+        decoding = Decoding(max_new_tokens=40, temperature=1.0, json_keys=keys)
+        written = {r.name: c for r, c in generate(engine, requests, model, decoding)}
+        whole = [c.text for c in written.values() if c.finish_reason == "stop"]
+        cut = [c.text for c in written.values() if c.finish_reason == "length"]
+        assert len(whole) >= 4 and len(whole) + len(cut) == len(requests)
+        assert {parse_strict(text).rung for text in whole} == {"json"}
+        assert not any(parse_strict(text).value for text in cut)
+        again = {r.name: c.token_ids for r, c in generate(engine, requests[3::-1], model, decoding)}
+        assert again == {name: written[name].token_ids for name in again}
+        free = generate(engine, requests, model, dataclasses.replace(decoding, json_keys=None))
+        assert not any(parse_strict(c.text).value for _, c in free)
 
     def test_a_killed_run_ends_with_the_file_of_an_undisturbed_one(self, live_model, tmp_path):
         arguments = ["--model", live_model, "--num-samples", "8", "--max-new-tokens", "32", "--max-num-seqs", "4"]

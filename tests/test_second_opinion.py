@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, judgment_text
 from kill_common import pair_of
 from safetensors.torch import load_file, save_file
 from test_audit import audited, broken
@@ -15,7 +15,6 @@ from test_dpo import dpo_options, make_reference
 from conj import InputError
 from conj.data.files import read_jsonl, write_jsonl
 from conj.data.packs import Group
-from conj.data.prompts import judgment_text
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.tokens import tokenize_pairs
 from conj.train import dpo

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 from chat_styles import LLAMA3, QWEN3, STYLES, filled_first, official, write_style
-from conftest import CHATML, CONTROL, DATA, write_tokenizer
+from conftest import CHATML, CONTROL, DATA, judge_messages, judgment_text, write_tokenizer
 from tokenizers import AddedToken, Tokenizer, models
 
 from conj import InputError
-from conj.data.prompts import judge_messages, judgment_text
 from conj.data.tokenizer import JudgeTokenizer
 
 DRUG = "环丙沙星滴眼液"

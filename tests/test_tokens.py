@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chat_styles import STYLES, write_style
-from conftest import CONTROL, DATA, SHARED, here, random_pairs, write_tokenizer
+from conftest import CONTROL, DATA, SHARED, here, judge_messages, judgment_text, random_pairs, write_tokenizer
 from safetensors import safe_open
 from test_dpo import dpo_options, make_reference
 from test_prompts import llama2, pieces  # noqa: F401 (fixtures)
@@ -16,7 +16,6 @@ from conj import InputError
 from conj.data import tokens
 from conj.data.files import write_jsonl
 from conj.data.preprocess import load_prompts, question_of
-from conj.data.prompts import judge_messages, judgment_text
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.tokens import TOKENS, Ragged, check_tokens, find_tokens, map_tokens, tokenize_pairs
 from conj.train import dpo, reference

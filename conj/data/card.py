@@ -16,11 +16,12 @@ import yaml
 
 from conj import InputError
 from conj.data.files import first_line, replace_surrogates, write_atomic
-from conj.data.identity import ENDPOINT, MODEL_CARD, changed_since, not_excluded
-from conj.data.manifest import list_artefacts, read_manifest
+from conj.data.identity import ENDPOINT, JUDGE, MODEL_CARD, changed_since, not_excluded
+from conj.data.judges import Judge, decoding_of, judge_in_folder, load_judge
+from conj.data.manifest import list_artefacts, locate, read_manifest
 from conj.data.markdown import cell, percent, with_interval
 from conj.data.model_files import read_model_file
-from conj.data.prompts import REASON_KEY, VERDICT_KEY, judge_messages
+from conj.data.prompt_code import prompt_code, prompt_messages
 
 CARD = f"model/{MODEL_CARD}"  # in the run folder
 STAGES = {  # artefact: the stage that makes it
@@ -32,7 +33,6 @@ PACKAGES = (  # whose version may change what a judge writes
 )  # fmt: skip
 MAX_BASE_CARD_BYTES = 1_000_000
 MAX_FRONT_MATTER = 20_000  # characters
-FIELDS = ("question", "answer_1", "answer_2")  # of the prompt
 PAGES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=False,
     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -82,13 +82,14 @@ def render_card(run: Path, *, name: str = ".", revision: str | None = None, with
     model = stages.get("model")
     if model is None or not model["complete"]:
         raise InputError(f"{run / 'model'}: training is not complete")
-    base = base_of(model)
+    base, judge = base_of(model), judge_of(run)
     stages |= {f"judgments_{judge}": made for judge, made in judged_by(run, model).items()}
     page = {
         "front_matter": yaml.safe_dump(front_matter(stages, base), allow_unicode=True, sort_keys=False),
         "base": base, "folder": name, "revision": revision, "max_new_tokens": longest_judgment(stages),
         "writers": writers_of(stages, base),
-        "messages": prompt_messages(), "code": prompt_code(), "reason_key": REASON_KEY, "verdict_key": VERDICT_KEY,
+        "messages": prompt_messages(judge), "code": prompt_code(judge), "asked": judge,
+        "sampling": decoding_of(judge) or {"temperature": 0.0},
         "stages": [{"name": stage_of(name), "judge": name.partition("_")[2]} | made for name, made in stages.items()],
         "missing": missing,
         "settings": settings_of(stages), "data": data_of(stages), "versions": versions_of(stages), "commits": commits_of(stages),
@@ -100,6 +101,11 @@ def render_card(run: Path, *, name: str = ".", revision: str | None = None, with
 
 
 # ---- What the manifests say ----
+
+
+def judge_of(run: Path) -> Judge:
+    """As which the model was trained: its folder says it, but for that of versions that knew the card's alone."""
+    return judge_in_folder(locate(run / "model")) or load_judge("con-j")
 
 
 def trained_by(run: Path) -> tuple[dict[str, dict], list[str]]:
@@ -271,7 +277,7 @@ def benchmarks_of(run: Path, model: dict) -> list[dict]:
     """The data that the judgments are of."""
     rows = []
     for made in judged_by(run, model).values():
-        entries = [entry for entry in made["inputs"][:-1] if not entry["path"].startswith("judge ")]
+        entries = [entry for entry in made["inputs"][:-1] if not entry["path"].startswith(JUDGE)]
         rows += [row for row in _data_rows(entries) if row not in rows]
     return rows
 
@@ -295,41 +301,6 @@ def audit_of(run: Path, model: dict) -> dict | None:
             raise InputError(f"{run / 'audit.json'}: expected checks with name and outcome")
         names[check["outcome"]].append("/".join(Path(check["name"]).parts[-2:]))
     return {"made": audit.get("made"), "names": names}
-
-
-# ---- The prompt, to read and as code ----
-
-
-def prompt_messages() -> list[dict]:
-    """The messages with {question}, {answer_1} and {answer_2} where the texts go."""
-    return judge_messages(*(f"{{{field}}}" for field in FIELDS))
-
-
-def prompt_code() -> list[dict]:
-    """The messages as Python: of each the role, and the lines of an expression for its content."""
-    found = []
-    for message in judge_messages(*(f"\0{field}\0" for field in FIELDS)):
-        parts = [piece for part in message["content"].split("\0") for piece in _sentences(part)]
-        lines, before = [], ""
-        for part in parts:
-            code = part if part in FIELDS else _literal(part)
-            if lines and {part, before} & set(FIELDS):
-                lines[-1] += f" + {code}"
-            else:  # literals below each other are one
-                lines.append(code)
-            before = part
-        found.append({"role": message["role"], "lines": lines or ['""']})
-    return found
-
-
-def _literal(text: str) -> str:
-    return repr(text) if '"' in text else json.dumps(text, ensure_ascii=False)
-
-
-def _sentences(text: str) -> list[str]:
-    """A text in pieces that are easy to read, each up to a full stop."""
-    pieces = [piece + "。" for piece in text.split("。")]
-    return [piece for piece in [*pieces[:-1], pieces[-1][:-1]] if piece]
 
 
 def duration(seconds: float) -> str:

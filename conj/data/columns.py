@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
+from types import UnionType
 
 from conj import InputError
 
@@ -24,6 +25,7 @@ STATED = {  # by what, where the answers do not say it themselves: one of these
     "two": ("label", "index", "votes", "score_1"),
     "ranked": ("scores", "ranks"),
 }
+OF_KIND = {"pair": ("score_better", "score_worse"), "two": (*STATED["two"], "score_2"), "ranked": STATED["ranked"]}
 TARGETS = {
     "question", "context", "system", "history", "tools", "subset", "id", "turn",
     "better", "worse", "score_better", "score_worse", "answer_1", "answer_2", "label", "index", "votes", "score_1",
@@ -134,6 +136,9 @@ def given_layout(columns: Mapping[str, str]) -> Layout:
     if len(kinds) != 1 or any(target not in columns for target in ANSWERS[kinds[0]]):
         expected = " or ".join(" and ".join(targets) for targets in ANSWERS.values())
         raise InputError(f"--columns: expected {expected}; found {', '.join(columns) or 'none'}")
+    others = {target for targets in OF_KIND.values() for target in targets} - set(OF_KIND.get(kinds[0], ()))
+    if unread := [target for target in columns if target in others]:
+        raise InputError(f"--columns {unread[0]}=: not read beside {' and '.join(ANSWERS[kinds[0]])}")
     stated = [target for target in STATED.get(kinds[0], ()) if target in columns]
     if kinds[0] in STATED and len(stated) != 1:
         raise InputError(
@@ -166,12 +171,13 @@ def fit(layout: Layout, row: dict) -> Layout:
 
 
 def check_labels(layout: Layout, labels: set) -> None:
-    """Raises InputError where the labels of the user's column are 0 and 1 alone: read as a tie and the first answer, each
-    would be wrong if they count from 0."""
-    if layout.tie == GIVEN_LABELS["tie"] and labels in ({0, 1}, {"0", "1"}):
+    """Raises InputError where the labels of a column are 0 and 1 alone: read as a tie and the first answer, each would be
+    wrong if they count from 0."""
+    if 0 in layout.tie and 1 in layout.first and labels in ({0, 1}, {"0", "1"}):
+        column = layout.paths["label"][0]
         raise InputError(
-            f"--columns label={layout.paths['label'][0]}: expected 1, 2, or 0 for a tie, found 0 and 1 alone; where 0 is "
-            f"the first answer, give index={layout.paths['label'][0]}"
+            f"labels in {column}: expected 1, 2, or 0 for a tie, found 0 and 1 alone; where 0 is the first answer, "
+            f"give --columns … index={column}"
         )
 
 
@@ -190,8 +196,10 @@ class Cells:
         self.values: dict[str, object] = {}  # target -> what was read
         self.left: dict[str, object] = {}  # parts of messages that nothing was made of: name -> value
         self.counts: Counter[str] = Counter()  # fates of this row's answers
-        if gone := [column for column in layout.columns if column not in row or self._is_mistake(column)]:
+        if gone := [column for column in layout.columns if column not in row]:
             raise InputError(f"missing column {', '.join(gone)}; found {', '.join(sorted(map(str, row))) or 'none'}")
+        if empty := [column for column in layout.columns if self._is_mistake(column)]:
+            raise InputError(f"expected a value in column {', '.join(empty)}, found null")
         for column in tables()["every"]["media"]:
             if column in row and holds(row[column]):
                 raise InputError(
@@ -204,12 +212,19 @@ class Cells:
         targets = (target for target in NULLABLE if target in self.layout.paths)
         return not any(path.partition(".")[0] == column for target in targets for path in self.layout.paths[target])
 
-    def get(self, target: str, accept: Callable[[object], bool] = holds):
-        """What the first path of a target that leads to something `accept` takes leads to, else what the first leads to at
-        all; None if none."""
+    def get(self, target: str):
+        """What the first path of a target that leads to something leads to, be it empty where all are; None if none."""
+        return self._get(target, holds, or_first=True)
+
+    def get_only(self, target: str, kind: type | UnionType):
+        """What the first path of a target that leads to one of `kind` leads to; None if none."""
+        return self._get(target, lambda value: isinstance(value, kind), or_first=False)
+
+    def _get(self, target: str, accept: Callable[[object], bool], or_first: bool):
         if target not in self.values:
             found = [(path, value) for path in self._open(target) if (value := _find(self.row, path)) is not None]
-            path, value = next((item for item in found if accept(item[1])), found[0] if found else ((), None))
+            first = found[0] if found and or_first else ((), None)
+            path, value = next((item for item in found if accept(item[1])), first)
             if path:
                 self.used.setdefault(path[0], []).append(path[1:])
             self.values[target] = value

@@ -18,13 +18,13 @@ from pathlib import Path
 
 from conj import InputError
 from conj.data.files import first_line
-from conj.data.model_files import INDEX, LICENCE_FILES, MAX_INDEX_BYTES, SINGLE, TEXT_FILES, read_model_json
+from conj.data.model_files import INDEX, JUDGE_FILE, LICENCE_FILES, MAX_INDEX_BYTES, SINGLE, TEXT_FILES, read_model_json
 
 NAME = r"[\w-][\w.-]*"
 REPO = re.compile(rf"((?:{NAME}/)?{NAME})(?:@([\w./-]+))?", re.ASCII)
 COMMIT = re.compile("[0-9a-f]{40}")
 SNAPSHOT = re.compile(r"models--(.+)/snapshots/([0-9a-f]{40})")  # the hub's cache, in it a model at a commit
-BESIDE = ("README.md", *LICENCE_FILES)  # what a user of the folder may want to read; it decides nothing
+BESIDE = ("README.md", *LICENCE_FILES, JUDGE_FILE)  # for who uses the folder; no weight or token depends on it
 
 Recorded = Callable[[str], str | None]  # the commit of a repository that a run folder was made from
 

@@ -4,8 +4,11 @@ A folder that is made is all of its files. A model folder that is read is the fi
 hash: a card that is rewritten or a hub client's bookkeeping changes no judgment, and what does change is named.
 """
 
+import dataclasses
+import functools
 import hashlib
 import itertools
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +16,11 @@ from pathlib import Path
 from conj import InputError
 from conj.data.files import sha256_file
 from conj.data.hub import provenance
+from conj.data.judges import Judge, load_judge
 from conj.data.model_files import CONFIG, decides, deciding_files
 
+JUDGED = ("repeated.jsonl", "hinted.jsonl", "pairs.jsonl", "reference.safetensors")  # made with the judge of a run
+JUDGE = "judge "  # before the name of a judge, among a manifest's inputs
 ENDPOINT = "endpoint model "  # before the name of a model behind one, among a manifest's inputs
 ROWS = re.compile("(.+ of [0-9]+ rows) with sha256 ([0-9a-f]{64})")  # how preprocess names data that Python handed it
 EXCLUDED = "without the questions of"  # among the inputs of prompts.jsonl: benchmarks come after it
@@ -73,6 +79,65 @@ def describe_inputs(inputs: Sequence[str | Path], hash_file: Callable[[Path], st
 def not_excluded(entries: Sequence[dict]) -> list[dict]:
     """Of the inputs of prompts.jsonl the preference data alone."""
     return list(itertools.takewhile(lambda entry: entry["path"] != EXCLUDED, entries))
+
+
+def describe_judge(judge: Judge) -> str:
+    """What a manifest says of a judge: its name and hash."""
+    return f"{JUDGE}{judge.name} {hash_judge(judge)}"
+
+
+def hash_judge(judge: Judge) -> str:
+    """sha256 of all that decides a judge's judgments, wherever its text is from. A model's folder is an input of its own. What is
+    by default is left out, so that a key which a later version adds changes no hash."""
+    model = judge.model if judge.backend == "openai" else None
+    judge = dataclasses.replace(judge, name="", model=model, prompt_dollars=None, completion_dollars=None)
+    defaults = dataclasses.asdict(Judge(name=""))
+    content = {name: value for name, value in dataclasses.asdict(judge).items() if value != defaults[name]}
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _card_judge() -> str:
+    return describe_judge(load_judge("con-j"))
+
+
+def judge_in(inputs: Sequence[Mapping]) -> str | None:
+    """The judge among a manifest's inputs, as `describe_judge` names it."""
+    return next((entry["path"] for entry in inputs if entry["path"].startswith(JUDGE)), None)
+
+
+def judges_differ(before: Sequence[Mapping], now: Sequence[Mapping]) -> str:
+    """How the judge differs between a manifest's inputs and others; empty if it does not: its name decides nothing. Where none
+    is named it is the card's, as in manifests of versions that knew no other."""
+    (name, was), (new_name, is_) = ((judge_in(inputs) or _card_judge()).rsplit(" ", 1) for inputs in (before, now))
+    return "" if was == is_ else f"was made with {name} ({was[:8]}), now {new_name} ({is_[:8]})"
+
+
+def check_judge(path: Path, made: Mapping, inputs: Sequence[Mapping]) -> None:
+    """Raises InputError where a stage, which has a judge among its `inputs`, is given what was made with another."""
+    if path.name in JUDGED and judge_in(inputs) and (differ := judges_differ(made["inputs"], inputs)):
+        raise InputError(f"{path}: {differ}; give the --judge that it was made with, or make it again")
+
+
+def contents(made: Mapping) -> list[str]:
+    """What the inputs of a manifest are, wherever they lie, the judge aside: their hashes, or the names of what is not on disk."""
+    return [entry["sha256"] or entry["path"] for entry in _but_judge(made)]
+
+
+def _but_judge(made: Mapping) -> list[dict]:
+    return [entry for entry in made["inputs"] if not entry["path"].startswith(JUDGE)]
+
+
+def inputs_differ(before: Mapping, now: Mapping) -> str:
+    """How the inputs differ from those of a manifest; empty if they do not."""
+    if differ := judges_differ(before["inputs"], now["inputs"]):
+        return differ
+    made_from, given = contents(before), contents(now)
+    if made_from == given:
+        return ""
+    entries = zip(_but_judge(before), _but_judge(now), made_from, given)
+    names = ", ".join(show_change(a, b) for a, b, old, new in entries if old != new)
+    return f"was made from other inputs (changed: {names or 'their number'})"
 
 
 def show_change(before: dict, now: dict) -> str:

@@ -47,9 +47,7 @@ def read_records(layout: Layout, row: dict, where: str, fates: Fates, labels: se
     made = list(_grid(cells, asked) if layout.grid else BY_KIND[layout.kind](cells, asked))
     if "label" in cells.values:
         labels.add(cells.values["label"])
-    subset, own_id = cells.get("subset", lambda value: isinstance(value, str)), cells.get("id")
-    subset = subset if isinstance(subset, str) else ""
-    own_id = own_id if isinstance(own_id, str | int) else None
+    subset, own_id = cells.get_only("subset", str) or "", cells.get_only("id", str | int)
     for name, value, known in cells.unread():
         if known:
             fates.not_needed[name] += 1
@@ -232,7 +230,7 @@ def _list(value, what: str) -> list:
 def _member(value, column: str, layout: Layout) -> int:
     """Which answer a label says is better, 0 for neither. A number may be written as a text."""
     allowed = (*layout.tie, *layout.first, *layout.second)
-    if isinstance(value, str) and value not in allowed and value.strip().lstrip("-").isdigit():
+    if isinstance(value, str) and value not in allowed and re.fullmatch(r"\s*-?[0-9]\s*", value):
         value = int(value)
     if isinstance(value, bool) or value not in allowed:
         raise InputError(f"expected {column} to be one of {', '.join(map(str, allowed))}; found {value!r}")

@@ -21,7 +21,15 @@ from typing import IO
 from conj import InputError
 from conj.data.files import sha256_file, write_atomic
 from conj.data.hub import find_model
-from conj.data.identity import changed_since, describe_inputs, describe_made, hash_input, show_change
+from conj.data.identity import (
+    changed_since,
+    check_judge,
+    contents,
+    describe_inputs,
+    describe_made,
+    hash_input,
+    inputs_differ,
+)
 from conj.data.options import option, require, unresolved
 from conj.data.readers import pin_data
 from conj.data.versions import describe_code
@@ -264,21 +272,13 @@ def _hold(artefact: Path) -> None:
 
 def _difference(before: dict, now: dict) -> str:
     """How inputs or options differ from those of a manifest; empty if they do not."""
-    made_from, given = _contents(before), _contents(now)
-    if made_from != given:
-        entries = zip(before["inputs"], now["inputs"], made_from, given)
-        names = ", ".join(show_change(a, b) for a, b, old, new in entries if old != new)
-        return f"was made from other inputs (changed: {names or 'their number'})"
+    if differ := inputs_differ(before, now):
+        return differ
     for name in sorted(before["options"].keys() | now["options"].keys()):
         old, new = (m["options"].get(name) for m in (before, now))
         if old != new and new != AUTO:
             return f"was made with {name}={old!r}, now {new!r}"
     return ""
-
-
-def _contents(manifest: dict) -> list[str]:
-    """What the inputs are, wherever they lie: their hashes, or the names of what is not on disk."""
-    return [entry["sha256"] or entry["path"] for entry in manifest["inputs"]]
 
 
 def _check_chain(inputs: list[dict]) -> None:
@@ -292,6 +292,7 @@ def _check_chain(inputs: list[dict]) -> None:
             continue
         if not manifest["complete"]:
             raise InputError(f"{path}: was cut short; run its stage again to finish it")
+        check_judge(path, manifest, inputs)
         if changed := changed_since(entry, manifest):
             raise InputError(f"{changed}: was changed after {manifest_path(path).name} was written; make it again")
         for source in manifest["inputs"]:
@@ -305,7 +306,7 @@ def _check_chain(inputs: list[dict]) -> None:
 def identity(artefact: Path) -> str:
     """sha256 of the inputs and options of the stage that is making `artefact`: what its checkpoints belong to."""
     manifest = read_manifest(artefact)
-    content = [_contents(manifest), manifest["options"]]
+    content = [contents(manifest), manifest["options"]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

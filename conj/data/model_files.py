@@ -15,6 +15,7 @@ from conj.data.files import brief, first_line, listed
 INDEX = "model.safetensors.index.json"  # of a model whose weights are spread over several files
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
+JUDGE_FILE = "judge.toml"  # as which judge a model was trained
 TOKENIZER, SENTENCEPIECE = ("tokenizer.json",), ("tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 OTHER_TEXTS = (CONFIG, "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 TEXT_FILES = (*OTHER_TEXTS, *TOKENIZER, *SENTENCEPIECE)  # all that conj reads but weights and their index

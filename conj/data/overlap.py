@@ -3,11 +3,11 @@
 Two questions are the same when their normalised texts are: Unicode form (NFC), case and white space do not count, nor who
 says a turn. A training question stands in a benchmark when
 
-- its normalised text is that of a benchmark's question, with its system turns or without; or
-- SAME_SHARE of the words of the shorter of the two stand in the other, in the same order and close together (with no more
-  words between them than may be missing). So one may hold the other, and a few words may be changed, added or left out.
-  This holds for questions of SHORTEST words and more: "What is the capital of Spain?" has one word that is not in "What is
-  the capital of France?" and is another question.
+- its normalised text is that of a benchmark's question, with the system turns of each or without; or
+- SAME_SHARE of the words of the shorter of the two, both without system turns (a data set has few, and long ones), stand in
+  the other, in the same order and close together (with no more words between them than may be missing). So one may hold
+  the other, and a few words may be changed, added or left out. This holds for questions of SHORTEST words and more:
+  "What is the capital of Spain?" has one word that is not in "What is the capital of France?" and is another question.
 
 A word is a run of letters and digits; where a script writes no spaces (Chinese, Japanese, Thai …) each character is one.
 """
@@ -64,9 +64,8 @@ def drop_repeats(entries: Iterable[Entry], fates: Fates) -> Iterator[Entry]:
 
     Questions are compared normalised, answers without white space around them. The whole is read before the first
     entry comes out, as the last row may contradict the first."""
-    firsts: dict[
-        bytes, list
-    ] = {}  # pair -> number of its first entry and which answer that prefers; None: contradicted
+    # Of each pair the number of its first entry, and which answer that prefers; None where another prefers the other one.
+    firsts: dict[bytes, list] = {}
     against: dict[int, str] = {}  # number of an entry -> where the one stands that contradicts it
     with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
         for number, entry in enumerate(entries):
@@ -122,11 +121,12 @@ class AskedQuestions:
 
     def add(self, question: str | list[dict], row: Asked) -> None:
         """Takes a question in; of several with one text the first stays."""
-        text = normalised(question)
+        text, asked = _with_and_without_system(question)
         if text in self.by_text or not text:
             return
         self.by_text[text] = row
-        words = _WORD.findall(text)
+        self.by_text.setdefault(asked, row)
+        words = _WORD.findall(asked)
         if len(words) < SHORTEST:
             return
         self.rows.append(row)
@@ -146,10 +146,10 @@ class AskedQuestions:
     def find(self, question: str | list[dict]) -> tuple[Asked, float] | None:
         """The benchmark's question that this one is, or holds, or is a part of, and the share of the shorter one's words
         that the other has: 1.0 for the same text. None if there is none."""
-        text = normalised(question)
-        if row := self.by_text.get(text) or self.by_text.get(_without_system(question)):
+        text, asked = _with_and_without_system(question)
+        if row := self.by_text.get(text) or self.by_text.get(asked):
             return row, 1.0
-        words = _WORD.findall(text)
+        words = _WORD.findall(asked)
         shares = {number: self._share(words, number, shifts) for number, shifts in self._alike(words).items()}
         best = max(shares, key=shares.get, default=None)
         return None if best is None or shares[best] < SAME_SHARE else (self.rows[best], round(shares[best], 3))
@@ -188,10 +188,11 @@ class AskedQuestions:
         return sum(block.size for block in blocks) / len(shorter)
 
 
-def _without_system(question: str | list[dict]) -> str | None:
-    """The question normalised as if it had no system turn; None if it has none."""
+def _with_and_without_system(question: str | list[dict]) -> tuple[str, str]:
+    """The question normalised, and as if it had no system turn, unless nothing is left of it then."""
+    text = normalised(question)
     turns = [] if isinstance(question, str) else [turn for turn in question if turn["role"] != "system"]
-    return normalised(turns) if 0 < len(turns) < len(question) else None
+    return text, normalised(turns) or text
 
 
 def _ngrams(words: list[str]) -> Iterator[int]:

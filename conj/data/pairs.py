@@ -25,19 +25,20 @@ from typing import Literal, NamedTuple, get_args
 from conj import InputError
 from conj.data import manifest
 from conj.data.files import locate_jsonl, read_at, write_jsonl
-from conj.data.manifest import RunOptions
+from conj.data.identity import describe_judge
+from conj.data.judged import JudgedRunOptions
+from conj.data.judges import UNFINISHED, Judge, judge_prompt, judgment_text
 from conj.data.options import option, require, require_each, run_command
 from conj.data.overlap import normalised
 from conj.data.preprocess import question_of, stream_prompts
 from conj.data.progress import progress
-from conj.data.prompts import VERDICT_KEY, judge_messages
 
 PairType = Literal["repeated", "repeated_vs_unparsed", "hinted", "hinted_vs_unparsed"]
 HINTED = {"hinted", "hinted_vs_unparsed"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsOptions(RunOptions):
+class PairsOptions(JudgedRunOptions):
     max_right_vs_wrong: int = option(3, help="most pairs of a right and a wrong judgment a prompt")
     max_right_vs_unparsed: int = option(1, help="most pairs of a right and an unparsed judgment a prompt")
     max_hinted: int = option(1, help="most pairs of hinted judgments a prompt")
@@ -46,14 +47,20 @@ class PairsOptions(RunOptions):
         None, help="keep only prompts whose better answer is that, in characters; all if not given"
     )
     rationale: bool = option(True, help="keep the reasons; without them judgments are bare verdicts, none is unparsed")
+    thoughts: Literal["keep", "drop"] = option(
+        "keep",
+        help="keep: sampled judgments are trained on with the thoughts before them; drop: without; hinted ones have none",
+    )
     eval_fraction: float = option(0.02, help="share of the questions held out for evaluation, from 0 to 1")
     seed: int = option(2021, help="seed of the choice among judgments and of the held-out questions")
 
     def makes(self) -> dict[Path, list]:
         files = ["prompts.jsonl", "repeated.jsonl"] + (["hinted.jsonl"] if HINTED & set(self.pair_types) else [])
-        return {self.run_dir / "pairs.jsonl": [self.find(name) for name in files]}
+        judge = describe_judge(self.read_judge())
+        return {self.run_dir / "pairs.jsonl": [*(self.find(name) for name in files), judge]}
 
     def __post_init__(self):
+        self.read_judge()
         counts = ("max_right_vs_wrong", "max_right_vs_unparsed", "max_hinted")
         require_each(self, counts, lambda value: value >= 0, "a number of pairs from 0 up")
         require_each(self, ("eval_fraction",), lambda value: 0 <= value < 1, "0 to below 1")
@@ -68,18 +75,19 @@ class Pair(NamedTuple):
 def build_pairs(options: PairsOptions) -> None:
     """Writes `pairs.jsonl`. Raises InputError for a file that is missing, torn or of other prompts, and for no pair at all."""
     began, [(artefact, inputs)] = time.monotonic(), options.makes().items()
-    for hinted in inputs[2:]:
+    prompts_file, *files, _ = inputs
+    for hinted in files[1:]:
         require(hinted.exists(), f"{hinted}: no such file; leave hinted pairs out of --pair-types to do without")
     if not manifest.begin(artefact, inputs=inputs, options=options):
         return
-    ids = [prompt["id"] for prompt in stream_prompts(inputs[0])]
-    counts, prompts = Counter(), progress(stream_prompts(inputs[0]), desc="pairing", total=len(ids), unit=" prompts")
-    places = [index_judgments(path, ids) for path in inputs[1:]]
+    ids = [prompt["id"] for prompt in stream_prompts(prompts_file)]
+    counts, prompts = Counter(), progress(stream_prompts(prompts_file), desc="pairing", total=len(ids), unit=" prompts")
+    places = [index_judgments(path, ids) for path in files]
     with ExitStack() as stack:
-        files = [stack.enter_context(open(path, "rb")) for path in inputs[1:]]
+        opened = [stack.enter_context(open(path, "rb")) for path in files]
 
         def judgments_of(id: str) -> list[dict]:
-            return [read_at(file, offset) for file, offsets in zip(files, places) for offset in offsets[id]]
+            return [read_at(file, offset) for file, offsets in zip(opened, places) for offset in offsets[id]]
 
         num_rows = write_jsonl(artefact, make_rows(prompts, judgments_of, options, counts))
     manifest.finish(artefact, num_rows=num_rows, counts=dict(counts), seconds=time.monotonic() - began)
@@ -106,6 +114,7 @@ def make_rows(
 ) -> Iterator[dict]:
     """Rows of `pairs.jsonl`, one in memory at a time. In `counts`: pairs by type and split, prompts without a pair and why.
     Raises InputError if there is no row at all."""
+    judge = options.read_judge()
     counts.update(dict.fromkeys((*get_args(PairType), "train", "eval", "prompts_without_pair"), 0))
     for prompt in prompts:
         id, label, question = prompt["id"], prompt["label"], question_of(prompt)
@@ -114,14 +123,16 @@ def make_rows(
             continue
         split = "eval" if _fraction(options.seed, normalised(question)) < options.eval_fraction else "train"
         made = judgments_of(id)
-        pairs = make_pairs(id, label, made, options)
+        if cut := sum(trained_text(row, options, judge) is None for row in made):
+            counts["left_out_unfinished_thought"] += cut
+        pairs = make_pairs(id, label, made, options, judge)
         counts.update([pair.pair_type for pair in pairs] + [split] * len(pairs))
         if not pairs:
             counts.update(["prompts_without_pair", f"because_{_why_none(label, made)}"])
         hinted = {row["verdict"] for row in made if row["kind"] == "hint"}
         if hinted and label not in hinted:
             counts["hints_without_the_label"] += 1
-        messages = judge_messages(question, prompt["answer_1"], prompt["answer_2"])
+        messages = judge_prompt(judge, question, prompt["answer_1"], prompt["answer_2"])
         for pair in pairs:
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in pair[:2])
             row = {"prompt": messages, "chosen": chosen, "rejected": rejected, "id": id, "label": label}
@@ -131,13 +142,14 @@ def make_rows(
         raise InputError(f"{options.run_dir}: no pair can be made: {found}")
 
 
-def make_pairs(id: str, label: int, judgments: list[dict], options: PairsOptions) -> list[Pair]:
+def make_pairs(id: str, label: int, judgments: list[dict], options: PairsOptions, judge: Judge) -> list[Pair]:
     """A prompt's pairs of one judgment to be preferred over another, no two of the same texts."""
 
     def texts(kind: str, verdict: int | None) -> list[str]:
-        found = {row["text"] for row in judgments if row["kind"] == kind and row["verdict"] == verdict}
+        rows = [row for row in judgments if row["kind"] == kind and row["verdict"] == verdict]
+        found = {text for row in rows if (text := trained_text(row, options, judge)) is not None}
         if not options.rationale:
-            found = {json.dumps({VERDICT_KEY: verdict}, ensure_ascii=False)} if found and verdict else set()
+            found = {judgment_text(judge, None, verdict)} if found and verdict else set()
         return sorted(found, key=lambda text: _fraction(options.seed, id, text))
 
     def take(pair_type: PairType, chosen: list[str], rejected: list[str], limit: int) -> None:
@@ -152,12 +164,30 @@ def make_pairs(id: str, label: int, judgments: list[dict], options: PairsOptions
     hinted, before = texts("hint", label), len(made)
     take("hinted", hinted, texts("hint_reversed", 3 - label), options.max_hinted)
     still_wanted = options.max_hinted - (len(made) - before)
-    take("hinted_vs_unparsed", hinted, texts("hint_reversed", None), still_wanted)
+    # What was hinted at the wrong answer and states the right one all the same is no worse judgment.
+    unparsed = [text for text in texts("hint_reversed", None) if judge.parse(text).value != label]
+    take("hinted_vs_unparsed", hinted, unparsed, still_wanted)
     unique = {}
     for pair in made:
         if pair.chosen != pair.rejected:
             unique.setdefault(pair[:2], pair)
     return list(unique.values())
+
+
+def trained_text(row: dict, options: PairsOptions, judge: Judge) -> str | None:
+    """The text of a judgment as it is trained on; None where nothing of it is left: of an unfinished thought without it.
+
+    A text that ends a thought and starts none follows on a prompt that does: without the thought it ends it first. Where the end
+    mark is quoted in the judgment, so that the answer behind it would be torn, it is not told from a thought either."""
+    text, (start, end) = row["text"], judge.thought
+    if row.get("rung") == UNFINISHED and (options.thoughts == "drop" or row["kind"] != "repeated"):
+        return None
+    if options.thoughts == "keep":
+        return text
+    answer, was_opened = judge.answer(text), end in text and start not in text
+    if answer is not None and judge.parse(answer).value not in (row["verdict"], judge.parse(text).value):
+        return None
+    return f"{end}\n\n{answer}" if was_opened and answer is not None else answer
 
 
 def _length_of_better(prompt: dict) -> str:

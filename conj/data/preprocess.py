@@ -17,17 +17,17 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from conj import InputError
 from conj.data import manifest
 from conj.data.benchmarks import BENCHMARKS, locate_data, official_subset, resolve_data
+from conj.data.columns import given_layout
 from conj.data.fates import Fates
 from conj.data.files import listed, stream_jsonl, write_jsonl
 from conj.data.identity import EXCLUDED
-from conj.data.layouts import Preference, swapped
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require, require_each, run_command
 from conj.data.overlap import Asked, AskedQuestions, Entry, drop_repeats
@@ -35,12 +35,14 @@ from conj.data.progress import progress
 from conj.data.readers import (
     DATA_PARTS,
     describe_data,
+    describe_rows,
     is_on_hub,
     read_preferences,
-    read_rows,
+    read_twice,
     split_name,
     without_revision,
 )
+from conj.data.rows import Preference, swapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,13 @@ class PreprocessOptions(RunOptions):
         require_each(self, ("limit",), lambda value: value > 0, "a positive number of rows")
         for part in self.columns or ():
             name, equals, path = part.partition("=")
-            require(bool(name and equals and path), f"--columns: expected NAME=PATH, found {part}")
+            require(bool(name and equals and path), f"--columns: expected TARGET=PATH, found {part}")
+        if columns := as_mapping(self.columns):
+            require(
+                len(columns) == len(self.columns),
+                f"--columns: expected each target once, found {', '.join(self.columns)}",
+            )
+            given_layout(columns)  # refuses what no row could be read by
 
 
 def preprocess(options: PreprocessOptions) -> None:
@@ -87,8 +95,8 @@ def _write(options: PreprocessOptions, data: Sequence, exclude: Sequence) -> Non
     began, [(artefact, inputs)] = time.monotonic(), options.makes().items()
     if not manifest.begin(artefact, inputs=inputs, options=options):
         return
-    fates, asked = Fates(), read_asked(exclude) if exclude else None
-    columns = as_mapping(options.columns)
+    fates, columns = Fates(), as_mapping(options.columns)
+    asked = read_asked(exclude, columns) if exclude else None
     rows = make_rows(data, options.seed, options.subsets, options.limit, columns=columns, asked=asked, fates=fates)
     num_rows = write_jsonl(artefact, rows)
     found = asked.found if asked else []
@@ -138,7 +146,7 @@ def load_prompts(
 
     Raises InputError for unusable data, a subset that is not there, or when every record is left out."""
     fates, sets, excluded = Fates(), data_sets(data), data_sets(exclude)
-    asked = read_asked(excluded) if excluded else None
+    asked = read_asked(excluded, columns) if excluded else None
     rows = make_rows(sets, seed, subsets, limit, benchmark, columns=columns, asked=asked, fates=fates)
     return list(rows), dict(fates.counts)
 
@@ -157,9 +165,9 @@ def write_prompts(
     arguments are those of `load_prompts`. What is no name is described in the manifest by a hash of its rows.
 
     Raises InputError as `load_prompts` does, and where a file of other data or options stands there."""
-    sets, excluded = ([_at_hand(given) for given in data_sets(some)] for some in (data, exclude))
+    sets, excluded = ([read_twice(given) for given in data_sets(some)] for some in (data, exclude))
     options = PreprocessOptions(
-        run_dir=Path(run_dir), data=tuple(map(_describe, sets)), exclude=tuple(map(_describe, excluded)), seed=seed,
+        run_dir=Path(run_dir), data=tuple(map(describe_rows, sets)), exclude=tuple(map(describe_rows, excluded)), seed=seed,
         subsets=tuple(subsets), limit=limit, columns=tuple(f"{k}={v}" for k, v in (columns or {}).items()) or None,
     ).at_hand()  # fmt: skip
     named = [
@@ -176,28 +184,14 @@ def data_sets(data) -> list:
     return [str(part) if isinstance(part, Path) else part for part in (data if is_several else [data])]
 
 
-def _at_hand(given):
-    """A data set that can be read twice: once for its hash."""
-    return list(given) if isinstance(given, Iterable) and not isinstance(given, Sized) else given
-
-
-def _describe(given) -> str:
-    """A data set's name; of one that has none, what it is and a hash of its rows, as `identity.ROWS` reads it."""
-    if isinstance(given, str):
-        return given
-    content, num_rows = hashlib.sha256(), 0
-    for _, row in read_rows(given):
-        content.update(json.dumps(row, sort_keys=True, default=str).encode())
-        num_rows += 1
-    return f"{type(given).__name__} of {num_rows} rows with sha256 {content.hexdigest()}"
-
-
-def read_asked(exclude: Sequence) -> AskedQuestions:
-    """The questions of benchmarks and other data sets, whatever they prefer."""
+def read_asked(exclude: Sequence, columns: Mapping[str, str] | None = None) -> AskedQuestions:
+    """The questions of benchmarks and other data sets, whatever they prefer. `columns` hold for those that have them and
+    are no benchmark."""
     asked = AskedQuestions()
     for given in exclude:
         data, known, source = _open(given, True)
-        for record in progress(read_preferences(data), desc=f"reading {source}", unit=" records"):
+        records = read_preferences(data, columns=None if known else columns, where_they_fit=True)
+        for record in progress(records, desc=f"reading {source}", unit=" records"):
             id = make_row(record, source, None, known)["id"]
             asked.add(record.question, Asked(id=id, source=known or source, where=record.where))
     return asked
@@ -224,6 +218,8 @@ def make_rows(
 ) -> Iterator[dict]:
     """The rows of `load_prompts`; `fates`, and what `asked` has found, are whole when they are all there. Without
     `benchmark` the first comes when the last is read, and between the two they lie in a temporary file."""
+    if not data:
+        raise InputError("data: expected a data set or rows, found none")
     fates.add("records", number=0)
     if asked:
         fates.add("left_out_excluded", number=0)
@@ -231,11 +227,13 @@ def make_rows(
     for row, where, num_non_strings in entries if benchmark else drop_repeats(entries, fates):
         row["id"] = unused_id(row["id"], ids)
         ids.add(row["id"])
+        if not _last_text(row).strip():
+            fates.add("empty_questions", where)
         fates.add("empty_answers", where, [row["answer_1"], row["answer_2"]].count(""))
         fates.add("non_string_answers", where, num_non_strings)
         yield row
     if not ids:
-        names = ", ".join(_open(given, False)[2] for given in data) or "data"
+        names = ", ".join(_open(given, False)[2] for given in data)
         hint = "; without --exclude their questions stay" if fates.counts["left_out_excluded"] else ""
         raise InputError(f"{names}: every record was left out: {dict(fates.counts)}{hint}")
 
@@ -266,11 +264,17 @@ def _make_entries(
 def _why_left_out(record: Preference, row: dict, subsets: Sequence[str]) -> str | None:
     if subsets and row["subset"] not in subsets:
         return "subset"
-    if votes := row.get("votes"):  # a tie is an answer; three annotators of three minds have no majority
-        return "no_majority" if len(set(votes)) == len(votes) else None
-    if record.unusable is not None:
+    votes = row.get("votes")
+    if record.unusable and not (votes and record.unusable == "tie"):
         return record.unusable
+    if votes:  # a tie is an answer; three annotators of three minds have no majority
+        return "no_majority" if len(set(votes)) == len(votes) else None
     return "identical" if row["answer_1"] == row["answer_2"] else None
+
+
+def _last_text(row: dict) -> str:
+    """What the answers answer: the question, or the last of its turns."""
+    return row["messages"][-1]["content"] if "messages" in row else row["question"]
 
 
 def unused_id(id: str, ids: Collection[str]) -> str:

@@ -9,12 +9,15 @@ are read by `conj.data.texts`. Texts must come out as they went in.
 """
 
 import glob
+import hashlib
+import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 
 from conj import InputError
-from conj.data.columns import check_labels, fit, given_layout, recognise
+from conj.data.columns import Layout, check_labels, fit, given_layout, recognise
 from conj.data.fates import Fates
 from conj.data.files import first_line, listed
 from conj.data.hub import COMMIT, Recorded, find_commit, split_repo
@@ -26,6 +29,7 @@ DATA_PARTS = "with :SPLIT or :CONFIG/SPLIT (of the hub ORG/NAME@REVISION too) or
 READERS = {".json": read_json, ".jsonl": read_json, ".ndjson": read_json, ".csv": read_csv, ".tsv": read_csv}
 TABLES = (".parquet", ".arrow")
 SUFFIXES = (*READERS, *TABLES)
+TOO_DEEP = "expected texts and messages, found values nested too deeply"
 METADATA = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # what `save_to_disk` adds
 
 
@@ -34,10 +38,12 @@ def read_preferences(
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
     fates: Fates | None = None,
+    where_they_fit: bool = False,
 ) -> Iterator[Preference]:
     """Records of the first `limit` rows of a data set (all if None), in its order.
 
-    `columns` says which column is what (target -> path, see `conj.data.columns`) where the layout is none of the known.
+    `columns` says which column is what (target -> path, see `conj.data.columns`) where the layout is none of the known; with
+    `where_they_fit` only if the first row has these columns.
     `fates` gets the columns that nothing was made of, and what became of rows of several answers. Raises InputError for a
     data set that is missing, empty or of no known layout, and, with its place, for a bad row."""
     layout, fates, labels = given_layout(columns) if columns else None, fates or Fates(), set()
@@ -49,14 +55,33 @@ def read_preferences(
             if not isinstance(row, dict):
                 raise InputError(f"expected a JSON object, found {type(row).__name__}")
             if number == 0:
-                layout = fit(layout, row) if layout else recognise(row)
+                layout = _choose(layout, row, where_they_fit)
             records = read_records(layout, row, where, fates, labels)
         except InputError as e:
             raise InputError(f"{where}: {e}") from None
+        except RecursionError:
+            raise InputError(f"{where}: {TOO_DEEP}") from None
         yield from records
     if number < 0 or limit == 0:
         raise InputError(f"{_name(data)}: expected at least one row, found none")
     check_labels(layout, labels)
+
+
+def check_first_row(data: str, columns: Mapping[str, str] | None, where_they_fit: bool) -> None:
+    """Raises InputError as `read_preferences` does for a data set that is missing, empty, or of no known layout. What is
+    on the hub is not asked for."""
+    read_rows(data)  # nothing is read before the first row is asked for
+    if not is_on_hub(split_name(data)[0]):
+        next(read_preferences(data, 1, columns, where_they_fit=where_they_fit))
+
+
+def _choose(given: Layout | None, row: dict, where_they_fit: bool) -> Layout:
+    try:
+        return fit(given, row) if given else recognise(row)
+    except InputError:
+        if given and where_they_fit:
+            return recognise(row)
+        raise
 
 
 def split_name(data: str) -> tuple[str, str | None]:
@@ -133,15 +158,52 @@ def _read_objects(data) -> Iterator[tuple[str, dict]]:
             f"{name}: expected rows, found a mapping of {listed(list(map(str, data)))}; give one of its members"
         )
     if pandas is not None and isinstance(data, pandas.DataFrame):
-        frame = data.reset_index() if any(name is not None for name in data.index.names) else data
+        named = [level for level in data.index.names if level is not None]
+        _check_names(name, [*named, *data.columns])
+        frame = data.reset_index() if named else data
         rows = (dict(zip(map(str, frame.columns), values)) for values in frame.itertuples(index=False, name=None))
     elif hasattr(data, "to_batches"):  # arrow
+        _check_names(name, data.schema.names)
         rows = (row for batch in data.to_batches() for row in batch.to_pylist())
     elif isinstance(data, Iterable):
         rows = data
     else:
         raise InputError(f"{name}: expected a file, a folder, a frame or rows that are dicts")
-    return ((f"{name}: row {number}", _plain(row)) for number, row in enumerate(rows, 1))
+    return _number(name, rows)
+
+
+def read_twice(given):
+    """A data set that can be read more than once: of an iterator, the rows as a list."""
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, Sized) else given
+
+
+def describe_rows(given) -> str:
+    """A data set's name; of one that has none, what it is and a hash of its rows, as `identity.ROWS` reads it."""
+    if isinstance(given, str):
+        return given
+    content, num_rows = hashlib.sha256(), 0
+    for _, row in read_rows(given):
+        content.update(json.dumps(row, sort_keys=True, default=str).encode())
+        num_rows += 1
+    return f"{type(given).__name__} of {num_rows} rows with sha256 {content.hexdigest()}"
+
+
+def _check_names(data: str, names: Iterable) -> None:
+    """Raises InputError for a column that stands twice: a row that is a dict would keep the last of them alone."""
+    counts = Counter(map(str, names))
+    if twice := [name for name, number in counts.items() if number > 1]:
+        raise InputError(
+            f"{data}: expected columns (and levels of the index) of different names, found {twice[0]} twice"
+        )
+
+
+def _number(name: str, rows: Iterable) -> Iterator[tuple[str, dict]]:
+    for number, row in enumerate(rows, 1):
+        try:
+            plain = _plain(row)
+        except RecursionError:
+            raise InputError(f"{name}: row {number}: {TOO_DEEP}") from None
+        yield f"{name}: row {number}", plain
 
 
 def _plain(value):

@@ -107,7 +107,7 @@ def undump(value):
     """JSON in a text as what it says, other texts as they are."""
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or nested too deeply to be any here
         return value
 
 
@@ -155,7 +155,9 @@ def read_side(
         ends = [place for place, turn in enumerate(turns, 1) if turn["role"] == "assistant"]
         turns = turns[: ends[num_answers - 1]] if 0 < num_answers <= len(ends) else turns
     *opening, last = turns
-    if last["role"] != "assistant" or missing(last["content"]):
+    if last["role"] != "assistant":
+        return opening or turns, None  # a lone turn is the question
+    if missing(last["content"]):
         return opening, None
     if not isinstance(last["content"], Answer):
         raise InputError(f"expected an answer of text, found {type(last['content']).__name__}")

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from conj import InputError
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
-MESSAGES = '[{"'  # how a list of messages begins, as JSON
+MESSAGES = re.compile(r'\[\s*\{\s*"')  # how a list of messages begins, as JSON
 
 
 def open_text(path: Path) -> TextIO:
@@ -131,11 +132,11 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict]]:
 def _read_cell(cell: str, where: str):
     if cell.startswith("[{'"):  # as pandas writes lists: its quotes cannot be told from those of the texts
         raise InputError(f"{where}: expected messages as JSON, found a list as Python prints it: {cell[:40]!r}")
-    if not cell.startswith(MESSAGES):
+    if not MESSAGES.match(cell):
         return cell
     try:
         value = json.loads(cell)
-    except ValueError:
+    except (ValueError, RecursionError):
         return cell
     roles = all(isinstance(item, dict) and {"role", "from", "type"} & item.keys() for item in value)
     return value if roles else cell

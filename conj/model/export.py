@@ -2,13 +2,13 @@
 
 Readers are many: transformers 4 and 5, vLLM, what is built on them. So config.json is written in both dialects, with every
 value that a reader would otherwise fill in; the generation defaults are what was evaluated, greedy, and not what the base
-came with; what the base held for others (quantization, remote code) stays behind.
+came with, but for a judge that is to be sampled; what the base held for others (quantization, remote code) stays behind.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -31,9 +31,11 @@ LEFT_BEHIND = (
 
 
 def export_model(
-    model: nn.Module, folder: Path, base: Path, *, is_writer: bool, max_shard_bytes: int = 5 << 30
-) -> None:
-    """Writes a (sharded) model, trained from `base`, in the dtype that the base's weights are stored in.
+    model: nn.Module, folder: Path, base: Path, *, is_writer: bool, max_shard_bytes: int = 5 << 30,
+    sampling: Mapping[str, object] | None = None, also: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Writes a (sharded) model, trained from `base`, in the dtype that the base's weights are stored in. `sampling`: of a
+    judge that is not greedy, for generation_config.json; `also`: texts of more files, by name.
 
     Collective: every rank calls it, one writes. Tensors are gathered one at a time, so the writer holds one shard file
     at most. The folder appears whole, by a rename."""
@@ -59,10 +61,12 @@ def export_model(
         )
     judge = check_model(base, None)
     _write_json(beside / "config.json", trained_config(read, judge))
-    _write_json(beside / "generation_config.json", greedy_generation(base, judge))
+    _write_json(beside / "generation_config.json", generation_config(base, judge, sampling))
     write_tokenizer(beside, base, judge)
     for path in (path for pattern in LICENCE_FILES for path in base.glob(pattern) if path.is_file()):
         write_atomic(beside / path.name, path.read_bytes())
+    for name, text in (also or {}).items():
+        write_atomic(beside / name, text.encode())
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
 
@@ -95,13 +99,13 @@ def trained_config(base: DecoderFolder, judge: JudgeModel) -> dict:
     return dict(sorted(written.items()))
 
 
-def greedy_generation(base: Path, judge: JudgeModel) -> dict:
+def generation_config(base: Path, judge: JudgeModel, sampling: Mapping[str, object] | None = None) -> dict:
     """generation_config.json: how the judge was evaluated, and no more. The base's penalty or temperature was not."""
     path, stated = base / "generation_config.json", {}
     for file in (base / "config.json", *([path] if path.exists() else [])):
         read = read_model_json(file)
         stated |= {name: read[name] for name in ("bos_token_id", "pad_token_id") if read.get(name) is not None}
-    return {"do_sample": False, "eos_token_id": _one_or_all(judge.end_ids), **stated}
+    return {"do_sample": bool(sampling), **(sampling or {}), "eos_token_id": _one_or_all(judge.end_ids), **stated}
 
 
 def _one_or_all(ids: list[int]) -> int | list[int]:

@@ -1,7 +1,8 @@
 """Stage 3: the base model, or another behind an endpoint, gives reasons for a verdict it is told, one for the label and one against it: `hinted.jsonl`.
 
 The reason is put into the JSON of a judgment with the verdict of the hint, so that every prompt gets a right and a
-wrong judgment, also where sampling gave only one kind (paper, section 3.2). Run it again after a kill and it goes on.
+wrong judgment, also where sampling gave only one kind (paper, section 3.2). A thought, which may speak of the hint, is
+thrown away, and a text that ends within it is no reason. Run it again after a kill and it goes on.
 
     python -m conj.sample.hinted --run-dir runs/demo --model demo/base
 """
@@ -11,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from conj.data.judges import UNFINISHED, Judge, judge_prompt, judgment_text
 from conj.data.options import option, require, run_command
 from conj.data.preprocess import question_of
-from conj.data.prompts import REASON_KEY, VERDICT_KEY, judge_messages, judgment_text
 from conj.data.tokenizer import JudgeTokenizer
-from conj.data.verdicts import parse_reason, parse_strict
 from conj.sample.engines.completion import Completion, Request
-from conj.sample.stage import SamplingOptions, sample_prompts
+from conj.sample.stage import SamplingOptions, opens_thought, sample_prompts
 
 MAX_REASON_TOKENS = 400
 # A full stop of a number (3.14) or an abbreviation within a word ends no sentence.
@@ -39,6 +39,9 @@ class HintedOptions(SamplingOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        judge = self.read_judge()
+        missing = "hint_1 and hint_2" if judge.hint_1 is None else "judgment" if not judge.can_write else ""
+        require(not missing, f"--judge {self.judge}: expected {missing} in its file, to ask for reasons; found none")
         require(
             self.model is not None or self.max_new_tokens <= MAX_REASON_TOKENS,
             f"--max-new-tokens: expected at most {MAX_REASON_TOKENS}, found {self.max_new_tokens}, or a --model, by whose "
@@ -48,40 +51,48 @@ class HintedOptions(SamplingOptions):
 
 def sample_hinted(options: HintedOptions) -> None:
     """Writes `hinted.jsonl`. Raises InputError for unusable prompts, model or options."""
-    model = options.read_model()
-    kinds = ("hint", "hint_reversed")
+    model, judge = options.read_model(), options.read_judge()
+    kinds, opened = ("hint", "hint_reversed"), opens_thought(model, judge)
 
     def make_requests(row: dict) -> list[Request]:
         requests = []
         for kind, hint in zip(kinds, (row["label"], 3 - row["label"])):
-            messages = judge_messages(question_of(row), row["answer_1"], row["answer_2"], hint=hint)
+            messages = judge_prompt(judge, question_of(row), row["answer_1"], row["answer_2"], hint)
             key = {"id": row["id"], "kind": kind, "index": 0}
             requests.append(Request(key=key, hint=hint, **options.prompt(model, messages)))
         return requests
 
-    def judge(request: Request, completion: Completion) -> dict:
-        return hinted_judgment(completion, request.hint, model and model.tokenizer)
+    def read(request: Request, completion: Completion) -> dict:
+        return hinted_judgment(completion, request.hint, judge, model and model.tokenizer, opened)
 
-    sample_prompts(options, model, [{"kind": kind, "index": 0} for kind in kinds], make_requests, judge)
+    sample_prompts(options, model, [{"kind": kind, "index": 0} for kind in kinds], make_requests, read)
 
 
-def hinted_judgment(completion: Completion, hint: int, tokenizer: JudgeTokenizer | None) -> dict:
-    """What the model wrote for a hint, as a judgment with that verdict; as written and without a verdict if it cannot
-    be one: it is empty, has no full sentence up to where it is cut, or is JSON with another verdict or none.
+def hinted_judgment(
+    completion: Completion, hint: int, judge: Judge, tokenizer: JudgeTokenizer | None, opened: bool = False
+) -> dict:
+    """What the model wrote for a hint, its thought aside, as a judgment with that verdict; as written and without a verdict if
+    it cannot be one: it is empty, has no full sentence up to where it is cut, or states another verdict or tries to. Of a
+    thought that does not end, or that begins anew, nothing is left. A judgment in a thought that the prompt `opened` ends it.
 
-    Rungs: `hint`, the text is the reason; `hint_cut`, its full sentences are; the parser's, it is JSON already; `none`."""
-    written = completion.text.strip()
-    own = parse_strict(written)
-    if own.value == hint:
-        reason, rung = parse_reason(written), own.rung
-    elif own.value is None and not any(f'"{key}"' in written for key in (REASON_KEY, VERDICT_KEY)):
+    Rungs: `hint`, the text is the reason; `hint_cut`, its full sentences are; the parser's, it is a judgment already; `none`;
+    `unfinished`."""
+    closing, answer = f"{judge.thought[1]}\n\n" if opened else "", judge.answer(completion.text, opened)
+    if answer is None or any(mark in answer for mark in judge.thought):
+        return {"text": closing, "verdict": None, "rung": UNFINISHED}
+    written = answer.strip()
+    own, attempted = judge.parse(written), judge.attempts(written)
+    if own.value == hint and (attempted or judge.reason(written)):
+        reason, rung = judge.reason(written), own.rung
+    elif (own.value == hint or own == (None, "none")) and not attempted:
         reason, rung = written, "hint"
     else:
         reason, rung = "", "none"
-    if kept := cut_reason(reason, tokenizer, torn=rung == "hint" and completion.finish_reason == "length"):
-        rung = f"{rung}_cut" if kept != reason else rung
-        return {"text": judgment_text(kept, hint), "verdict": hint, "rung": rung}
-    return {"text": completion.text, "verdict": None, "rung": "none"}
+    kept = cut_reason(reason, tokenizer, torn=rung == "hint" and completion.finish_reason == "length")
+    text = judgment_text(judge, kept, hint)
+    if kept and judge.parse(text).value == hint:  # a reason may hold what a pattern reads
+        return {"text": closing + text, "verdict": hint, "rung": rung if kept == reason else f"{rung}_cut"}
+    return {"text": closing + answer, "verdict": None, "rung": "none"}
 
 
 def cut_reason(reason: str, tokenizer: JudgeTokenizer | None, torn: bool) -> str:

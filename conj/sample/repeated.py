@@ -1,7 +1,8 @@
 """Stage 2: the base model, or another behind an endpoint, writes n judgments of every prompt, to `repeated.jsonl`.
 
 Sampled warm, so that both right and wrong ones come out; which is which, the label says when pairs are made (paper,
-section 3.1). Run it again after a kill and it goes on.
+section 3.1). A row holds the whole text; its verdict is that of what stands behind a thought. Run it again after a kill and
+it goes on.
 
     python -m conj.sample.repeated --run-dir runs/demo --model demo/base
     python -m conj.sample.repeated --run-dir runs/mine --api-model Qwen/Qwen2.5-72B-Instruct --base-url http://HOST:8000/v1
@@ -11,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from conj.data.judges import judge_prompt, with_parser
 from conj.data.options import option, require_each, run_command
 from conj.data.preprocess import question_of
-from conj.data.prompts import judge_messages
-from conj.data.verdicts import PARSERS
 from conj.sample.engines.completion import Completion, Request
-from conj.sample.stage import SamplingOptions, sample_prompts
+from conj.sample.stage import SamplingOptions, json_keys, opens_thought, sample_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,14 @@ class RepeatedOptions(SamplingOptions):
     num_samples: int = option(8, help="number of judgments a prompt")
     temperature: float = option(1.2, help="sampling temperature, above 0")
     top_p: float = option(0.95, help="sample from the likeliest tokens that add up to this share, above 0 up to 1")
-    parser: Literal["strict", "released"] = option("strict", help="how verdicts are read; released: as published")
+    parser: Literal["strict", "released"] | None = option(
+        None, help="how verdicts are read; by default the judge's; released: as published"
+    )
+
+    structured_output: bool = option(
+        False,
+        help="every judgment is the judge's JSON object with a verdict, unless it is cut off; it cannot think first",
+    )
 
     def makes(self) -> dict[Path, list]:
         return {self.run_dir / "repeated.jsonl": self.made_from()}
@@ -32,22 +39,27 @@ class RepeatedOptions(SamplingOptions):
     def __post_init__(self):
         super().__post_init__()
         require_each(self, ("num_samples",), lambda value: value >= 1, "1 or more")
+        judge = with_parser(self.read_judge(), self.parser)
+        json_keys(judge, self.structured_output)
+        object.__setattr__(self, "parser", None if judge.verdict_pattern else judge.parser)
 
 
 def sample_repeated(options: RepeatedOptions) -> None:
     """Writes `repeated.jsonl`. Raises InputError for unusable prompts, model or options."""
-    model = options.read_model()
+    model, judge = options.read_model(), with_parser(options.read_judge(), options.parser)
+    opened = opens_thought(model, judge)
     keys = [{"kind": "repeated", "index": index} for index in range(options.num_samples)]
 
     def make_requests(row: dict) -> list[Request]:
-        prompt = options.prompt(model, judge_messages(question_of(row), row["answer_1"], row["answer_2"]))
+        prompt = options.prompt(model, judge_prompt(judge, question_of(row), row["answer_1"], row["answer_2"]))
         return [Request(key={"id": row["id"], **key}, **prompt) for key in keys]
 
-    def judge(request: Request, completion: Completion) -> dict:
-        verdict = PARSERS[options.parser](completion.text)
+    def read(request: Request, completion: Completion) -> dict:
+        verdict = judge.parse(completion.text, opened)
         return {"text": completion.text, "verdict": verdict.value, "rung": verdict.rung}
 
-    sample_prompts(options, model, keys, make_requests, judge)
+    structure = json_keys(judge, options.structured_output, opened)
+    sample_prompts(options, model, keys, make_requests, read, structure)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from typing import ClassVar
 
 from conj import InputError
 from conj.data import manifest
-from conj.data.identity import ENDPOINT
+from conj.data.identity import ENDPOINT, describe_judge
+from conj.data.judged import JudgedRunOptions
+from conj.data.judges import Judge
 from conj.data.manifest import RunOptions
 from conj.data.options import option, refuse, require, require_each
 from conj.data.preprocess import stream_prompts
@@ -30,7 +32,7 @@ from conj.sample.rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions(RunOptions, FleetOptions, EndpointOptions):
+class SamplingOptions(JudgedRunOptions, FleetOptions, EndpointOptions):
     TOP_K: ClassVar[int] = 50
 
     model: Path | None = option(
@@ -60,6 +62,8 @@ class SamplingOptions(RunOptions, FleetOptions, EndpointOptions):
     def __post_init__(self):
         FleetOptions.__post_init__(self)
         EndpointOptions.__post_init__(self)
+        if self.max_new_tokens is None:
+            object.__setattr__(self, "max_new_tokens", self.read_judge().max_new_tokens)  # so that the manifest says it
         require_each(self, ("temperature", "repetition_penalty"), lambda value: value > 0, "above 0")
         require_each(self, ("top_p",), lambda value: 0 < value <= 1, "above 0 up to 1")
         require_each(self, ("top_k",), lambda value: value >= 0, "0 or more")
@@ -71,12 +75,13 @@ class SamplingOptions(RunOptions, FleetOptions, EndpointOptions):
         refuse(self, ("base_url", "requests_per_minute"), "expected --api-model, the name that the endpoint knows")
         for name, recipe in (("top_k", self.TOP_K), ("repetition_penalty", 1.0)):
             if getattr(self, name) is None:
-                object.__setattr__(self, name, recipe)  # so that the manifest says it
+                object.__setattr__(self, name, recipe)
 
     def made_from(self) -> list:
-        """The prompts and the models that judge them, as a manifest's inputs."""
+        """The prompts, the models that judge them, and whose prompt they are given, as a manifest's inputs."""
         endpoint = [f"{ENDPOINT}{self.api_model}"] if self.api_model else []
-        return [self.find("prompts.jsonl"), *endpoint, *([self.model] if self.model else [])]
+        models = [*endpoint, *([self.model] if self.model else [])]
+        return [self.find("prompts.jsonl"), *models, describe_judge(self.read_judge())]
 
     def read_model(self) -> JudgeModel | None:
         """The model of --model, checked; None where there is none."""
@@ -86,6 +91,35 @@ class SamplingOptions(RunOptions, FleetOptions, EndpointOptions):
         """What a request holds of its prompt: token ids where they are made here, and what an endpoint is sent."""
         prompt = {} if model is None else {"prompt_ids": model.tokenizer.prompt_ids(messages)}
         return prompt | ({} if self.api_model is None else {"messages": messages})
+
+
+def opens_thought(model: JudgeModel | None, judge: Judge) -> bool:
+    """Whether the prompts of a model end with the start of a thought, as the chat templates of some have it.
+
+    Raises InputError where the marks of a thought are control tokens: they leave no text, and a thought could not be told
+    from an answer."""
+    if model is None:
+        return False
+    for mark in judge.thought:
+        require(
+            model.tokenizer.special.get(mark) not in model.tokenizer.silent,
+            f"{model.folder}: its tokenizer takes {mark} for a control token, which is no text; judge {judge.name} could not tell "
+            "a thought from an answer",
+        )
+    return any(prompt.rstrip().endswith(judge.thought[0]) for prompt in model.tokenizer.template.prompts())
+
+
+def json_keys(judge: Judge, structured: bool, opened: bool = False) -> tuple[str, str] | None:
+    """For Decoding: the keys of the object that --structured-output asks for. Raises InputError for a judge that does not
+    write one, or a prompt that ends within a thought."""
+    if not structured:
+        return None
+    pattern = (
+        f"--structured-output: expected a judge whose judgments are JSON; those of {judge.name} are read by a pattern"
+    )
+    require(judge.verdict_pattern is None, pattern)
+    require(not opened, "--structured-output: the model's prompts begin a thought, which cannot be an object")
+    return judge.reason_key, judge.verdict_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +136,9 @@ class Task:
 
 
 def sample_prompts(
-    options: SamplingOptions, model: JudgeModel | None, keys: list[dict], make_requests: Callable, judge: Callable
-) -> None:
+    options: SamplingOptions, model: JudgeModel | None, keys: list[dict], make_requests: Callable, judge: Callable,
+    json_keys: tuple[str, str] | None = None,
+) -> None:  # fmt: skip
     """Writes the stage's file: for each row of prompts.jsonl the requests `make_requests` makes of it, completed and judged.
 
     Raises InputError for unusable prompts."""
@@ -111,6 +146,7 @@ def sample_prompts(
     decoding = Decoding(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
         top_k=options.top_k, repetition_penalty=options.repetition_penalty, seed=options.seed,
+        thought=options.read_judge().thought, json_keys=json_keys,
     )  # fmt: skip
     if options.api_model is None:
         if model.untrainable is not None:

@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conj.data.card import read_base_card, write_card
+from conj.data.judges import decoding_of, judge_file
 from conj.data.manifest import begin, finish, identity
+from conj.data.model_files import JUDGE_FILE
 from conj.data.options import run_command
 from conj.data.packs import Group, deal, pairs_of
 from conj.data.tokens import TokenizedPairs
@@ -208,7 +210,11 @@ def main(options: DPOOptions) -> None:
         del saver  # and with it the host's copy of the state: the export wants memory too
 
         # A folder that transformers and vLLM open as it is, in the base model's dtype.
-        export_model(model, artefact, options.model, is_writer=world.is_main)
+        judge = options.read_judge()
+        export_model(
+            model, artefact, options.model, is_writer=world.is_main, sampling=decoding_of(judge),
+            also={JUDGE_FILE: judge_file(judge)},
+        )  # fmt: skip
         if world.is_main:
             counts = {
                 "train_pairs": len(plan.train),

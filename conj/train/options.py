@@ -11,7 +11,9 @@ from typing import Literal
 
 import conj
 from conj import InputError
-from conj.data.manifest import BASE_MODEL, RunOptions
+from conj.data.identity import describe_judge
+from conj.data.judged import JudgedRunOptions
+from conj.data.manifest import BASE_MODEL
 from conj.data.options import option, require, require_each
 from conj.model.folder import TRAINING_MAX_LENGTH
 
@@ -89,7 +91,7 @@ DP_SHARD_SIZE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceOptions(RunOptions, ComputeOptions):
+class ReferenceOptions(JudgedRunOptions, ComputeOptions):
     model: Path = option(help=BASE_MODEL, affects_result=False)
     max_length: int = option(
         TRAINING_MAX_LENGTH, help="tokens of prompt and judgment; pairs over it are counted and left out"
@@ -100,15 +102,17 @@ class ReferenceOptions(RunOptions, ComputeOptions):
 
     def makes(self) -> dict[Path, list]:
         by = f"forward pass {hash_forward()} of torch {version('torch')}"
-        return {self.run_dir / "reference.safetensors": [self.find("pairs.jsonl"), by, self.model]}
+        inputs = [self.find("pairs.jsonl"), by, describe_judge(self.read_judge()), self.model]
+        return {self.run_dir / "reference.safetensors": inputs}
 
     def __post_init__(self):
+        self.read_judge()
         above_0 = ("max_length", "max_tokens_per_pack", "dp_shard_size", "save_every")
         require_each(self, above_0, lambda value: value > 0, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOOptions(RunOptions, ComputeOptions):
+class DPOOptions(JudgedRunOptions, ComputeOptions):
     model: Path = option(help=BASE_MODEL, affects_result=False)
     beta: float = option(0.1, help="DPO's temperature: how dear it is to leave the base model")
     nll_alpha: float = option(0.0, help="weight of the added mean negative logprob of the chosen judgment's tokens")
@@ -178,9 +182,11 @@ class DPOOptions(RunOptions, ComputeOptions):
     seed: int = option(2021, help="seed of the order of pairs")
 
     def makes(self) -> dict[Path, list]:
-        return {self.run_dir / "model": [self.find("pairs.jsonl"), self.find("reference.safetensors"), self.model]}
+        files = [self.find("pairs.jsonl"), self.find("reference.safetensors")]
+        return {self.run_dir / "model": [*files, describe_judge(self.read_judge()), self.model]}
 
     def __post_init__(self):
+        self.read_judge()
         above_0 = ("beta", "learning_rate", "max_grad_norm", "num_train_epochs", "max_steps", "pairs_per_step")
         above_0 += ("max_length", "max_tokens_per_pack", "pack_multiple", "balanced_packs", "dp_shard_size")
         above_0 += ("eval_steps", "eval_pairs", "save_every", "keep_checkpoints")

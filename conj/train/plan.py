@@ -56,7 +56,7 @@ def make_plan(options, world: World, *, elsewhere: bool = False, folders: Sequen
         options = world.on_main(lambda: settle_options(options, has_begun, pairs, members, world.machine(), pack))
 
     where = {"dtype": options.dtype, "device": world.device}
-    key = world.on_main(lambda: reference_key(options.model, tokenizer, pairs, **where))
+    key = world.on_main(lambda: reference_key(options.model, tokenizer, pairs, judge=options.read_judge(), **where))
     reference, stale = load_reference(path, key, len(pairs), elsewhere=elsewhere)
     missing = int(reference[usable].isnan().any(dim=1).sum())
     require(missing == 0, f"{path}: {missing} pairs have no reference logprob")

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from conj import InputError
 from conj.data.files import listed, sha256_file, stream_jsonl, write_atomic
+from conj.data.identity import hash_judge
+from conj.data.judges import Judge, load_judge
 from conj.data.manifest import RunOptions, begin, finish
 from conj.data.model_files import weight_files
 from conj.data.options import require, run_command
@@ -76,13 +78,13 @@ def map_pairs(
 
 
 def reference_key(
-    model: Path, tokenizer: str, pairs: TokenizedPairs, *, dtype: str, device: torch.device
+    model: Path, tokenizer: str, pairs: TokenizedPairs, *, judge: Judge, dtype: str, device: torch.device
 ) -> dict[str, str]:
     """Everything the reference logprobs depend on, field by field."""
     return {
         "weights": json.dumps({path.name: sha256_file(path) for path in weight_files(model)}),
         "config": sha256_file(model / "config.json"), "tokenizer": tokenizer, "tokens": pairs.fingerprint(),
-        "dtype": dtype, "code": hash_forward(), "backends": backends.describe(), "torch": torch.__version__,
+        "judge": hash_judge(judge), "dtype": dtype, "code": hash_forward(), "backends": backends.describe(), "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }  # fmt: skip
 
@@ -93,7 +95,9 @@ def read_reference(path: Path) -> tuple[dict[str, str], Tensor]:
         raise InputError(f"{path}: no such file; make it with python -m conj.train.reference")
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(json.loads(file.metadata()["key"])), file.get_tensor("logps")
+            # Versions that knew the card's judge alone named none.
+            key = {"judge": hash_judge(load_judge("con-j"))} | dict(json.loads(file.metadata()["key"]))
+            return key, file.get_tensor("logps")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path}: not a whole reference file: {e}") from None
 
@@ -231,7 +235,9 @@ def main(options: ReferenceOptions) -> None:
         backends.select(world.device, dtype=options.dtype, attention=options.attention, kernels=options.kernels)
         pairs, tokenizer, usable = map_pairs(options, world)
         key = world.on_main(
-            lambda: reference_key(options.model, tokenizer, pairs, dtype=options.dtype, device=world.device)
+            lambda: reference_key(
+                options.model, tokenizer, pairs, judge=options.read_judge(), dtype=options.dtype, device=world.device
+            )
         )
         # First what it is made of: a finished file that another model made is refused with the name of what changed.
         if not world.on_main(lambda: begin(artefact, inputs=inputs, options=options)):

@@ -8,12 +8,8 @@ import re
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 
-from conj.data.prompts import VERDICT_KEY
-
 NUM_TOP_LOGPROBS = 20  # the most that vLLM and the OpenAI API give
 BESIDE_NAME = " \t\r\n▁\"'`*()[]{}<>:：,，.。;；"  # what one token may hold beside an answer's name
-# Where the card's judgment states its verdict (a regular expression, whose last match counts), and how it names the answers.
-CARD_VERDICT = (VERDICT_KEY + r'["\']?\s*[:：]\s*["\']?(?:回答)?([12])', "1", "2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +23,9 @@ class Decoding:
     repetition_penalty: float | None = None
     seed: int = 0
     verdict_probability: bool = False  # asks for the likeliest tokens, and fills Completion.p_first
-    verdict_place: tuple[str, str, str] = CARD_VERDICT  # where and how a judgment names the better answer
+    verdict_place: tuple[str, str, str] = ("", "", "")  # with it, a judge's: where a judgment names the better answer
+    thought: tuple[str, str] = ("<think>", "</think>")  # put around what a server gives apart as such
+    json_keys: tuple[str, str] | None = None  # what is written is one object: a reason, and 1 or 2, under these keys
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,8 @@ A prompt that is too long for the server, or that its filter stops, is a judgmen
 
 The API has no words for top-k and repetition penalty: where they are asked for they go out as vLLM's extra parameters, which
 its server and others know; one that does not says so and ends the run.
+
+What a server gives apart as the model's thought is put back before its text, between the judge's marks.
 """
 
 import contextlib
@@ -32,6 +34,7 @@ from conj.sample.engines.completion import (
     request_seed,
 )
 
+THOUGHT = ("reasoning_content", "reasoning")  # where servers put what a model thought, apart from its text
 EXTRA = ("top_k", "repetition_penalty")  # names of Decoding and of vLLM's server
 
 
@@ -139,6 +142,8 @@ def _limit_rate(requests_per_minute: float | None):
 def _complete(client, request: Request, model: str, decoding: Decoding) -> Completion:
     extra = {name: value for name in EXTRA if (value := getattr(decoding, name)) is not None}
     asked = {"logprobs": True, "top_logprobs": NUM_TOP_LOGPROBS} if decoding.verdict_probability else {}
+    if decoding.json_keys is not None:
+        asked["response_format"] = _response_format(*decoding.json_keys)
     messages = [message | {"content": replace_surrogates(message["content"])} for message in request.messages]
     try:
         reply = client.chat.completions.create(
@@ -158,13 +163,29 @@ def _complete(client, request: Request, model: str, decoding: Decoding) -> Compl
         raise InputError(f"{model}: expected a chat completion, found {brief(reply)}") from None
 
 
+def _response_format(reason_key: str, verdict_key: str) -> dict:
+    schema = {
+        "type": "object", "required": [reason_key, verdict_key], "additionalProperties": False,
+        "properties": {reason_key: {"type": "string"}, verdict_key: {"type": "integer", "enum": [1, 2]}},
+    }  # fmt: skip
+    return {"type": "json_schema", "json_schema": {"name": "judgment", "strict": True, "schema": schema}}
+
+
 def _read(reply, decoding: Decoding) -> Completion:
-    choice, text, usage, p_first = reply.choices[0], reply.choices[0].message.content or "", reply.usage, None
+    choice, usage, p_first = reply.choices[0], reply.usage, None
+    message, (start, end) = choice.message, decoding.thought
+    text, thought = message.content or "", next(filter(None, (getattr(message, name, None) for name in THOUGHT)), "")
     counts = [usage and usage.prompt_tokens, usage and usage.completion_tokens]
-    if not isinstance(text, str) or not all(count is None or type(count) is int for count in counts):
+    if (
+        not isinstance(text, str)
+        or not isinstance(thought, str)
+        or not all(count is None or type(count) is int for count in counts)
+    ):
         raise TypeError
     if choice.logprobs is not None and choice.logprobs.content:
         p_first = _first_probability(text, choice.logprobs.content, decoding)
+    if thought:  # without a text behind it, it is unfinished
+        text = f"{start}\n{thought}\n{end}\n\n{text}" if text else f"{start}\n{thought}"
     return Completion(
         text=text, token_ids=None, finish_reason=choice.finish_reason or "unknown", p_first=p_first,
         prompt_tokens=counts[0], completion_tokens=counts[1],

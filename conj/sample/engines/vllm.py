@@ -9,8 +9,10 @@ of the matrix kernels (none seen in float32 on a CPU).
 import contextlib
 import gc
 import itertools
+import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -44,7 +46,7 @@ class EngineOptions:
     model: Path = option(
         help="a Hugging Face folder, or ORG/NAME on the hub, with @REVISION or without", affects_result=False
     )
-    max_new_tokens: int = option(512, help="longest judgment, tokens")
+    max_new_tokens: int | None = option(None, help="longest judgment, tokens; by default the judge's")
     max_length: int | None = option(None, help="longest prompt + judgment, tokens; by default the model's, up to 8192")
     max_num_seqs: int | None = option(
         None,
@@ -94,8 +96,9 @@ def check_engine(model: JudgeModel, options: EngineOptions) -> None:
 
 
 @contextlib.contextmanager
-def running_engine(model: JudgeModel, options: EngineOptions) -> Iterator:
-    """A vLLM engine, shut down in the end so that another model can take its place.
+def running_engine(model: JudgeModel, options: EngineOptions, structured: bool = False) -> Iterator:
+    """A vLLM engine, shut down in the end so that another model can take its place. `structured`: it can be asked for
+    judgments of a given form, for which alone vLLM has to know the tokenizer.
 
     Raises InputError when vLLM is not installed, or not for `options.device`."""
     check_engine(model, options)
@@ -115,7 +118,7 @@ def running_engine(model: JudgeModel, options: EngineOptions) -> Iterator:
     fits = f"expected auto or {built_for}, which the vLLM that is installed is built for"
     require(options.device in ("auto", built_for), f"--device: {fits}, found {options.device}")
     arguments = {
-        "model": str(model.folder), "skip_tokenizer_init": True, "dtype": options.dtype,
+        "model": str(model.folder), "skip_tokenizer_init": not structured, "dtype": options.dtype,
         "generation_config": "vllm",  # the model's own sampling defaults stay out
         "max_model_len": model.max_length, "max_num_seqs": options.max_num_seqs, "enable_prefix_caching": True,
         "max_num_batched_tokens": options.max_num_batched_tokens,
@@ -154,7 +157,7 @@ def complete_by_vllm(
     requests: Iterable[Request], model: JudgeModel, options: EngineOptions, decoding: Decoding
 ) -> Completions:
     """Each request with its completion, as it finishes, by an engine that lives as long as the generator."""
-    with running_engine(model, options) as engine:
+    with running_engine(model, options, structured=decoding.json_keys is not None) as engine:
         yield from generate(engine, requests, model, decoding)
 
 
@@ -180,14 +183,26 @@ def generate(engine, requests: Iterable[Request | None], model: JudgeModel, deco
 
 def _sampling_params(request: Request, model: JudgeModel, decoding: Decoding):
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+    form = None if decoding.json_keys is None else StructuredOutputsParams(regex=judgment_regex(*decoding.json_keys))
     return SamplingParams(
+        structured_outputs=form,
         temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k or 0,
         repetition_penalty=decoding.repetition_penalty or 1.0, max_tokens=decoding.max_new_tokens,
         seed=request_seed(decoding.seed, request.key), stop_token_ids=model.end_ids, detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY, logprobs=NUM_TOP_LOGPROBS if decoding.verdict_probability else None,
     )  # fmt: skip
+
+
+def judgment_regex(reason_key: str, verdict_key: str) -> str:
+    """All judgments as `judgment_text` writes them, with a reason or without. A JSON schema would leave the white space
+    open, which a model may fill until its tokens are used up."""
+    text = r'"([^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"'
+    quoted = [json.dumps(key, ensure_ascii=False) for key in (reason_key, verdict_key)]
+    # Not re.escape, which escapes spaces and more that other readers of regular expressions take for a mistake.
+    reason, verdict = (re.sub(r"[\\.^$*+?()\[\]{}|]", r"\\\g<0>", key) for key in quoted)
+    return rf"\{{({reason}: {text}, )?{verdict}: [12]\}}"
 
 
 def _completion(output, model: JudgeModel, decoding: Decoding) -> Completion:

@@ -4,7 +4,7 @@
     python -m conj.sample.evaluation.evaluate --run-dir runs/skywork --judge gpt-4o --data reward-bench ultrafeedback
     python -m conj.sample.evaluation.evaluate --run-dir runs/again --judgments gpt-4=published/result.json
 
-Writes `judgments_NAME.jsonl`: `base` and, if the run has a model, `trained`; with `--judge` or `--name` of that name.
+Writes `judgments_NAME.jsonl`: `base` and, if the run has a model, `trained`; with `--name`, or a `--judge` that has a model of its own, of that name.
 The report (`report.json`, `.md`, `.html`) takes in every file of judgments of these data that the run folder holds, so
 judges may be added one by one. `--judgments` scores files that are there, without any model. A prompt that does not fit
 the context counts as unparsed, and is reported. Run it again after a kill and it goes on; the report is made anew.
@@ -12,8 +12,6 @@ the context counts as unparsed, and is reported. Run it again after a kill and i
 
 import dataclasses
 import functools
-import hashlib
-import json
 import re
 import time
 from collections import Counter
@@ -26,20 +24,22 @@ from conj.data import manifest
 from conj.data.benchmarks import locate_data
 from conj.data.card import write_card
 from conj.data.files import read_jsonl
-from conj.data.layouts import swapped
+from conj.data.identity import describe_judge, hash_judge
+from conj.data.judges import Judge, judge_in_folder, judge_prompt, load_judge, with_parser
 from conj.data.manifest import RunOptions
+from conj.data.model_files import JUDGE_FILE
 from conj.data.options import option, refuse, require, require_each, run_command
 from conj.data.preprocess import load_prompts, question_of
 from conj.data.readers import DATA_PARTS, describe_data
+from conj.data.rows import swapped
 from conj.model.folder import JudgeModel, check_model
 from conj.sample.engines.completion import Completion, Decoding, Request
 from conj.sample.engines.fleet import ENGINES_ALONE, FleetOptions, complete_by_engines
 from conj.sample.engines.http import EndpointOptions, complete_by_http
 from conj.sample.evaluation.figures import Judged, score_all
-from conj.sample.evaluation.judges import Judge, judge_prompt, load_judge
 from conj.sample.evaluation.judgments import read_judgments_file
 from conj.sample.evaluation.report import write_report
-from conj.sample.stage import Task, write_judgments
+from conj.sample.stage import Task, json_keys, opens_thought, write_judgments
 
 NAME = re.compile(r"[\w.+-]{1,100}")  # of a judge: it becomes a part of file names
 
@@ -75,9 +75,15 @@ class EvaluateOptions(RunOptions, FleetOptions, EndpointOptions):
         None, help="how verdicts are read; by default the judge's; released: as published"
     )
     num_samples: int = option(1, help="judgments of each order; the majority decides")
-    temperature: float = option(0.0, help="sampling temperature; 0 is greedy, and takes one sample")
+    temperature: float | None = option(
+        None, help="sampling temperature; 0 is greedy, and takes one sample; by default the judge's, mostly 0"
+    )
     verdict_probability: bool = option(
         False, help="also keep the probability of the verdict's token, and how far it holds"
+    )
+    structured_output: bool = option(
+        False,
+        help="every judgment is the judge's JSON object with a verdict, unless it is cut off; it cannot think first",
     )
     seed: int = option(2021, help="seed of the order of the two answers, of sampling and of the bootstrap")
     num_resamples: int = option(2000, help="number of bootstrap resamples of the questions", affects_result=False)
@@ -96,13 +102,16 @@ class EvaluateOptions(RunOptions, FleetOptions, EndpointOptions):
         EndpointOptions.__post_init__(self)
         require_each(self, ("num_resamples", "limit", "num_samples"), lambda value: value >= 1, "1 or more")
         require_each(self, ("temperature",), lambda value: value >= 0, "0 or more")
-        require(self.num_samples == 1 or self.temperature > 0, "--num-samples: expected a --temperature above 0")
+        sampled = self.num_samples == 1 or self.judgments or temperature_of(self) > 0
+        require(bool(sampled), "--num-samples: expected a --temperature above 0")
         require_each(self, ("seed",), lambda value: value >= 0, "0 or more")
         require(bool(self.data or self.judgments), "--data: expected benchmarks, or --judgments to score")
         if self.judgments:
             unread = ("judge", "judge_text", "model", "name", "base_url", "num_samples", "temperature",
-                      "verdict_probability", "parser")  # fmt: skip
+                      "verdict_probability", "parser", "structured_output")  # fmt: skip
             refuse(self, unread, "with --judgments no model is asked")
+        elif self.structured_output:
+            json_keys(judge_of(self), True)
         require_each(self, ("name",), NAME.fullmatch, "letters, digits, dots, dashes, plus signs and underscores")
 
     def at_hand(self) -> "EvaluateOptions":
@@ -184,6 +193,7 @@ def make_judgments(options: EvaluateOptions) -> tuple[dict[str, Judged], dict[st
     models = find_models(options, judge)  # before the data: a mistyped path should not cost a download
     prompts, counts = load_prompts(options.data, options.seed, options.subsets, options.limit, benchmark=True)
     for (artefact, inputs), model in zip(options.makes().items(), models.values(), strict=True):
+        say_other_judge(model, options)
         judge_prompts(artefact, inputs, judge, model, prompts, options, counts)
     found, labels = {}, {row["id"]: row["label"] for row in prompts}
     for path in _judgments_in(options.run_dir):
@@ -211,11 +221,11 @@ def _judgments_in(run: Path) -> list[Path]:
 
 
 def judge_of(options: EvaluateOptions) -> Judge:
-    judge = load_judge(options.judge, options.judge_text)
-    if options.parser is None:
-        return judge
-    require(judge.verdict_pattern is None, f"--parser: judge {judge.name} has a verdict_pattern of its own")
-    return dataclasses.replace(judge, parser=options.parser)
+    return with_parser(load_judge(options.judge, options.judge_text), options.parser)
+
+
+def temperature_of(options: EvaluateOptions) -> float:
+    return judge_of(options).temperature if options.temperature is None else options.temperature
 
 
 def find_models(options: EvaluateOptions, judge: Judge) -> dict[str, JudgeModel | None]:
@@ -232,11 +242,29 @@ def find_models(options: EvaluateOptions, judge: Judge) -> dict[str, JudgeModel 
     require(options.model is not None, f"--model: expected a folder for judge {judge.name} ({known})")
     max_length = options.max_length or judge.max_length
     check = functools.partial(check_model, max_length=max_length, chat_template=judge.chat_template)
-    if options.name or options.judge != "con-j":
+    if options.name or not is_of_runs(judge):
         return {name: check(options.model)}
     trained = options.find("model")
-    trained = {"trained": check(trained)} if trained.exists() else {}
-    return {"base": check(options.model)} | trained
+    if not trained.exists():
+        return {"base": check(options.model)}
+    own = judge_in_folder(trained) or load_judge("con-j")
+    same = hash_judge(own) == hash_judge(load_judge(options.judge, options.judge_text))
+    given = trained / JUDGE_FILE if (trained / JUDGE_FILE).exists() else own.name
+    advice = f"give {given}, or a --name to ask --model by another judge"
+    require(same, f"--judge {options.judge}: {trained} was trained as another judge, {own.name}; {advice}")
+    return {"base": check(options.model), "trained": check(trained)}
+
+
+def say_other_judge(model: JudgeModel | None, options: EvaluateOptions) -> None:
+    """What else only low figures would show."""
+    own = model and judge_in_folder(model.folder)
+    if own and hash_judge(own) != hash_judge(load_judge(options.judge, options.judge_text)):
+        print(f"note: {model.folder} was trained as another judge than {options.judge}: its own is {JUDGE_FILE} there")
+
+
+def is_of_runs(judge: Judge) -> bool:
+    """Whether it is asked of a run's base and trained model: it has no model of its own. The card's has, and is for all."""
+    return judge.model is None or judge.name == "con-j"
 
 
 def judge_prompts(
@@ -247,14 +275,16 @@ def judge_prompts(
 
     Beside what every judgment has: `order` (1: as in the data, 2: swapped), `sample`, `verdict` (as written) and `choice`
     (the answer it means in the order of the data)."""
-    labels = {row["id"]: row["label"] for row in prompts}
+    labels, opened = {row["id"]: row["label"] for row in prompts}, opens_thought(model, judge)
     decoding = Decoding(
-        max_new_tokens=options.max_new_tokens or judge.max_new_tokens, temperature=options.temperature, seed=options.seed,
+        max_new_tokens=options.max_new_tokens or judge.max_new_tokens, temperature=temperature_of(options),
+        top_p=judge.top_p, top_k=judge.top_k, thought=judge.thought, seed=options.seed,
         verdict_probability=options.verdict_probability, verdict_place=judge.verdict_place,
+        json_keys=json_keys(judge, options.structured_output, opened),
     )  # fmt: skip
 
     def read(request: Request, completion: Completion) -> dict:
-        verdict = judge.parse(completion.text)
+        verdict = judge.parse(completion.text, opened)
         known = completion.prompt_tokens is not None and completion.completion_tokens is not None
         dollars = judge.dollars(completion.prompt_tokens, completion.completion_tokens) if known else None
         return {
@@ -273,13 +303,6 @@ def judge_prompts(
     write_judgments(
         artefact, task, complete, inputs=inputs, model=model, options=options, decoding=decoding, data_counts=counts
     )
-
-
-def describe_judge(judge: Judge) -> str:
-    """What a manifest says of a judge: its name, and a hash of all that decides its judgments, wherever its text is from."""
-    content = dataclasses.asdict(dataclasses.replace(judge, name="", prompt_dollars=None, completion_dollars=None))
-    content = json.dumps(content, ensure_ascii=False)
-    return f"judge {judge.name} {hashlib.sha256(content.encode()).hexdigest()}"
 
 
 def both_orders(row: dict, judge: Judge, model: JudgeModel | None, num_samples: int = 1) -> list[Request]:

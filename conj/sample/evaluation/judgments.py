@@ -12,10 +12,10 @@ from pathlib import Path
 from conj import InputError
 from conj.data.benchmarks import resolve_data
 from conj.data.files import check_columns, listed
-from conj.data.layouts import swapped
 from conj.data.manifest import read_manifest
 from conj.data.preprocess import load_prompts, make_row, unused_id
 from conj.data.readers import read_preferences, read_rows
+from conj.data.rows import swapped
 
 OWN = {"id": str, "order": int, "text": str, "verdict": object, "label": int, "rung": str}
 COUNT = (lambda value: type(value) is int and value >= 0, "a number from 0 up")

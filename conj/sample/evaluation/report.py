@@ -23,7 +23,6 @@ from conj.data.layouts import STYLES
 from conj.data.manifest import list_artefacts, locate, read_manifest
 from conj.data.markdown import cell, percent, percent_interval, with_interval
 from conj.data.preprocess import question_of
-from conj.data.prompts import REASON_KEY, VERDICT_KEY
 from conj.sample.evaluation.aggregation import CARD_COLUMNS, PUBLISHED
 from conj.sample.evaluation.pictures import TRAINING_CURVES, draw_pictures
 
@@ -239,6 +238,8 @@ def shown_reason(row: dict) -> str:
             content = json.loads(row["text"])
         except (ValueError, RecursionError):
             return row["text"]
-        if content.keys() == {REASON_KEY, VERDICT_KEY} and isinstance(content[REASON_KEY], str):
-            return content[REASON_KEY] or row["text"]
+        values = list(content.values()) if isinstance(content, dict) else []  # under whatever keys the judge has
+        reasons = [value for value in values if isinstance(value, str) and value not in ("1", "2")]
+        if len(values) == 2 and len(reasons) == 1:
+            return reasons[0] or row["text"]
     return row["text"]

@@ -10,8 +10,10 @@ from typing import Literal, NamedTuple
 from conj import InputError
 from conj.data.card import CARD, owns_model, render_card, trained_by
 from conj.data.files import sha256_file, stream_jsonl
-from conj.data.identity import EXCLUDED, describe_inputs, hash_input, show_change
+from conj.data.identity import EXCLUDED, JUDGE, describe_inputs, describe_judge, hash_input, judges_differ, show_change
+from conj.data.judges import load_judge
 from conj.data.manifest import ARTEFACTS, list_artefacts, locate, manifest_path, read_manifest, stage_order
+from conj.data.model_files import JUDGE_FILE
 from conj.data.options import require
 from conj.data.tokens import TOKENS, check_tokens
 from conj.train.checkpoint import check_checkpoint, list_checkpoints
@@ -57,7 +59,7 @@ def check_chain(run: Path, base: Path | None) -> list[Check]:
                 hash_input(folder / name, hash_file) == expected,
                 f"{name} was changed: its sha256 is not the manifest's",
             )
-        for entry in made["inputs"]:
+        for entry in (entry for entry in made["inputs"] if not entry["path"].startswith(JUDGE)):
             path = find(Path(entry["path"]))
             if entry["sha256"] is None or not path.exists():
                 away += [entry["path"]] if entry["path"] != EXCLUDED else []
@@ -65,6 +67,9 @@ def check_chain(run: Path, base: Path | None) -> list[Check]:
             [now] = describe_inputs([path if "files" in entry else str(path)], hash_file)
             if now["sha256"] != entry["sha256"]:
                 raise InputError(f"was made from another {show_change(entry, now)} than the one that stands there now")
+        if (own := folder / artefact.name / JUDGE_FILE).exists():
+            differ = judges_differ(made["inputs"], [{"path": describe_judge(load_judge(str(own)))}])
+            require(not differ, f"{differ}, by its {JUDGE_FILE}")
         num_rows = made["num_rows"]
         if artefact.suffix == ".jsonl":
             num_rows = sum(1 for _ in stream_jsonl(folder / artefact.name))

@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 from conj import InputError
 from conj.data.files import read_jsonl
-from conj.data.manifest import manifest_path, read_manifest
-from conj.data.model_files import weight_files
+from conj.data.manifest import locate, manifest_path, read_manifest
+from conj.data.model_files import JUDGE_FILE, weight_files
 from conj.data.options import require
 from conj.data.packs import plan_packs
 from conj.data.tokens import TOKENS, check_tokens, read_key
@@ -51,7 +51,9 @@ def read_run(options: AuditOptions, world: World) -> TrainedRun:
     elsewhere = dict.fromkeys(Path(entry["path"]).parent for entry in made["inputs"][:2])  # pairs and reference
     try:
         places = {"run_dir": options.run_dir, "from_runs": tuple(elsewhere), "model": base_of(options)}
-        trained = DPOOptions(**places, **made["options"])
+        # In folders of versions that knew the card's judge alone there is none.
+        judge = locate(options.run_dir / "model") / JUDGE_FILE
+        trained = DPOOptions(**places, **made["options"], **({"judge": str(judge)} if judge.exists() else {}))
     except TypeError as e:
         path = manifest_path(options.run_dir / "model")
         raise InputError(f"{path}: options of another version of conj: {e}") from None
