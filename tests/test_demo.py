@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from conj.data.card import CARD, render_card
 from conj.data.files import read_jsonl
+from conj.data.identity import not_excluded
 from conj.data.judges import judge_prompt, load_judge
 from conj.data.manifest import hash_input, read_manifest
 from conj.data.markdown import with_interval
@@ -104,10 +105,11 @@ def test_the_demo_trains_the_bias_away(demo):
 
 @pytest.mark.vllm
 def test_no_label_of_the_test_set_reaches_an_earlier_stage(demo):
-    """Stages 1 to 6 name their inputs: the test set is none of them, and its questions stand in none of their files."""
+    """Stages 1 to 6 name their inputs: the test set is none of them, but as what stage 1 leaves out, and its questions stand
+    in none of their files."""
     questions = {row["prompt"] for row in read_jsonl(TEST)}
     for name in ("prompts.jsonl", "repeated.jsonl", "hinted.jsonl", "pairs.jsonl", "reference.safetensors", "model"):
-        inputs = [Path(entry["path"]).name for entry in read_manifest(demo / name)["inputs"]]
+        inputs = [Path(entry["path"]).name for entry in not_excluded(read_manifest(demo / name)["inputs"])]
         assert inputs and TEST.name not in inputs
     assert not questions & {row["question"] for row in read_jsonl(demo / "prompts.jsonl")}
     written = (demo / "pairs.jsonl").read_text("utf-8")
