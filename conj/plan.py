@@ -24,7 +24,8 @@ from conj.data.hub import find_texts, name_of
 from conj.data.judges import judge_prompt, load_judge
 from conj.data.options import option, require, require_each, run_command
 from conj.data.packs import plan_packs
-from conj.data.preprocess import as_mapping, load_prompts, question_of, read_prompts
+from conj.data.preprocess import as_mapping, load_prompts, read_prompts
+from conj.data.prompts import question_of
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.tokens import PAIR_COLUMNS, TokenizedPairs, tokenize_pairs
 from conj.model.config import ModelConfig, read_config

@@ -24,7 +24,8 @@ from conj import InputError
 from conj.data.judges import judge_prompt, judgment_text, load_judge
 from conj.data.manifest import describe_code
 from conj.data.packs import group_tokens, plan_packs, plan_steps
-from conj.data.preprocess import load_prompts, question_of
+from conj.data.preprocess import load_prompts
+from conj.data.prompts import question_of
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.tokens import TokenizedPairs
 from conj.train.flops import idle_share

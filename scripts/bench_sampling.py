@@ -26,7 +26,8 @@ from bench_common import ROOT, argument_parser, where_measured, write_rows
 
 from conj.data.files import write_jsonl
 from conj.data.judges import judge_prompt, judgment_text, load_judge
-from conj.data.preprocess import question_of, stream_prompts
+from conj.data.preprocess import stream_prompts
+from conj.data.prompts import question_of
 from conj.data.verdicts import parse_strict
 from conj.sample.engines.completion import Completion, Completions, Decoding, Request
 from conj.sample.engines.fleet import complete_by_fleet

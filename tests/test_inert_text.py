@@ -14,7 +14,8 @@ from chat_styles import STYLES, write_style
 from conftest import DATA, ROOT, SHARED, here, judge_messages, judgment_text
 from control_tokens import PLACES, TEXT, Conversation, attack_texts, attacks, by_conj, by_template, places, structure
 
-from conj.data.preprocess import load_prompts, question_of
+from conj.data.preprocess import load_prompts
+from conj.data.prompts import question_of
 from conj.data.tokenizer import JudgeTokenizer
 
 QWEN2 = SHARED / "qwen2-tokenizer"

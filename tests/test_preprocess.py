@@ -8,7 +8,8 @@ from conftest import DATA
 
 from conj import InputError
 from conj.data.options import run_command
-from conj.data.preprocess import PreprocessOptions, load_prompts, preprocess, question_of, read_prompts
+from conj.data.preprocess import PreprocessOptions, load_prompts, preprocess, read_prompts
+from conj.data.prompts import question_of
 
 LLMBAR = str(DATA / "llmbar" / "adver_neighbor.json")
 

@@ -15,7 +15,8 @@ from test_prompts import llama2, pieces  # noqa: F401 (fixtures)
 from conj import InputError
 from conj.data import tokens
 from conj.data.files import write_jsonl
-from conj.data.preprocess import load_prompts, question_of
+from conj.data.preprocess import load_prompts
+from conj.data.prompts import question_of
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.tokens import TOKENS, Ragged, check_tokens, find_tokens, map_tokens, tokenize_pairs
 from conj.train import dpo, reference

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from conj import InputError
 from conj.data.columns import recognise
+from conj.data.hub import Recorded
 from conj.data.layouts import STYLE_CELLS
-from conj.data.readers import read_rows, split_name, without_revision
+from conj.data.readers import pin_data, read_rows, split_name, without_revision
 
 BY_ROWS = None  # as a weight: the number of rows that are there, so that each row counts the same
 
@@ -128,6 +129,12 @@ def locate_data(name: str) -> tuple[str, str]:
         if bare == hub and split in (None, official):
             return f"{stem}:{official}", benchmark
     return name, ""
+
+
+def pin_benchmark(name: str, recorded: Recorded = lambda repo: None) -> str:
+    """As `pin_data`, of what may be a benchmark: one is named with its place, NAME=PLACE."""
+    data, benchmark = locate_data(name)
+    return f"{benchmark}={pin_data(data, recorded)}" if benchmark else pin_data(data, recorded)
 
 
 def _recognise_rows(data: str) -> str:

@@ -26,6 +26,7 @@ class Fates:
         found["rows"] += 1
 
     def report(self) -> dict:
-        """What a manifest records: `counts`, `examples` and, where there are any, `unused_columns` and `columns_not_needed`."""
+        """What a manifest records beside the counts: `examples` and, where there are any, `unused_columns` and
+        `columns_not_needed`."""
         columns = {"unused_columns": self.leftover, "columns_not_needed": dict(self.not_needed)}
-        return {"counts": dict(self.counts), "examples": self.examples} | {k: v for k, v in columns.items() if v}
+        return {"examples": self.examples} | {k: v for k, v in columns.items() if v}

@@ -6,12 +6,12 @@ from conj.data.judges import Judge, load_judge
 from conj.data.manifest import RunOptions
 from conj.data.options import option, require
 
-JUDGE = "whose prompt, and how its judgments are written and read: a judge that conj ships, or a judge file"
+JUDGE_HELP = "whose prompt, and how its judgments are written and read: a judge that conj ships, or a judge file"
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedRunOptions(RunOptions):
-    judge: str = option("con-j", help=JUDGE, affects_result=False)
+    judge: str = option("con-j", help=JUDGE_HELP, affects_result=False)
 
     def read_judge(self) -> Judge:
         """Raises InputError for one that no model can be trained as."""

@@ -36,7 +36,7 @@ from conj.data.judge_keys import PLACES, TEXTS, check_keys
 from conj.data.model_files import JUDGE_FILE
 from conj.data.package_text import read_text, text_of_package
 from conj.data.prompts import ROLES, question_text
-from conj.data.verdicts import PARSERS, Form, Verdict, parse_reason, split_thought
+from conj.data.verdicts import CARD, PARSERS, Form, Verdict, parse_reason, split_thought
 
 FOLDER = Path(__file__).with_name("judges")
 PLACE = re.compile("{(" + "|".join(PLACES) + ")}")
@@ -60,14 +60,14 @@ class Judge:
     hint_2: str | None = None
     roles: dict[str, str] = field(default_factory=lambda: dict(ROLES))
     language: Literal["zh", "en"] = "zh"  # of the attacks on it
-    reason_key: str = "原因"
-    verdict_key: str = "更好的回答"
-    answer_name: str = "回答"
+    reason_key: str = CARD.reason_key
+    verdict_key: str = CARD.verdict_key
+    answer_name: str = CARD.answer_name
     parser: Literal["strict", "released"] = "strict"
     verdict_pattern: str | None = None  # in place of the parser
     verdicts: dict[str, int] | None = None
     judgment: str | None = None  # with {reason} and {verdict}, where there is a pattern
-    thought: tuple[str, str] = ("<think>", "</think>")
+    thought: tuple[str, str] = CARD.thought
     max_new_tokens: int = 512
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0

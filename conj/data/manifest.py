@@ -16,9 +16,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 from conj import InputError
+from conj.data.benchmarks import pin_benchmark
 from conj.data.files import sha256_file, write_atomic
 from conj.data.hub import find_model
 from conj.data.identity import (
@@ -59,6 +60,7 @@ FROM_RUNS = "run folders to build on: what is complete there is not made again"
 class RunOptions:
     """What every stage of a run has."""
 
+    BENCHMARKS: ClassVar[tuple[str, ...]] = ()  # the options that name benchmarks, or other data
     run_dir: Path = option(help="run folder: the stage writes there, and reads what it needs", affects_result=False)
     from_runs: tuple[Path, ...] = option((), name="from", help=FROM_RUNS, affects_result=False)
 
@@ -77,8 +79,10 @@ class RunOptions:
         recorded, changes = functools.partial(recorded_commit, (self.run_dir, *self.from_runs)), {}
         if (model := getattr(self, "model", None)) is not None:
             changes["model"] = find_model(model, functools.partial(recorded, is_model=True))
-        if data := getattr(self, "data", ()):
-            changes["data"] = tuple(pin_data(name, recorded) for name in data)
+        for option_name in ("data", *self.BENCHMARKS):
+            pin = pin_benchmark if option_name in self.BENCHMARKS else pin_data
+            if names := getattr(self, option_name, ()):
+                changes[option_name] = tuple(pin(name, recorded) for name in names)
         return dataclasses.replace(self, **changes)
 
     def check_from(self) -> None:

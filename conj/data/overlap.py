@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from conj.data.fates import Fates
 from conj.data.files import dump_line
+from conj.data.prompts import question_of
 
 SHORTEST = 13  # words of a question that is compared by words; a shorter one by its whole text alone
 SAME_SHARE = 0.85
@@ -90,9 +91,8 @@ def drop_repeats(entries: Iterable[Entry], fates: Fates) -> Iterator[Entry]:
 def _pair_of(row: dict) -> tuple[bytes, bool]:
     """A hash of a row's question and its two answers in either order, and whether the better one is the first in a sorted
     order."""
-    question = row["messages"] if "messages" in row else row["question"]
     answers = [unicodedata.normalize("NFC", row[f"answer_{i}"]).strip() for i in (row["label"], 3 - row["label"])]
-    content = json.dumps([normalised(question), *sorted(answers)])
+    content = json.dumps([normalised(question_of(row)), *sorted(answers)])
     return hashlib.sha256(content.encode()).digest()[:16], answers == sorted(answers)
 
 

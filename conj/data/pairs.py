@@ -30,8 +30,9 @@ from conj.data.judged import JudgedRunOptions
 from conj.data.judges import UNFINISHED, Judge, judge_prompt, judgment_text
 from conj.data.options import option, require, require_each, run_command
 from conj.data.overlap import normalised
-from conj.data.preprocess import question_of, stream_prompts
+from conj.data.preprocess import stream_prompts
 from conj.data.progress import progress
+from conj.data.prompts import question_of
 
 PairType = Literal["repeated", "repeated_vs_unparsed", "hinted", "hinted_vs_unparsed"]
 HINTED = {"hinted", "hinted_vs_unparsed"}
@@ -123,9 +124,10 @@ def make_rows(
             continue
         split = "eval" if _fraction(options.seed, normalised(question)) < options.eval_fraction else "train"
         made = judgments_of(id)
-        if cut := sum(trained_text(row, options, judge) is None for row in made):
+        trained = [row | {"text": text} for row in made if (text := trained_text(row, options, judge)) is not None]
+        if cut := len(made) - len(trained):
             counts["left_out_unfinished_thought"] += cut
-        pairs = make_pairs(id, label, made, options, judge)
+        pairs = make_pairs(id, label, trained, options, judge)
         counts.update([pair.pair_type for pair in pairs] + [split] * len(pairs))
         if not pairs:
             counts.update(["prompts_without_pair", f"because_{_why_none(label, made)}"])
@@ -143,11 +145,11 @@ def make_rows(
 
 
 def make_pairs(id: str, label: int, judgments: list[dict], options: PairsOptions, judge: Judge) -> list[Pair]:
-    """A prompt's pairs of one judgment to be preferred over another, no two of the same texts."""
+    """A prompt's pairs of one judgment to be preferred over another, no two of the same texts. `judgments`: with the texts that
+    are trained on, see `trained_text`."""
 
     def texts(kind: str, verdict: int | None) -> list[str]:
-        rows = [row for row in judgments if row["kind"] == kind and row["verdict"] == verdict]
-        found = {text for row in rows if (text := trained_text(row, options, judge)) is not None}
+        found = {row["text"] for row in judgments if row["kind"] == kind and row["verdict"] == verdict}
         if not options.rationale:
             found = {judgment_text(judge, None, verdict)} if found and verdict else set()
         return sorted(found, key=lambda text: _fraction(options.seed, id, text))

@@ -13,13 +13,13 @@ The same from Python, of a DataFrame, a `datasets.Dataset` or an iterable of dic
     write_prompts("runs/mine", frame, columns={"question": "ask", "better": "win", "worse": "lose"})
 """
 
-import dataclasses
 import hashlib
 import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from conj import InputError
 from conj.data import manifest
@@ -32,6 +32,7 @@ from conj.data.manifest import RunOptions
 from conj.data.options import option, require, require_each, run_command
 from conj.data.overlap import Asked, AskedQuestions, Entry, drop_repeats
 from conj.data.progress import progress
+from conj.data.prompts import question_of
 from conj.data.readers import (
     DATA_PARTS,
     describe_data,
@@ -47,6 +48,8 @@ from conj.data.rows import Preference, swapped
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions(RunOptions):
+    BENCHMARKS: ClassVar[tuple[str, ...]] = ("exclude",)
+
     data: tuple[str, ...] = option(
         help=f"preference data: files, folders or hub names, each {DATA_PARTS}", affects_result=False
     )
@@ -64,14 +67,6 @@ class PreprocessOptions(RunOptions):
     def makes(self) -> dict[Path, list]:
         excluded = [EXCLUDED, *describe_data([locate_data(name)[0] for name in self.exclude])] if self.exclude else []
         return {self.run_dir / "prompts.jsonl": [*describe_data(self.data), *excluded]}
-
-    def at_hand(self) -> "PreprocessOptions":
-        """As for every stage; the benchmarks by name and place, with their commits."""
-        located = [locate_data(name) for name in self.exclude]
-        places = dataclasses.replace(self, data=tuple(data for data, _ in located))
-        pinned = super(PreprocessOptions, places).at_hand().data
-        names = (f"{benchmark}={data}" if benchmark else data for data, (_, benchmark) in zip(pinned, located))
-        return dataclasses.replace(super().at_hand(), exclude=tuple(names))
 
     def __post_init__(self):
         require_each(self, ("limit",), lambda value: value > 0, "a positive number of rows")
@@ -100,7 +95,7 @@ def _write(options: PreprocessOptions, data: Sequence, exclude: Sequence) -> Non
     rows = make_rows(data, options.seed, options.subsets, options.limit, columns=columns, asked=asked, fates=fates)
     num_rows = write_jsonl(artefact, rows)
     found = asked.found if asked else []
-    report = {k: v for k, v in fates.report().items() if k != "counts"} | ({"excluded": found} if asked else {})
+    report = fates.report() | ({"excluded": found} if asked else {})
     manifest.finish(
         artefact, num_rows=num_rows, counts=dict(fates.counts), seconds=time.monotonic() - began, fates=report
     )
@@ -274,7 +269,8 @@ def _why_left_out(record: Preference, row: dict, subsets: Sequence[str]) -> str 
 
 def _last_text(row: dict) -> str:
     """What the answers answer: the question, or the last of its turns."""
-    return row["messages"][-1]["content"] if "messages" in row else row["question"]
+    question = question_of(row)
+    return question if isinstance(question, str) else question[-1]["content"]
 
 
 def unused_id(id: str, ids: Collection[str]) -> str:
@@ -335,11 +331,6 @@ def is_conversation(turns) -> bool:
     return bool(turns) and isinstance(turns, list) and all(
         isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content")) for turn in turns
     )  # fmt: skip
-
-
-def question_of(row: dict) -> str | list[dict]:
-    """The question of a row of `prompts.jsonl`: a text, or chat messages."""
-    return row["messages"] if "messages" in row else row["question"]
 
 
 if __name__ == "__main__":

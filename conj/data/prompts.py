@@ -13,3 +13,8 @@ def question_text(question: str | list[dict], roles: Mapping[str, str] = ROLES) 
     if len(question) == 1 and question[0]["role"] == "user":
         return question[0]["content"]
     return "\n".join(roles.get(turn["role"], f"{turn['role']}：") + turn["content"] for turn in question)
+
+
+def question_of(row: dict) -> str | list[dict]:
+    """The question of a row of `prompts.jsonl`: a text, or chat messages."""
+    return row["messages"] if "messages" in row else row["question"]

@@ -23,7 +23,7 @@ from conj.data.files import first_line, listed
 from conj.data.hub import COMMIT, Recorded, find_commit, split_repo
 from conj.data.layouts import read_records
 from conj.data.rows import Preference
-from conj.data.texts import PACKED, read_csv, read_json
+from conj.data.texts import PACKED, number_rows, read_csv, read_json
 
 DATA_PARTS = "with :SPLIT or :CONFIG/SPLIT (of the hub ORG/NAME@REVISION too) or without"  # for the help
 READERS = {".json": read_json, ".jsonl": read_json, ".ndjson": read_json, ".csv": read_csv, ".tsv": read_csv}
@@ -169,7 +169,7 @@ def _read_objects(data) -> Iterator[tuple[str, dict]]:
         rows = data
     else:
         raise InputError(f"{name}: expected a file, a folder, a frame or rows that are dicts")
-    return _number(name, rows)
+    return _plain_rows(rows, name)
 
 
 def read_twice(given):
@@ -197,13 +197,13 @@ def _check_names(data: str, names: Iterable) -> None:
         )
 
 
-def _number(name: str, rows: Iterable) -> Iterator[tuple[str, dict]]:
-    for number, row in enumerate(rows, 1):
+def _plain_rows(rows: Iterable, name: str) -> Iterator[tuple[str, dict]]:
+    for where, row in number_rows(rows, name):
         try:
             plain = _plain(row)
         except RecursionError:
-            raise InputError(f"{name}: row {number}: {TOO_DEEP}") from None
-        yield f"{name}: row {number}", plain
+            raise InputError(f"{where}: {TOO_DEEP}") from None
+        yield where, plain
 
 
 def _plain(value):
@@ -221,8 +221,13 @@ def _plain(value):
     )  # pandas' own null is neither equal nor unequal to itself
 
 
+def _suffix(path: Path) -> str:
+    """What its name says that a file is, packed or not."""
+    return Path(path.stem if path.suffix in PACKED else path).suffix
+
+
 def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
-    suffix = Path(path.stem if path.suffix in PACKED else path).suffix
+    suffix = _suffix(path)
     if suffix in READERS:
         return READERS[suffix](path)
     if suffix in TABLES and path.suffix not in PACKED:
@@ -239,8 +244,7 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict]]:
         table = datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
     except Exception as e:  # datasets and pyarrow share no base class
         raise InputError(f"{path}: cannot be read: {first_line(e)}") from None
-    for number, row in enumerate(table, 1):
-        yield f"{path}: row {number}", row
+    yield from number_rows(table, path)
 
 
 def _read_builder(name: str, part: str | None, fates: Fates) -> Iterator[tuple[str, dict]]:
@@ -279,15 +283,13 @@ def _read_builder(name: str, part: str | None, fates: Fates) -> Iterator[tuple[s
         table = builder.as_dataset(split=split)
     except Exception as e:
         raise InputError(f"{name}:{part or split}: cannot be read: {first_line(e)}") from None
-    for number, row in enumerate(table, 1):
-        yield f"{name}:{part or split}: row {number}", row
+    yield from number_rows(table, f"{name}:{part or split}")
 
 
 def _data_files(folder: Path) -> Iterator[Path]:
     """The files in a folder that their names say are data."""
     for path in folder.rglob("*"):
-        suffix = Path(path.stem if path.suffix in PACKED else path).suffix
-        if suffix in SUFFIXES and path.is_file() and path.name not in METADATA:
+        if _suffix(path) in SUFFIXES and path.is_file() and path.name not in METADATA:
             yield path
 
 

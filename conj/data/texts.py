@@ -14,7 +14,7 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -46,23 +46,24 @@ def read_json(path: Path) -> Iterator[tuple[str, dict]]:
                 first = not head.strip()
                 head += line if first else ""
                 if first and head.lstrip().startswith("["):
-                    yield from _number(_parse(head + file.read(), path, 1), path)
+                    yield from number_rows(_parse(head + file.read(), path, 1), path)
                     return
                 if first and head.lstrip().startswith("{") and not _is_json(line):  # an object over several lines
-                    yield from _number(_rows_of(head + file.read(), path, number), path)
+                    yield from number_rows(_rows_of(head + file.read(), path, number), path)
                     return
                 if line.strip():
                     row = _parse(line.removesuffix("\n"), path, number)
                     if first and _has_rows(row):
-                        yield from _number(_rows_of(line + file.read(), path, number), path)
+                        yield from number_rows(_rows_of(line + file.read(), path, number), path)
                         return
                     yield f"{path}:{number}", row
     except ERRORS as e:
         raise InputError(f"{path}: cannot be read: {e}") from None
 
 
-def _number(rows: list, path: Path) -> Iterator[tuple[str, dict]]:
-    return ((f"{path}: row {place}", row) for place, row in enumerate(rows, 1))
+def number_rows(rows: Iterable, name: str | Path) -> Iterator[tuple[str, dict]]:
+    """Each row with where it stands in the data set of that name."""
+    return ((f"{name}: row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _is_json(text: str) -> bool:

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from conj.data.judges import UNFINISHED, Judge, judge_prompt, judgment_text
 from conj.data.options import option, require, run_command
-from conj.data.preprocess import question_of
+from conj.data.prompts import question_of
 from conj.data.tokenizer import JudgeTokenizer
 from conj.sample.engines.completion import Completion, Request
 from conj.sample.stage import SamplingOptions, opens_thought, sample_prompts

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from conj import InputError
 from conj.data.hub import find_model
-from conj.data.judges import judge_in_folder, judge_prompt, load_judge
+from conj.data.judges import decoding_of, judge_in_folder, judge_prompt, load_judge
 from conj.data.options import option, require, run_command
 from conj.model.folder import JudgeModel, check_model
 from conj.sample.engines.completion import Decoding, Request
@@ -86,9 +86,10 @@ def judge(
     if room < 1:
         raise InputError(f"the prompt has {len(prompt_ids)} tokens, the context {checked.max_length}")
     decoding = Decoding(
-        max_new_tokens=min(max_new_tokens or asked.max_new_tokens, room), temperature=asked.temperature, top_p=asked.top_p,
-        top_k=asked.top_k, json_keys=json_keys(asked, structured_output, opened),
-    )  # fmt: skip
+        max_new_tokens=min(max_new_tokens or asked.max_new_tokens, room),
+        json_keys=json_keys(asked, structured_output, opened),
+        **decoding_of(asked),
+    )
     [(_, completion)] = generate(engine, [Request(key={}, prompt_ids=prompt_ids)], checked, decoding)
     verdict, reason = asked.parse(completion.text, opened).value, asked.reason(completion.text, opened)
     return Judgment(verdict=verdict, reason=reason, text=completion.text)

@@ -14,9 +14,9 @@ from typing import Literal
 
 from conj.data.judges import judge_prompt, with_parser
 from conj.data.options import option, require_each, run_command
-from conj.data.preprocess import question_of
+from conj.data.prompts import question_of
 from conj.sample.engines.completion import Completion, Request
-from conj.sample.stage import SamplingOptions, json_keys, opens_thought, sample_prompts
+from conj.sample.stage import STRUCTURED, SamplingOptions, json_keys, opens_thought, sample_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,7 @@ class RepeatedOptions(SamplingOptions):
     parser: Literal["strict", "released"] | None = option(
         None, help="how verdicts are read; by default the judge's; released: as published"
     )
-
-    structured_output: bool = option(
-        False,
-        help="every judgment is the judge's JSON object with a verdict, unless it is cut off; it cannot think first",
-    )
+    structured_output: bool = option(False, help=STRUCTURED)
 
     def makes(self) -> dict[Path, list]:
         return {self.run_dir / "repeated.jsonl": self.made_from()}

@@ -30,6 +30,8 @@ from conj.sample.engines.fleet import ENGINES_ALONE, FleetOptions, complete_by_e
 from conj.sample.engines.http import EndpointOptions, complete_by_http
 from conj.sample.rows import Rows
 
+STRUCTURED = "every judgment is the judge's JSON object with a verdict, unless it is cut off; it cannot think first"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(JudgedRunOptions, FleetOptions, EndpointOptions):

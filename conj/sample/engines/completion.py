@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 
+from conj.data.verdicts import CARD
+
 NUM_TOP_LOGPROBS = 20  # the most that vLLM and the OpenAI API give
 BESIDE_NAME = " \t\r\n▁\"'`*()[]{}<>:：,，.。;；"  # what one token may hold beside an answer's name
 
@@ -24,7 +26,7 @@ class Decoding:
     seed: int = 0
     verdict_probability: bool = False  # asks for the likeliest tokens, and fills Completion.p_first
     verdict_place: tuple[str, str, str] = ("", "", "")  # with it, a judge's: where a judgment names the better answer
-    thought: tuple[str, str] = ("<think>", "</think>")  # put around what a server gives apart as such
+    thought: tuple[str, str] = CARD.thought  # put around what a server gives apart as such
     json_keys: tuple[str, str] | None = None  # what is written is one object: a reason, and 1 or 2, under these keys
 
 

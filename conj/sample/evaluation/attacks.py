@@ -24,12 +24,13 @@ from conj.data.card import write_card
 from conj.data.files import read_jsonl, write_atomic
 from conj.data.hub import name_of
 from conj.data.identity import describe_judge
-from conj.data.judged import JUDGE
-from conj.data.judges import Judge, judge_prompt, judgment_text, load_judge, with_parser
+from conj.data.judged import JUDGE_HELP
+from conj.data.judges import Judge, decoding_of, judge_prompt, judgment_text, load_judge, with_parser
 from conj.data.manifest import RunOptions
 from conj.data.markdown import percent, percent_interval
 from conj.data.options import option, require, require_each, run_command
-from conj.data.preprocess import load_prompts, question_of
+from conj.data.preprocess import load_prompts
+from conj.data.prompts import question_of
 from conj.data.readers import DATA_PARTS, describe_data
 from conj.data.rows import swapped
 from conj.model.folder import JudgeModel, check_model
@@ -48,7 +49,7 @@ class AttackOptions(RunOptions, FleetOptions):
     )
     subsets: tuple[str, ...] = option((), help="names of the subsets to judge; all if not given")
     limit: int | None = option(None, help="number of rows read from the head of each benchmark; all if not given")
-    judge: str = option("con-j", help=JUDGE, affects_result=False)
+    judge: str = option("con-j", help=JUDGE_HELP, affects_result=False)
     parser: Literal["strict", "released"] | None = option(
         None, help="how verdicts are read; by default the judge's; released: as published"
     )
@@ -175,9 +176,7 @@ def judge_attacked(model: JudgeModel, prompts: list[dict], options: AttackOption
         made = {"text": completion.text, "verdict": verdict, "choice": choice}
         return made | {"label": labels[request.key["id"]], "rung": rung}
 
-    decoding = Decoding(
-        max_new_tokens=options.max_new_tokens, temperature=judge.temperature, top_p=judge.top_p, top_k=judge.top_k
-    )
+    decoding = Decoding(max_new_tokens=options.max_new_tokens, **decoding_of(judge))
     complete = functools.partial(complete_by_engines, model=model, options=options, decoding=decoding)
     keys = [{"attack": name, "order": order} for name in (PLAIN, *ATTACKS) for order in (1, 2)]
     make_requests = functools.partial(attack_requests, model=model, judge=judge)

@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from conj.data import manifest
 from conj.data.benchmarks import locate_data
@@ -29,7 +29,8 @@ from conj.data.judges import Judge, judge_in_folder, judge_prompt, load_judge, w
 from conj.data.manifest import RunOptions
 from conj.data.model_files import JUDGE_FILE
 from conj.data.options import option, refuse, require, require_each, run_command
-from conj.data.preprocess import load_prompts, question_of
+from conj.data.preprocess import load_prompts
+from conj.data.prompts import question_of
 from conj.data.readers import DATA_PARTS, describe_data
 from conj.data.rows import swapped
 from conj.model.folder import JudgeModel, check_model
@@ -39,13 +40,15 @@ from conj.sample.engines.http import EndpointOptions, complete_by_http
 from conj.sample.evaluation.figures import Judged, score_all
 from conj.sample.evaluation.judgments import read_judgments_file
 from conj.sample.evaluation.report import write_report
-from conj.sample.stage import Task, json_keys, opens_thought, write_judgments
+from conj.sample.stage import STRUCTURED, Task, json_keys, opens_thought, write_judgments
 
 NAME = re.compile(r"[\w.+-]{1,100}")  # of a judge: it becomes a part of file names
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(RunOptions, FleetOptions, EndpointOptions):
+    BENCHMARKS: ClassVar[tuple[str, ...]] = ("data",)
+
     model: Path | None = option(
         None,
         help="the judge's model, a Hugging Face folder, or ORG/NAME on the hub, with @REVISION or without; by default that "
@@ -81,10 +84,7 @@ class EvaluateOptions(RunOptions, FleetOptions, EndpointOptions):
     verdict_probability: bool = option(
         False, help="also keep the probability of the verdict's token, and how far it holds"
     )
-    structured_output: bool = option(
-        False,
-        help="every judgment is the judge's JSON object with a verdict, unless it is cut off; it cannot think first",
-    )
+    structured_output: bool = option(False, help=STRUCTURED)
     seed: int = option(2021, help="seed of the order of the two answers, of sampling and of the bootstrap")
     num_resamples: int = option(2000, help="number of bootstrap resamples of the questions", affects_result=False)
 
@@ -115,15 +115,13 @@ class EvaluateOptions(RunOptions, FleetOptions, EndpointOptions):
         require_each(self, ("name",), NAME.fullmatch, "letters, digits, dots, dashes, plus signs and underscores")
 
     def at_hand(self) -> "EvaluateOptions":
-        """As for every stage; the judge's own model where none is given, and benchmarks by name and place."""
-        located = [locate_data(name) for name in self.data]
-        given = {"data": tuple(data for data, _ in located)}
+        """As for every stage; the judge's own model where none is given."""
+        options = self
         if self.model is None and not self.judgments and (self.judge != "con-j" or self.name):
             judge = judge_of(self)
-            given["model"] = Path(judge.model) if judge.model and judge.backend == "vllm" else None
-        found = super(EvaluateOptions, dataclasses.replace(self, **given)).at_hand()
-        names = (f"{benchmark}={data}" if benchmark else data for data, (_, benchmark) in zip(found.data, located))
-        return dataclasses.replace(found, data=tuple(names))
+            own = Path(judge.model) if judge.model and judge.backend == "vllm" else None
+            options = dataclasses.replace(self, model=own)
+        return super(EvaluateOptions, options).at_hand()
 
     @property
     def takes_part(self) -> bool:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from conj.data.benchmarks import BENCHMARKS
-from conj.data.preprocess import question_of
-from conj.data.prompts import question_text
+from conj.data.prompts import question_of, question_text
 from conj.sample.evaluation import aggregation, scores
 
 

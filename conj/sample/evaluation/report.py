@@ -22,7 +22,7 @@ from conj.data.files import read_jsonl, replace_surrogates, write_atomic
 from conj.data.layouts import STYLES
 from conj.data.manifest import list_artefacts, locate, read_manifest
 from conj.data.markdown import cell, percent, percent_interval, with_interval
-from conj.data.preprocess import question_of
+from conj.data.prompts import question_of
 from conj.sample.evaluation.aggregation import CARD_COLUMNS, PUBLISHED
 from conj.sample.evaluation.pictures import TRAINING_CURVES, draw_pictures
 
