@@ -31,6 +31,7 @@ BY_HAND = {
     "longer_answer_rate": 7 / 8,
     "accuracy_longer_right": 4 / 4,
     "accuracy_shorter_right": (1 + 0 + 1) / 6,
+    "longer_is_right": (1 + 0 + 0 + 0.5 + 0 + 1) / 6,  # of the questions alone
 }
 
 

@@ -85,6 +85,20 @@ def test_files_that_were_not_made_from_each_other_are_refused(run):
         stage(run, "c", [run / "raw", run / "a"])
 
 
+def test_a_base_that_conj_trained_was_made_from_other_files_of_the_same_names(run, model_copy):
+    """A second round of training, on a judge that a first one made of its own pairs. What is no model is still refused."""
+    first = run / "first"
+    first.mkdir()
+    (first / "raw").write_text("the first round's")
+    begin(first / "model", inputs=[first / "raw"], options=Options(run_dir=first))
+    shutil.copytree(model_copy, first / "model")
+    finish(first / "model", num_rows=None, counts={}, seconds=0.0)
+    assert stage(run, "second", [run / "raw", first / "model"])
+    (first / "model" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="config.json: was changed after model.manifest.json was written"):
+        stage(run, "third", [run / "raw", first / "model"])
+
+
 @pytest.mark.parametrize("written", [False, True])
 def test_a_stage_killed_before_or_after_it_wrote_ends_with_the_same_file(run, written):
     expected = (run / "b").read_bytes()

@@ -49,6 +49,21 @@ def test_row_order_and_source_order_do_not_matter(tmp_path):
     assert first == second[::-1]
 
 
+def test_both_orders_are_two_prompts_of_one_preference(tmp_path):
+    """A base that takes the first answer, whatever it says, is right on one of them and wrong on the other."""
+    options = {"run_dir": tmp_path / "both", "data": (LLMBAR,), "limit": 20}
+    preprocess(PreprocessOptions(**options, both_orders=True))
+    rows, alone = read_prompts(tmp_path / "both" / "prompts.jsonl"), load_prompts([LLMBAR], limit=20)[0]
+    assert rows[::2] == alone and [row["id"] for row in rows[1::2]] == [f"{row['id']}-swapped" for row in alone]
+    for one, other in zip(rows[::2], rows[1::2]):
+        assert [one["label"], one["answer_1"], one["answer_2"]] == [
+            3 - other["label"],
+            other["answer_2"],
+            other["answer_1"],
+        ]
+        assert all(one[name] == other[name] for name in ("question", "source", "subset"))
+
+
 def test_ids_are_stable():
     """Ids name a record across machines and versions: judgments sampled last year must still find their prompts."""
     rows, _ = load_prompts([LLMBAR], limit=2)

@@ -34,6 +34,18 @@ def test_it_allows_judgments_alone_and_all_of_them(judge, data, reason, verdict)
     assert judge.parse(written).rung == "json"
 
 
+def test_stage_2_asks_for_a_reason():
+    """A small base that may leave it out does: pairs of such judgments teach no reasons."""
+    allowed = re.compile(judgment_regex("reason", "better_answer", needs_reason=True))
+    for reason, holds in (
+        ('It says "what" was asked.', True),
+        ("语", True),
+        ("", False),
+        (None, False),
+    ):
+        assert bool(allowed.fullmatch(judgment_text(JUDGES[1], reason, 2))) == holds
+
+
 def test_a_judge_that_is_read_by_a_pattern_is_refused(tmp_path):
     """Before anything starts: it writes no JSON."""
     (tmp_path / "p.toml").write_text(PATTERN)

@@ -16,7 +16,7 @@ The same from Python, of a DataFrame, a `datasets.Dataset` or an iterable of dic
 import hashlib
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -63,6 +63,7 @@ class PreprocessOptions(RunOptions):
     seed: int = option(2021, help="seed of the order of the two answers")
     subsets: tuple[str, ...] = option((), help="names of the subsets to keep; all if not given")
     limit: int | None = option(None, help="number of rows read from the head of each data set; all if not given")
+    both_orders: bool = option(False, help="two prompts a row, one in each order: against a base's position bias")
 
     def makes(self) -> dict[Path, list]:
         excluded = [EXCLUDED, *describe_data([locate_data(name)[0] for name in self.exclude])] if self.exclude else []
@@ -93,7 +94,7 @@ def _write(options: PreprocessOptions, data: Sequence, exclude: Sequence) -> Non
     fates, columns = Fates(), as_mapping(options.columns)
     asked = read_asked(exclude, columns) if exclude else None
     rows = make_rows(data, options.seed, options.subsets, options.limit, columns=columns, asked=asked, fates=fates)
-    num_rows = write_jsonl(artefact, rows)
+    num_rows = write_jsonl(artefact, in_both_orders(rows) if options.both_orders else rows)
     found = asked.found if asked else []
     report = fates.report() | ({"excluded": found} if asked else {})
     manifest.finish(
@@ -101,6 +102,14 @@ def _write(options: PreprocessOptions, data: Sequence, exclude: Sequence) -> Non
     )
     for line in _lines(fates, found):
         print(line)
+
+
+def in_both_orders(rows: Iterable[dict]) -> Iterator[dict]:
+    """Each row, and then the same with its answers the other way round, whose id ends with `-swapped`."""
+    for row in rows:
+        yield row
+        other = {"id": f"{row['id']}-swapped", "answer_1": row["answer_2"], "answer_2": row["answer_1"]}
+        yield row | other | {"label": swapped(row["label"])}
 
 
 def as_mapping(columns: Sequence[str] | None) -> dict[str, str] | None:
@@ -155,15 +164,17 @@ def write_prompts(
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
     exclude: Sequence = (),
+    both_orders: bool = False,
 ) -> Path:
     """Writes a run folder's `prompts.jsonl` and its manifest, from which stages 2 to 7 go on, and returns its path. The
-    arguments are those of `load_prompts`. What is no name is described in the manifest by a hash of its rows.
+    arguments are those of `load_prompts` and of the stage. What is no name is described in the manifest by a hash of its rows.
 
     Raises InputError as `load_prompts` does, and where a file of other data or options stands there."""
     sets, excluded = ([read_twice(given) for given in data_sets(some)] for some in (data, exclude))
     options = PreprocessOptions(
         run_dir=Path(run_dir), data=tuple(map(describe_rows, sets)), exclude=tuple(map(describe_rows, excluded)), seed=seed,
         subsets=tuple(subsets), limit=limit, columns=tuple(f"{k}={v}" for k, v in (columns or {}).items()) or None,
+        both_orders=both_orders,
     ).at_hand()  # fmt: skip
     named = [
         [name if isinstance(given, str) else given for given, name in zip(given_sets, names)]

@@ -28,6 +28,7 @@ class Decoding:
     verdict_place: tuple[str, str, str] = ("", "", "")  # with it, a judge's: where a judgment names the better answer
     thought: tuple[str, str] = CARD.thought  # put around what a server gives apart as such
     json_keys: tuple[str, str] | None = None  # what is written is one object: a reason, and 1 or 2, under these keys
+    needs_reason: bool = False  # with json_keys: the reason may not be left out; an endpoint's schema never lets it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ FIGURE_NAMES = {
     "first_position_rate": "Takes the first answer", "longer_answer_rate": "Takes the longer answer",
     "accuracy_longer_right": "Accuracy where the longer answer is right",
     "accuracy_shorter_right": "Accuracy where the shorter answer is right",
+    "longer_is_right": "Accuracy of a rule: the longer answer wins",
 }  # fmt: skip
 HEADLINE = ("accuracy", "both_right", "consistency", "unparsed")
 COST_NAMES = {

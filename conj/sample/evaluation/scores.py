@@ -45,6 +45,8 @@ def figure_ratios(
         "longer_answer_rate": ((choices == longer[:, None]).sum(1) * differ, took.sum(1) * differ),
         "accuracy_longer_right": (points.sum(1) * longer_right, num_judged * longer_right),
         "accuracy_shorter_right": (points.sum(1) * shorter_right, num_judged * shorter_right),
+        # Of no judge, but of the questions: how right one is who always takes the longer answer.
+        "longer_is_right": (np.where(differ, longer_right, 0.5), np.ones(len(labels))),
     }  # fmt: skip
 
 
