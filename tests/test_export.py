@@ -69,7 +69,7 @@ def test_what_the_base_held_for_others_stays_behind(tmp_path):
     base = write_model(tmp_path / "base")
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.05, "pad_token_id": 560}
     (base / "generation_config.json").write_text(json.dumps(sampling | {"eos_token_id": [560, 562]}))
-    change_config(base, _name_or_path="/home/somebody/base", transformers_version="9.9")
+    change_config(base, _name_or_path="/home/somebody/base")
     (base / "LICENSE.txt").write_text("may be passed on with this text")
     out = exported(base, tmp_path / "out")
     assert (out / "LICENSE.txt").read_text() == "may be passed on with this text"
@@ -78,7 +78,22 @@ def test_what_the_base_held_for_others_stays_behind(tmp_path):
     }  # fmt: skip
     assert not GenerationConfig.from_pretrained(out).do_sample
     config = read_json(out / "config.json")
-    assert not {"_name_or_path", "transformers_version", "quantization_config"} & config.keys()
+    assert not {"_name_or_path", "quantization_config"} & config.keys()
+
+
+def test_transformers_does_not_warn_of_the_tokenizer_of_an_export(tmp_path, caplog):
+    """Qwen2's has 151,643 pieces. Negative control: of a folder that does not say which version wrote it, transformers
+    says that its tokenizer is Mistral's broken one, and whoever follows that has other tokens."""
+    base = write_model(tmp_path / "base", vocab_size=101_000)
+    spec = read_json(base / "tokenizer.json")
+    spec["model"]["vocab"] |= {f"piece {i}": i for i in range(1_000, 101_000)}
+    (base / "tokenizer.json").write_text(json.dumps(spec))
+    out = exported(base, tmp_path / "out")
+    for version, warns in ((read_json(base / "config.json")["transformers_version"], False), (None, True)):
+        assert read_json(out / "config.json").get("transformers_version") == version
+        AutoTokenizer.from_pretrained(out)
+        assert ("incorrect regex pattern" in caplog.text) == warns
+        change_config(out, transformers_version=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -22,10 +22,11 @@ from conj.model.config import ARCHITECTURES, rope_of
 from conj.model.decoder import DTYPES
 from conj.model.folder import DecoderFolder, JudgeModel, check_model, read_decoder
 
-# Copied from the base as they are.
+# Copied from the base as they are. So `transformers_version` of its config.json stays, too: by that transformers tells
+# tokenizers that an early version wrote, and without it warns of every large vocabulary, with advice that would change it.
 TOKENIZER_FILES = (*TOKENIZER, *SENTENCEPIECE, "vocab.json", "merges.txt")
 LEFT_BEHIND = (
-    "quantization_config", "auto_map", "_name_or_path", "transformers_version", "layer_types", "max_window_layers",
+    "quantization_config", "auto_map", "_name_or_path", "layer_types", "max_window_layers",
     "_attn_implementation", "attn_implementation",
 )  # fmt: skip
 
