@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHON312 ?= python3.12
 BIN := .venv/bin
 
-.PHONY: setup demo test test-oldest check lint format lock clean
+.PHONY: setup demo real test test-oldest check lint format lock clean
 
 setup:  ## the environment in .venv, with the right builds of torch and vLLM; quick when it is up to date
 	@PYTHON=$(PYTHON) bash scripts/setup.sh
@@ -12,6 +12,11 @@ demo: setup  ## all seven stages of Con-J on the shipped tiny judge
 	$(BIN)/python -m conj run demo/demo.toml
 
 TWO_FILES = -n 2 --dist loadfile  # two processes, a file of tests each: most tests wait for processes of their own
+
+real: setup  ## the same on a real model and real answers: docs/real.md; under an hour on two quiet cores
+	@test -d runs/real-base || $(BIN)/python scripts/make_real_base.py --out runs/real-base
+	$(BIN)/python scripts/make_ladder.py --data real/ultrafeedback.jsonl.gz --out runs/real-data
+	$(BIN)/python -m conj run real/real.toml
 
 test: setup  ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(TWO_FILES)

@@ -34,7 +34,7 @@ COMPUTE = "device dtype attention kernels "
 RUN = "run_dir from_runs "
 SAMPLING = "temperature top_p top_k repetition_penalty seed api_model " + FLEET + ENDPOINT
 OPTIONS = {  # their order is that of the help alone
-    "preprocess": RUN + "columns data exclude seed subsets limit",
+    "preprocess": RUN + "both_orders columns data exclude seed subsets limit",
     "repeated": RUN + "judge " + SAMPLING + "num_samples parser structured_output",
     "hinted": RUN + "judge " + SAMPLING,
     "pairs": RUN + "judge thoughts max_right_vs_wrong max_right_vs_unparsed max_hinted pair_types chosen_length rationale eval_fraction seed",
