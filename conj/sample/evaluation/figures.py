@@ -64,10 +64,27 @@ def score_all(judged: dict[str, Judged], num_resamples: int, seed: int) -> dict:
         if common:
             of_first, of_other = zip(*common)
             one, two = arrays[first].of(list(of_first)), arrays[name].of(list(of_other))
-            pair = one.judged_by(two).ratios(), two.judged_by(one).ratios()
-            change = scores.compare(*pair, num_resamples, seed, one.clusters)
-            comparisons.append({"judge": name, "against": first} | change)
+            one, two = one.judged_by(two), two.judged_by(one)
+            subsets = {}
+            for i, prompt in enumerate(judged[name].prompts[i] for i in of_other):
+                subsets.setdefault(source_of(prompt), {}).setdefault(one.subsets[i], []).append(i)
+            by_subset = {
+                source: {subset: compare(one.of(of), two.of(of), num_resamples, seed) for subset, of in parts.items()}
+                for source, parts in subsets.items()
+            }
+            change = compare(one, two, num_resamples, seed)
+            comparisons.append({"judge": name, "against": first} | change | {"subsets": by_subset})
     return {"judges": judges, "comparisons": comparisons, "num_resamples": num_resamples}
+
+
+def compare(one: Choices, other: Choices, num_resamples: int, seed: int) -> dict:
+    """`other` minus `one` on the same questions, see `scores.compare`."""
+    return scores.compare(one.ratios(), other.ratios(), num_resamples, seed, one.clusters)
+
+
+def source_of(prompt: dict) -> str:
+    """The benchmark that a question is of, or else the data set."""
+    return prompt["benchmark"] or prompt["source"]
 
 
 def to_arrays(judged: Judged) -> Choices:
@@ -116,7 +133,7 @@ def score_judge(judged: Judged, arrays: Choices, num_resamples: int, seed: int) 
     }  # fmt: skip
     places = defaultdict(list)
     for i, row in enumerate(judged.prompts):
-        places[row["benchmark"] or row["source"]].append(i)
+        places[source_of(row)].append(i)
     figures["benchmarks"] = {
         name: score_benchmark(name, [judged.prompts[i] for i in of], arrays.of(of), num_resamples, seed, judged.is_part)
         for name, of in places.items()
