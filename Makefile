@@ -11,12 +11,12 @@ setup:  ## the environment in .venv, with the right builds of torch and vLLM; qu
 demo: setup  ## all seven stages of Con-J on the shipped tiny judge
 	$(BIN)/python -m conj run demo/demo.toml
 
-TWO_FILES = -n 2 --dist loadfile  # two processes, a file of tests each: most tests wait for processes of their own
-
 real: setup  ## the same on a real model and real answers: docs/real.md; under an hour on two quiet cores
 	@test -d runs/real-base || $(BIN)/python scripts/make_real_base.py --out runs/real-base
 	$(BIN)/python scripts/make_ladder.py --data real/ultrafeedback.jsonl.gz --out runs/real-data
 	$(BIN)/python -m conj run real/real.toml
+
+TWO_FILES = -n 2 --dist loadfile  # two processes, a file of tests each: most tests wait for processes of their own
 
 test: setup  ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(TWO_FILES)

@@ -24,7 +24,7 @@ from conj.data.hub import find_texts, name_of
 from conj.data.judges import judge_prompt, load_judge
 from conj.data.options import option, require, require_each, run_command
 from conj.data.packs import plan_packs
-from conj.data.preprocess import as_mapping, load_prompts, read_prompts
+from conj.data.preprocess import as_mapping, in_both_orders, load_prompts, read_prompts
 from conj.data.prompts import question_of
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.tokens import PAIR_COLUMNS, TokenizedPairs, tokenize_pairs
@@ -151,7 +151,8 @@ def read_rows(run: Run, prompts_file: Path) -> tuple[list[dict], str]:
     asked = run.options.get("preprocess")
     require(asked is not None, f"{prompts_file}: no such file; make it by its stage first")
     columns = as_mapping(asked.columns)  # what --exclude takes out is little, and may be on the hub
-    return load_prompts(asked.data, asked.seed, asked.subsets, asked.limit, columns=columns)[0], " ".join(asked.data)
+    rows = load_prompts(asked.data, asked.seed, asked.subsets, asked.limit, columns=columns)[0]
+    return list(in_both_orders(rows)) if asked.both_orders else rows, " ".join(asked.data)
 
 
 def expected_pairs(

@@ -1,11 +1,11 @@
 """A ladder of preferences, from differences that a small model can see to those it cannot, made of the same real questions.
 
-    python scripts/make_ladder.py --data real/ultrafeedback.jsonl.gz --out runs/real/data
-    python scripts/make_ladder.py --data HuggingFaceH4/ultrafeedback_binarized:train_prefs --out runs/real/data
+    python scripts/make_ladder.py --data real/ultrafeedback.jsonl.gz --out runs/real-data
+    python scripts/make_ladder.py --data HuggingFaceH4/ultrafeedback_binarized:train_prefs --out runs/real-data
 
 Each rung is a rule that says what the worse answer is, see RUNGS. Writes `train/RUNG.jsonl` and `test.jsonl`, whose
-`subset` is the rung, in the layout of UltraFeedback; no question of the one stands in the other. The order of rows is that
-of a hash of their questions, so the first 100 of a larger ladder are the first 100 of a smaller one, on every rung that has as many.
+`subset` is the rung, in the layout of UltraFeedback; no question of the one stands in the other. Rows are in the order of a
+hash of their questions, so the first 100 of the rungs that are made of every question ask the same.
 """
 
 import random
@@ -15,16 +15,15 @@ from pathlib import Path
 
 from bench_common import argument_parser
 
-from conj.data.files import write_jsonl
+from conj.data.files import brief, write_jsonl
 from conj.data.options import bad_input_in_one_line, require
+from conj.data.preprocess import is_conversation
 from conj.data.readers import read_rows
 
 MAX_QUESTION, MIN_ANSWER = 300, 8  # characters; words
-EXCERPT = (
-    8,
-    24,
-)  # words of an answer where the rule leaves enough to tell them apart: drawn anew for each, so length says nothing
-MAX_WHOLE = 400  # words of question and both answers, where they are shown whole
+# Words of an answer where the rule leaves enough to tell them apart: drawn anew for each, so length says nothing.
+EXCERPT = (8, 24)
+MAX_WHOLE = 400  # words of question and both answers, where they are shown whole; rows of more are left out
 LARGE_GAP = 2  # of UltraFeedback's scores, 1 to 10
 TEXTS, SCORES = ("prompt", "chosen", "rejected"), ("score_chosen", "score_rejected")
 
@@ -78,14 +77,19 @@ def read_questions(data: str) -> list[dict]:
     for where, row in read_rows(data):
         row = {name: last_text(row[name]) if name in TEXTS else row[name] for name in (*TEXTS, *SCORES) if name in row}
         require(len(row) == 5, f"{where}: expected the columns {', '.join((*TEXTS, *SCORES))}, found {', '.join(row)}")
+        for name, kind, what in (
+            *((name, str, "a text") for name in TEXTS),
+            *((name, int | float, "a number") for name in SCORES),
+        ):
+            require(isinstance(row[name], kind), f"{where}: {name}: expected {what}, found {brief(row[name])}")
         if len(row["prompt"]) <= MAX_QUESTION and len(row["chosen"].split()) >= MIN_ANSWER:
             found.setdefault(row["prompt"], row)
     return sorted(found.values(), key=lambda row: sha256(row["prompt"].encode()).digest())
 
 
-def last_text(value: str | list[dict]) -> str:
-    """A text, or the last turn of a conversation."""
-    return value if isinstance(value, str) else value[-1]["content"]
+def last_text(value):
+    """Of a conversation the text of its last turn; all else as it is."""
+    return value[-1]["content"] if is_conversation(value) else value
 
 
 def rung_rows(rung, questions: list[dict]) -> Iterator[dict]:
@@ -104,8 +108,12 @@ def main() -> None:
     parser.add_argument("--num-test", type=int, default=100, help="questions of the test set, on each rung")
     args = parser.parse_args()
     with bad_input_in_one_line():
+        require(
+            args.num_test > 1, f"--num-test: expected 2 or more, found {args.num_test}"
+        )  # one is off topic for another
         questions = read_questions(args.data)
-        require(len(questions) > args.num_test + 1, f"{args.data}: expected more than {args.num_test} short questions")
+        expected = f"{args.num_test + 2} short questions or more, found {len(questions)}"
+        require(len(questions) >= args.num_test + 2, f"{args.data}: expected {expected}")
         test, train = questions[: args.num_test], questions[args.num_test :]
         (args.out / "train").mkdir(parents=True, exist_ok=True)
         write_jsonl(args.out / "test.jsonl", [row for rung in RUNGS for row in rung_rows(rung, test)])

@@ -184,6 +184,19 @@ def test_a_moved_run_and_base_hold(run, trained, tmp_path):
     assert audited(moved, model=shutil.copytree(trained[1], tmp_path / "base moved"))[0]
 
 
+@pytest.mark.parametrize("name", ["run", "second"])
+def test_a_run_on_a_base_that_conj_trained_holds_with_the_run_that_it_is_of(name, run, tmp_path):
+    """Also where both have the same name. Negative control: a change in the first one's log."""
+    second = tmp_path / "on it" / name
+    write_jsonl(second / "pairs.jsonl", random_pairs(12))
+    train(second, run / "model", max_steps=2)
+    holds, checks = audited(second)
+    assert holds and checks[str(run / "model")].outcome == checks["model"].outcome == "holds"
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write("\n")
+    assert broken(audited(second)[1]) == [str(run / "model")]
+
+
 def test_what_was_deleted_to_save_room_is_unchecked_and_no_failure(run, trained):
     """A checkpoint as a whole, and the base: the audit says what it could not check, and checks the rest."""
     shutil.rmtree(run / "checkpoints" / "step-00000003")

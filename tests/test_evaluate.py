@@ -322,6 +322,45 @@ def test_one_order_is_compared_with_the_same_order_of_the_other_judge():
     assert found["accuracy"] == 0 and found["p_value"] == 1
 
 
+def test_judges_that_share_no_order_are_not_compared():
+    """Nothing that both have judged is no difference that is seen: it was one of p ≈ 0."""
+    prompt = {
+        "id": "0",
+        "question": "q",
+        "answer_1": "a",
+        "answer_2": "b",
+        "label": 1,
+        "source": "s",
+        "subset": "",
+        "benchmark": "",
+    }
+    row = {"id": "0", "sample": 0, "label": 1, "rung": "json", "choice": 1}
+    judged = {f"{order}": Judged(prompts=[prompt], rows=[row | {"order": order}]) for order in (1, 2)}
+    assert score_all(judged, 200, 0)["comparisons"] == []
+
+
+def test_each_subset_is_compared_by_itself():
+    """All differences are in one subset of one of two data sets, whose questions the judges have in another order, and not
+    all of them."""
+    prompts = [
+        {"id": f"{source}{subset}{i}", "question": f"q{i}", "answer_1": "a", "answer_2": "b", "label": 1, "source": source,
+         "subset": subset, "benchmark": ""}
+        for source, subset in (("s", "x"), ("s", None), ("t", "x")) for i in range(9)
+    ]  # fmt: skip
+    row = {"sample": 0, "label": 1, "rung": "json"}
+    wrong = [row | {"id": p["id"], "order": order, "choice": 2} for p in prompts for order in (1, 2)]
+    better = [r | {"choice": 1 if r["id"].startswith("sx") else 2} for r in wrong]
+    asked = [p for p in reversed(prompts) if p["id"] not in ("tx0", "tx8")]
+    judged = {"base": Judged(prompts=prompts, rows=wrong), "trained": Judged(prompts=asked, rows=better)}
+    [found] = score_all(judged, 500, 0)["comparisons"]
+    parts = {(source, subset): part for source, of in found["subsets"].items() for subset, part in of.items()}
+    assert {place: (part["n"], part["accuracy"]) for place, part in parts.items()} == {
+        ("s", "x"): (9, 1), ("s", "all"): (9, 0), ("t", "x"): (7, 0),
+    }  # fmt: skip
+    assert parts["s", "x"]["p_value"] < 0.05 and parts["t", "x"]["p_value"] == 1
+    assert found["n"] == 25 and found["accuracy"] == 9 / 25
+
+
 def test_a_judge_behind_an_endpoint_is_evaluated_as_any_other(tmp_path, monkeypatch):
     """From the options to the report, price included; a file for its text where its own ships none."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")

@@ -17,8 +17,9 @@ RUNGS = {rung.__name__: rung for rung in make_ladder.RUNGS}
 
 
 def make(out: Path, *more: str, data: Path = QUESTIONS) -> Path:
-    sys.argv = ["make_ladder.py", "--data", str(data), "--out", str(out), *more]
-    make_ladder.main()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["make_ladder.py", "--data", str(data), "--out", str(out), *more])
+        make_ladder.main()
     return out
 
 
@@ -116,9 +117,20 @@ def test_stage_1_takes_a_rung_and_keeps_its_name(ladder):
     assert {row["subset"] for row in rows} == {"garbled"} and counts["records"] == 20
 
 
-def test_other_columns_are_named(tmp_path, capsys):
-    (tmp_path / "other.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+ROW = {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": 1}
+
+
+@pytest.mark.parametrize(("row", "more", "said"), [
+    ({name: ROW[name] for name in ("prompt", "chosen", "rejected")}, [], "data.jsonl:1: expected the columns prompt, chosen, "
+     "rejected, score_chosen, score_rejected, found prompt, chosen, rejected"),
+    (ROW | {"chosen": None}, [], "data.jsonl:1: chosen: expected a text, found None"),
+    (ROW | {"rejected": [{"role": "assistant"}]}, [], "data.jsonl:1: rejected: expected a text"),
+    (ROW | {"score_chosen": "9"}, [], "data.jsonl:1: score_chosen: expected a number, found '9'"),
+    (ROW, [], "data.jsonl: expected 102 short questions or more, found 0"),
+    (ROW, ["--num-test", "-5"], "--num-test: expected 2 or more, found -5"),
+])  # fmt: skip
+def test_data_that_no_ladder_is_made_of_is_one_line(row, more, said, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(SystemExit) as exit:
-        make(tmp_path / "out", data=tmp_path / "other.jsonl")
-    said = "other.jsonl:1: expected the columns prompt, chosen, rejected, score_chosen, score_rejected, found prompt, chosen, rejected"
+        make(tmp_path / "out", *more, data=tmp_path / "data.jsonl")
     assert exit.value.code == 2 and said in capsys.readouterr().err

@@ -125,6 +125,10 @@ def test_a_plan_of_data_alone_and_then_of_its_pairs(tmp_path, capsys):
     work = read_workload(run, given, tokenizer, config)
     assert work.num_prompts == 396 and any("assumed" in note for note in work.notes)
     assert len(work.pairs) == 396 * 4 and work.share == 1
+    [both] = resolve(
+        parse_options(plan_options(), [*map(str, given.settings), "--device", "cpu", "--preprocess.both-orders"])
+    )
+    assert read_workload(both, given, tokenizer, config).num_prompts == 2 * 396
     write_jsonl(run.folder / "pairs.jsonl", random_pairs(30))
     work = read_workload(run, given, tokenizer, config)
     assert len(work.pairs) == len(read_jsonl(run.folder / "pairs.jsonl"))

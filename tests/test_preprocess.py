@@ -8,7 +8,7 @@ from conftest import DATA
 
 from conj import InputError
 from conj.data.options import run_command
-from conj.data.preprocess import PreprocessOptions, load_prompts, preprocess, read_prompts
+from conj.data.preprocess import PreprocessOptions, load_prompts, preprocess, read_prompts, write_prompts
 from conj.data.prompts import question_of
 
 LLMBAR = str(DATA / "llmbar" / "adver_neighbor.json")
@@ -55,6 +55,8 @@ def test_both_orders_are_two_prompts_of_one_preference(tmp_path):
     preprocess(PreprocessOptions(**options, both_orders=True))
     rows, alone = read_prompts(tmp_path / "both" / "prompts.jsonl"), load_prompts([LLMBAR], limit=20)[0]
     assert rows[::2] == alone and [row["id"] for row in rows[1::2]] == [f"{row['id']}-swapped" for row in alone]
+    by_python = write_prompts(tmp_path / "python", LLMBAR, limit=20, both_orders=True)
+    assert by_python.read_bytes() == (tmp_path / "both" / "prompts.jsonl").read_bytes()
     for one, other in zip(rows[::2], rows[1::2]):
         assert [one["label"], one["answer_1"], one["answer_2"]] == [
             3 - other["label"],

@@ -34,8 +34,13 @@ def test_it_allows_judgments_alone_and_all_of_them(judge, data, reason, verdict)
     assert judge.parse(written).rung == "json"
 
 
-def test_stage_2_asks_for_a_reason():
+def test_stage_2_asks_for_a_reason(tied_model, tmp_path, monkeypatch):
     """A small base that may leave it out does: pairs of such judgments teach no reasons."""
+    asked = []
+    monkeypatch.setattr("conj.sample.stage.write_judgments", lambda *_, decoding, **others: asked.append(decoding))
+    options = {"run_dir": make_run(tmp_path, 1), "model": tied_model, "judge": "english"}
+    sample_repeated(RepeatedOptions(**options, structured_output=True))
+    assert [(decoding.json_keys, decoding.needs_reason) for decoding in asked] == [(("reason", "better_answer"), True)]
     allowed = re.compile(judgment_regex("reason", "better_answer", needs_reason=True))
     for reason, holds in (
         ('It says "what" was asked.', True),

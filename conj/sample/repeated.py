@@ -55,7 +55,7 @@ def sample_repeated(options: RepeatedOptions) -> None:
         return {"text": completion.text, "verdict": verdict.value, "rung": verdict.rung}
 
     structure = json_keys(judge, options.structured_output, opened)
-    sample_prompts(options, model, keys, make_requests, read, structure, needs_reason=True)
+    sample_prompts(options, model, keys, make_requests, read, structure)
 
 
 if __name__ == "__main__":

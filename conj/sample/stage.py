@@ -139,7 +139,7 @@ class Task:
 
 def sample_prompts(
     options: SamplingOptions, model: JudgeModel | None, keys: list[dict], make_requests: Callable, judge: Callable,
-    json_keys: tuple[str, str] | None = None, needs_reason: bool = False,
+    json_keys: tuple[str, str] | None = None,
 ) -> None:  # fmt: skip
     """Writes the stage's file: for each row of prompts.jsonl the requests `make_requests` makes of it, completed and judged.
 
@@ -148,7 +148,7 @@ def sample_prompts(
     decoding = Decoding(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
         top_k=options.top_k, repetition_penalty=options.repetition_penalty, seed=options.seed,
-        thought=options.read_judge().thought, json_keys=json_keys, needs_reason=needs_reason,
+        thought=options.read_judge().thought, json_keys=json_keys, needs_reason=True,  # reasons are what is trained on
     )  # fmt: skip
     if options.api_model is None:
         if model.untrainable is not None:

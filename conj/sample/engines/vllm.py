@@ -201,13 +201,12 @@ def judgment_regex(reason_key: str, verdict_key: str, needs_reason: bool = False
     """All judgments as `judgment_text` writes them, with a reason or, unless it is needed, without. A JSON schema would leave the
     white space open, which a model may fill until its tokens are used up; a least length of the reason would be counted at
     each token of the vocabulary, which takes more time than the model does (seen, vLLM 0.32 on a CPU)."""
-    text = r'"([^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"'
+    text = r'"([^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})%s"' % ("+" if needs_reason else "*")
     quoted = [json.dumps(key, ensure_ascii=False) for key in (reason_key, verdict_key)]
     # Not re.escape, which escapes spaces and more that other readers of regular expressions take for a mistake.
     reason, verdict = (re.sub(r"[\\.^$*+?()\[\]{}|]", r"\\\g<0>", key) for key in quoted)
-    if needs_reason:
-        return rf"\{{{reason}: {text[:-2]}+\", {verdict}: [12]\}}"
-    return rf"\{{({reason}: {text}, )?{verdict}: [12]\}}"
+    given = f"{reason}: {text}, "
+    return rf"\{{{given if needs_reason else f'({given})?'}{verdict}: [12]\}}"
 
 
 def _completion(output, model: JudgeModel, decoding: Decoding) -> Completion:

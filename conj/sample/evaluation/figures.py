@@ -57,29 +57,38 @@ def score_all(judged: dict[str, Judged], num_resamples: int, seed: int) -> dict:
     arrays = {name: to_arrays(entry) for name, entry in judged.items()}
     judges = {name: score_judge(judged[name], arrays[name], num_resamples, seed) for name in judged}
     first, *others = judged
-    comparisons = []
-    for name in others:
-        places = {row["id"]: i for i, row in enumerate(judged[first].prompts)}
-        common = [(places[row["id"]], i) for i, row in enumerate(judged[name].prompts) if row["id"] in places]
-        if common:
-            of_first, of_other = zip(*common)
-            one, two = arrays[first].of(list(of_first)), arrays[name].of(list(of_other))
-            one, two = one.judged_by(two), two.judged_by(one)
-            subsets = {}
-            for i, prompt in enumerate(judged[name].prompts[i] for i in of_other):
-                subsets.setdefault(source_of(prompt), {}).setdefault(one.subsets[i], []).append(i)
-            by_subset = {
-                source: {subset: compare(one.of(of), two.of(of), num_resamples, seed) for subset, of in parts.items()}
-                for source, parts in subsets.items()
-            }
-            change = compare(one, two, num_resamples, seed)
-            comparisons.append({"judge": name, "against": first} | change | {"subsets": by_subset})
+    compared = {
+        name: compare_judges(*((judged[one], arrays[one]) for one in (first, name)), num_resamples, seed)
+        for name in others
+    }
+    comparisons = [{"judge": name, "against": first} | changes for name, changes in compared.items() if changes]
     return {"judges": judges, "comparisons": comparisons, "num_resamples": num_resamples}
 
 
-def compare(one: Choices, other: Choices, num_resamples: int, seed: int) -> dict:
-    """`other` minus `one` on the same questions, see `scores.compare`."""
-    return scores.compare(one.ratios(), other.ratios(), num_resamples, seed, one.clusters)
+def compare_judges(
+    first: tuple[Judged, Choices], other: tuple[Judged, Choices], num_resamples: int, seed: int
+) -> dict | None:
+    """`other` minus `first` on the questions and orders that both have judged, see `scores.compare`; under `subsets` the same of
+    each subset, by benchmark or data set. None where they have judged nothing alike."""
+    places = {row["id"]: i for i, row in enumerate(first[0].prompts)}
+    common = [(places[row["id"]], i) for i, row in enumerate(other[0].prompts) if row["id"] in places]
+    if not common:
+        return None
+    one, two = (arrays.of(list(of)) for (_, arrays), of in zip((first, other), zip(*common)))
+    one, two = one.judged_by(two), two.judged_by(one)
+    if (one.samples == scores.NOT_JUDGED).all():  # each in an order that the other has not
+        return None
+
+    def compare(of) -> dict:
+        pair = (choices.of(of) for choices in (one, two))
+        return scores.compare(*(choices.ratios() for choices in pair), num_resamples, seed, one.clusters[of])
+
+    subsets = defaultdict(lambda: defaultdict(list))
+    for i, (_, place) in enumerate(common):
+        subsets[source_of(other[0].prompts[place])][one.subsets[i]].append(i)
+    return compare(slice(None)) | {
+        "subsets": {source: {subset: compare(of) for subset, of in parts.items()} for source, parts in subsets.items()}
+    }
 
 
 def source_of(prompt: dict) -> str:

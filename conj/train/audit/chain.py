@@ -36,12 +36,13 @@ def check_chain(run: Path, base: Path | None) -> list[Check]:
     here, base_then = {a.name: a for a in artefacts}, (recorded_base(run) or {}).get("path")
     hash_file = functools.cache(sha256_file)  # of an input that several were made from
 
-    def find(path: Path) -> Path:
-        """Where an input lies now: the run, those beside it, and its base may have been moved since."""
-        if path.name in here and path.parent.name == run.resolve().name:
+    def find(path: Path, artefact: Path) -> Path:
+        """Where an input of an artefact lies now: the run, those beside it, and its base may have been moved since."""
+        # First, since the base may be the model of another run of this one's name.
+        if str(path) == base_then and (base is not None or path.exists()):
+            return base or path
+        if artefact.parent == run and path.name in here and path.parent.name == run.resolve().name:
             return locate(here[path.name])
-        if base is not None and str(path) == base_then:
-            return base
         beside = run.resolve().parent / path.parent.name / path.name
         return path if path.exists() or not beside.exists() else beside
 
@@ -60,7 +61,7 @@ def check_chain(run: Path, base: Path | None) -> list[Check]:
                 f"{name} was changed: its sha256 is not the manifest's",
             )
         for entry in (entry for entry in made["inputs"] if not entry["path"].startswith(JUDGE)):
-            path = find(Path(entry["path"]))
+            path = find(Path(entry["path"]), artefact)
             if entry["sha256"] is None or not path.exists():
                 away += [entry["path"]] if entry["path"] != EXCLUDED else []
                 continue
@@ -92,12 +93,13 @@ def check_chain(run: Path, base: Path | None) -> list[Check]:
     return checks
 
 
-def _made_from(artefacts: list[Path], find: Callable[[Path], Path]) -> list[Path]:
+def _made_from(artefacts: list[Path], find: Callable[[Path, Path], Path]) -> list[Path]:
     """Artefacts of other runs that these were made from, directly or by way of others."""
     found, known = [], {locate(artefact) for artefact in artefacts}
     for artefact in (todo := list(artefacts)):
         with suppress(InputError):  # found by the check of that artefact
-            for path in (find(Path(entry["path"])) for entry in (read_manifest(artefact) or {"inputs": ()})["inputs"]):
+            inputs = (read_manifest(artefact) or {"inputs": ()})["inputs"]
+            for path in (find(Path(entry["path"]), artefact) for entry in inputs):
                 if path not in known and manifest_path(path).exists():
                     known.add(path)
                     found.append(path)
