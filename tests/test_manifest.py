@@ -31,6 +31,7 @@ from conj.data.options import option
 class Options(RunOptions):
     n: int = option(8, help="a number that the result depends on")
     batch: int = option(1, help="a number that it does not depend on", affects_result=False)
+    later: bool = option(False, help="an option of a later version")
 
 
 def stage(run: Path, name: str, inputs: list, **changes) -> bool:
@@ -62,6 +63,16 @@ def test_other_options_or_inputs_are_refused_and_named(run):
     (run / "raw").write_text("other data")
     with pytest.raises(InputError, match=r"was made from other inputs \(changed: .*raw\)"):
         stage(run, "a", [run / "raw"])
+
+
+def test_an_option_that_came_later_makes_nothing_stale_where_it_is_off(run):
+    """Otherwise each new option would cost those who update all that they have sampled."""
+    made = read_manifest(run / "b")
+    made["options"].pop("later")
+    write_sealed(manifest_path(run / "b"), made)
+    assert not stage(run, "b", [run / "raw", run / "a"])
+    with pytest.raises(InputError, match="was made with later=None, now True"):
+        stage(run, "b", [run / "raw", run / "a"], later=True)
 
 
 def test_the_same_data_at_another_path_is_the_same(run, tmp_path):

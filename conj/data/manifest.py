@@ -280,7 +280,8 @@ def _difference(before: dict, now: dict) -> str:
         return differ
     for name in sorted(before["options"].keys() | now["options"].keys()):
         old, new = (m["options"].get(name) for m in (before, now))
-        if old != new and new != AUTO:
+        is_off = name not in before["options"] and not new  # an option that came later, and changes nothing
+        if old != new and new != AUTO and not is_off:
             return f"was made with {name}={old!r}, now {new!r}"
     return ""
 
