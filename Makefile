@@ -11,7 +11,7 @@ setup:  ## the environment in .venv, with the right builds of torch and vLLM; qu
 demo: setup  ## all seven stages of Con-J on the shipped tiny judge
 	$(BIN)/python -m conj run demo/demo.toml
 
-real: setup  ## the same on a real model and real answers: docs/real.md; under an hour on two quiet cores
+real: setup  ## the same on a real model and real answers: docs/real.md
 	@test -d runs/real-base || $(BIN)/python scripts/make_real_base.py --out runs/real-base
 	$(BIN)/python scripts/make_ladder.py --data real/ultrafeedback.jsonl.gz --out runs/real-data
 	$(BIN)/python -m conj run real/real.toml

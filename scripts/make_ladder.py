@@ -108,9 +108,8 @@ def main() -> None:
     parser.add_argument("--num-test", type=int, default=100, help="questions of the test set, on each rung")
     args = parser.parse_args()
     with bad_input_in_one_line():
-        require(
-            args.num_test > 1, f"--num-test: expected 2 or more, found {args.num_test}"
-        )  # one is off topic for another
+        # One question's answer is off topic for another.
+        require(args.num_test > 1, f"--num-test: expected 2 or more, found {args.num_test}")
         questions = read_questions(args.data)
         expected = f"{args.num_test + 2} short questions or more, found {len(questions)}"
         require(len(questions) >= args.num_test + 2, f"{args.data}: expected {expected}")

@@ -247,18 +247,18 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, end_id: 
     ids = tokenizer(together, return_tensors="pt").input_ids
     exact = model(ids).logits
     model.load_state_dict({name: value.to(torch.bfloat16) for name, value in state.items()})
-    prompt = ours.prompt_ids(CHAT)
+    logits, prompt = written(ids).logits, ours.prompt_ids(CHAT)
     framed = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
     checks = {
         "weights": all(torch.equal(model.state_dict()[name], value) for name, value in written.state_dict().items()),
-        "logits": torch.equal(model(ids).logits, written(ids).logits),
+        "logits": torch.equal(model(ids).logits, logits),
         "text": all(tokenizer(text).input_ids == read(text).input_ids == ours.encode_text(text) for text in TEXTS),
         "chat template": tokenizer(framed).input_ids == prompt,
         "end of turn": end_id == read.eos_token_id and end_id in ours.end_ids and read.decode(ids[0]) == together,
     }
     for name, holds in checks.items():
         require(holds, f"{name}: expected what transformers reads from the file, found another in the folder")
-    moved = (exact - written(ids).logits).abs().max()
+    moved = (exact - logits).abs().max()
     return f"{', '.join(checks)} as in the file; bfloat16 moves logits by at most {moved:.2f}"
 
 

@@ -300,8 +300,9 @@ def _check_chain(inputs: list[dict]) -> None:
         check_judge(path, manifest, inputs)
         if changed := changed_since(entry, manifest):
             raise InputError(f"{changed}: was changed after {manifest_path(path).name} was written; make it again")
-        # A judge that is trained on was made from other files of the same names, in its own run.
-        for source in [] if path.is_dir() else manifest["inputs"]:
+        if path.is_dir():  # a judge that is trained on was made from other files of the same names, in its own run
+            continue
+        for source in manifest["inputs"]:
             name = Path(source["path"]).name
             if name in given and source["sha256"] != given[name]:
                 raise InputError(

@@ -167,7 +167,8 @@ def write_prompts(
     both_orders: bool = False,
 ) -> Path:
     """Writes a run folder's `prompts.jsonl` and its manifest, from which stages 2 to 7 go on, and returns its path. The
-    arguments are those of `load_prompts`, and with `both_orders` there are two prompts a row. What is no name is described in the manifest by a hash of its rows.
+    arguments are those of `load_prompts`, and with `both_orders` there are two prompts a row. What is no name is described in
+    the manifest by a hash of its rows.
 
     Raises InputError as `load_prompts` does, and where a file of other data or options stands there."""
     sets, excluded = ([read_twice(given) for given in data_sets(some)] for some in (data, exclude))

@@ -205,8 +205,8 @@ def judgment_regex(reason_key: str, verdict_key: str, needs_reason: bool = False
     quoted = [json.dumps(key, ensure_ascii=False) for key in (reason_key, verdict_key)]
     # Not re.escape, which escapes spaces and more that other readers of regular expressions take for a mistake.
     reason, verdict = (re.sub(r"[\\.^$*+?()\[\]{}|]", r"\\\g<0>", key) for key in quoted)
-    given = f"{reason}: {text}, "
-    return rf"\{{{given if needs_reason else f'({given})?'}{verdict}: [12]\}}"
+    given = f"({reason}: {text}, )" + ("" if needs_reason else "?")
+    return rf"\{{{given}{verdict}: [12]\}}"
 
 
 def _completion(output, model: JudgeModel, decoding: Decoding) -> Completion:
