@@ -326,3 +326,32 @@ def test_a_hinted_text_is_what_stands_behind_its_thought(written, opened, expect
     completion = Completion(text=written, token_ids=[], finish_reason="stop")
     judged = hinted_judgment(completion, 2, THINKING, JudgeTokenizer.load(tied_model), opened)
     assert tuple(judged.values()) == expected
+
+
+STARTS = 'prompt = "english"\nreason_start = "Answer {verdict} beats {other}: it"\n'
+
+
+def test_the_model_is_given_how_a_reason_begins(tied_model, tmp_path, monkeypatch):
+    """As the start of its own turn, and the judgment has it in front of what the model wrote."""
+    (tmp_path / "starts.toml").write_text(STARTS)
+    asked = []
+    use_fake_engine(monkeypatch, lambda prompt: asked.append(prompt) or " is short. And more")
+    run = make_run(tmp_path / "run", 1)
+    sample_hinted(HintedOptions(run_dir=run, model=tied_model, judge=str(tmp_path / "starts.toml")))
+    [label] = [row["label"] for row in read_jsonl(run / "prompts.jsonl")]
+    starts = {1: "Answer 1 beats 2: it", 2: "Answer 2 beats 1: it"}
+    assert [prompt.endswith(starts[hint]) for prompt, hint in zip(asked, (label, 3 - label))] == [True, True]
+    texts = [text(f"{starts[hint]} is short. And more", hint) for hint in (label, 3 - label)]
+    assert [row["text"] for row in read_jsonl(run / "hinted.jsonl")] == texts
+
+
+def test_where_a_turn_cannot_be_begun_it_is_refused(model_copy, tmp_path):
+    (tmp_path / "starts.toml").write_text(STARTS)
+    options = {"run_dir": make_run(tmp_path / "run", 1), "judge": str(tmp_path / "starts.toml")}
+    with pytest.raises(InputError, match="expected no reason_start with --api-model"):
+        HintedOptions(api_model="x", base_url="http://localhost:1", **options)
+    opening = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    config = json.loads((model_copy / "tokenizer_config.json").read_text())
+    (model_copy / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": opening}))
+    with pytest.raises(InputError, match="expected no reason_start: the model's prompts begin a thought"):
+        sample_hinted(HintedOptions(model=model_copy, **options))

@@ -155,6 +155,8 @@ TEXTS = "user = '{question}{answer_1}{answer_2}'\n"
     (TEXTS + "thought = ['|', '|']", "expected two marks of a thought, and two keys of a judgment, that differ"),
     (TEXTS + "reason_key = 'x'\nverdict_key = 'x'", "two keys of a judgment, that differ"),
     (TEXTS + "verdict_key = 'x'\nparser = 'released'", "parser: released reads 更好的回答 alone, found x"),
+    (TEXTS + "reason_start = 'Because'", "reason_start: expected a text with {verdict} in it"),
+    (TEXTS + "reason_start = '{verdict} as '", "in it that ends in no white space, found '{verdict} as '"),
     (TEXTS + "judgment = '{reason} {verdict}'", "judgment: expected none without a verdict_pattern"),
     (OWN + "judgment = 'better: {verdict}'", "judgment: expected a text with {reason} and {verdict}"),
     (OWN + "judgment = '{reason} {verdict}'", "read as None and None"),

@@ -1,5 +1,6 @@
 """--structured-output: what it allows is a judgment, all judgments are allowed, and where it cannot hold it is refused."""
 
+import dataclasses
 import json
 import re
 
@@ -16,9 +17,10 @@ from conj.sample.evaluation.evaluate import EvaluateOptions
 from conj.sample.hinted import HintedOptions
 from conj.sample.judge import judge
 from conj.sample.repeated import RepeatedOptions, sample_repeated
-from conj.sample.stage import json_keys
+from conj.sample.stage import object_form
 
 JUDGES = [load_judge(name) for name in ("con-j", "english")]
+STARTING = dataclasses.replace(JUDGES[1], reason_start='"{verdict}" (not {other})')
 PATTERN = 'user = "{question} {answer_1} {answer_2}"\nverdict_pattern = "better: (A|B)"\nverdicts = {A = 1, B = 2}\n'
 
 
@@ -26,7 +28,7 @@ PATTERN = 'user = "{question} {answer_1} {answer_2}"\nverdict_pattern = "better:
 @given(data=st.data(), reason=st.text() | st.just('"}\\{</think>\x00'), verdict=st.sampled_from((1, 2)))
 def test_it_allows_judgments_alone_and_all_of_them(judge, data, reason, verdict):
     """A judgment that it does not allow could not be written by a model that was trained to."""
-    allowed = re.compile(judgment_regex(judge.reason_key, judge.verdict_key))
+    allowed = re.compile(judgment_regex(object_form(judge, True)))
     for text in judgment_text(judge, reason, verdict), judgment_text(judge, None, verdict):
         assert allowed.fullmatch(text) and judge.parse(text) == (verdict, "json")
         assert not allowed.fullmatch(text + " ") and not allowed.fullmatch("<think></think>" + text)
@@ -40,8 +42,8 @@ def test_stage_2_asks_for_a_reason(tied_model, tmp_path, monkeypatch):
     monkeypatch.setattr("conj.sample.stage.write_judgments", lambda *_, decoding, **others: asked.append(decoding))
     options = {"run_dir": make_run(tmp_path, 1), "model": tied_model, "judge": "english"}
     sample_repeated(RepeatedOptions(**options, structured_output=True))
-    assert [(decoding.json_keys, decoding.needs_reason) for decoding in asked] == [(("reason", "better_answer"), True)]
-    allowed = re.compile(judgment_regex("reason", "better_answer", needs_reason=True))
+    assert [(decoding.form, decoding.needs_reason) for decoding in asked] == [(object_form(JUDGES[1], True), True)]
+    allowed = re.compile(judgment_regex(asked[0].form, needs_reason=True))
     for reason, holds in (
         ('It says "what" was asked.', True),
         ("语", True),
@@ -49,6 +51,23 @@ def test_stage_2_asks_for_a_reason(tied_model, tmp_path, monkeypatch):
         (None, False),
     ):
         assert bool(allowed.fullmatch(judgment_text(JUDGES[1], reason, 2))) == holds
+
+
+@pytest.mark.parametrize("needed", [False, True])
+@given(data=st.data(), reason=st.text(min_size=1) | st.just('"}\\{</think>\x00'), verdict=st.sampled_from((1, 2)))
+def test_a_reason_begins_as_those_for_its_verdict_do(needed, data, reason, verdict):
+    """A small model's verdict contradicts its reason, where it may."""
+    allowed = re.compile(judgment_regex(object_form(STARTING, True), needed))
+    right, wrong = (
+        judgment_text(STARTING, start + reason, verdict) for start in STARTING.reason_starts[:: 3 - 2 * verdict]
+    )
+    assert allowed.fullmatch(right) and not allowed.fullmatch(wrong)
+    assert not allowed.fullmatch(judgment_text(STARTING, "So " + reason, verdict))
+    assert bool(allowed.fullmatch(judgment_text(STARTING, None, verdict))) != needed
+    written = STARTING.parse(text := data.draw(st.from_regex(allowed, fullmatch=True)))
+    assert written.rung == "json"
+    reason = STARTING.reason(text)
+    assert reason.startswith(STARTING.reason_starts[written.value - 1]) or (not reason and not needed)
 
 
 def test_a_judge_that_is_read_by_a_pattern_is_refused(tmp_path):
@@ -78,5 +97,5 @@ def test_a_prompt_that_ends_within_a_thought_is_refused(model_copy, tmp_path, mo
 def test_reasons_for_a_hint_are_never_asked_for_as_judgments():
     """A hint asks for a reason alone; its verdict is written by conj."""
     assert "structured_output" not in {field.name for field in HintedOptions.__dataclass_fields__.values()}
-    assert json_keys(JUDGES[1], False, opened=True) is None
-    assert json_keys(JUDGES[1], True) == ("reason", "better_answer")
+    assert object_form(JUDGES[1], False, opened=True) is None
+    assert object_form(JUDGES[1], True)[:2] == ("reason", "better_answer")

@@ -8,6 +8,7 @@ stage takes one; judges/ beside this file holds those that conj ships, and a fil
     reason_key = "reason"                               # the judgment is JSON with these two keys, in which
     verdict_key = "better_answer"                       # 1, 2, "1" or "Answer 1" is a verdict
     answer_name = "Answer"
+    reason_start = "Answer {verdict} is better than answer {other} because"     # every reason does, if given
     verdict_pattern = 'better: (A|B|neither)'           # or, in place of JSON, a regular expression
     verdicts = { A = 1, B = 2, neither = 0 }
     judgment = "{reason} better: {verdict}"             # how such a judgment is written, for stage 3
@@ -63,6 +64,7 @@ class Judge:
     reason_key: str = CARD.reason_key
     verdict_key: str = CARD.verdict_key
     answer_name: str = CARD.answer_name
+    reason_start: str | None = None  # of every reason; {verdict} and {other} name the better answer and the other one
     parser: Literal["strict", "released"] = "strict"
     verdict_pattern: str | None = None  # in place of the parser
     verdicts: dict[str, int] | None = None
@@ -131,7 +133,16 @@ class Judge:
         return {_squash(text): value for text, value in self.verdicts.items()}
 
     def _verdict_name(self, verdict: int) -> str:
+        if self.verdict_pattern is None:
+            return str(verdict)
         return next(text for text, value in self.verdicts.items() if value == verdict)
+
+    @property
+    def reason_starts(self) -> tuple[str, str]:
+        """How the reasons for the first and for the second answer begin; "" where the file does not say."""
+        names = {verdict: self._verdict_name(verdict) for verdict in (1, 2)}
+        given = [{"verdict": names[verdict], "other": names[3 - verdict]} for verdict in (1, 2)]
+        return tuple(_fill(self.reason_start or "", texts) for texts in given)
 
     @property
     def verdict_place(self) -> tuple[str, str, str]:
@@ -165,12 +176,10 @@ def judge_prompt(
     judge: Judge, question: str | list[dict], answer_1: str, answer_2: str, hint: int | None = None
 ) -> list[dict]:
     """The chat messages that ask for a judgment; with `hint` (1 or 2), for the reason why that answer is better. One function
-    writes them for every stage, so that sampling, training and evaluation see the same.
-
-    The places are filled in one pass: an answer may hold "{answer_2}"."""
+    writes them for every stage, so that sampling, training and evaluation see the same."""
     user = judge.user if hint is None else (judge.hint_1, judge.hint_2)[hint - 1]
     given = dict(zip(PLACES, (question_text(question, judge.roles), answer_1, answer_2)))
-    user = PLACE.sub(lambda place: given[place[1]], user)
+    user = _fill(user, given)
     system = [] if judge.system is None else [{"role": "system", "content": judge.system}]
     return [*system, {"role": "user", "content": user}]
 
@@ -180,8 +189,12 @@ def judgment_text(judge: Judge, reason: str | None, verdict: int) -> str:
     if judge.verdict_pattern is None:
         reasons = {} if reason is None else {judge.reason_key: reason}
         return json.dumps(reasons | {judge.verdict_key: verdict}, ensure_ascii=False)
-    given = {"reason": reason or "", "verdict": judge._verdict_name(verdict)}
-    return re.sub("{(reason|verdict)}", lambda place: given[place[1]], judge.judgment)
+    return _fill(judge.judgment, {"reason": reason or "", "verdict": judge._verdict_name(verdict)})
+
+
+def _fill(text: str, given: dict[str, str]) -> str:
+    """A text with its places filled in one pass: what is put in may hold a place."""
+    return re.sub("{(" + "|".join(given) + ")}", lambda place: given[place[1]], text)
 
 
 def with_parser(judge: Judge, parser: str | None) -> Judge:
@@ -273,6 +286,9 @@ def _check_texts(judge: Judge, path: Path) -> None:
             found = PLACE.findall(text)
             if missing := [f"{{{place}}}" for place in PLACES if place not in found]:
                 raise InputError(f"{path}: {name}: expected {', '.join(missing)} in the text, found none")
+    if judge.reason_start is not None and ("{verdict}" not in judge.reason_start or judge.reason_start[-1].isspace()):
+        expected = "a text with {verdict} in it that ends in no white space"
+        raise InputError(f"{path}: reason_start: expected {expected}, found {brief(judge.reason_start)}")
     if judge.thought[0] == judge.thought[1] or judge.reason_key == judge.verdict_key:
         raise InputError(f"{path}: expected two marks of a thought, and two keys of a judgment, that differ")
     if judge.parser == "released" and judge.verdict_key != Judge.verdict_key:
@@ -291,7 +307,8 @@ def _check_backend(judge: Judge, path: Path) -> None:
 
 def _read_back(judge: Judge) -> list[int | None]:
     """How its own judgments for 1 and for 2 are read."""
-    return [judge.parse(judgment_text(judge, "…", verdict)).value for verdict in (1, 2)]
+    texts = [judgment_text(judge, f"{start}…", verdict) for verdict, start in zip((1, 2), judge.reason_starts)]
+    return [judge.parse(text).value for text in texts]
 
 
 def _check_pattern(judge: Judge, path: Path) -> None:

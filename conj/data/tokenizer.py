@@ -272,13 +272,13 @@ class JudgeTokenizer:
             raise InputError(f"{self.template.where}: the text {brief(text)} would become a control token")
         return ids
 
-    def prompt_ids(self, messages: list[dict]) -> list[int]:
-        """Ids of the chat template filled with `messages`, up to the point where the assistant starts to write; see
-        `prompt_parts`."""
+    def prompt_ids(self, messages: list[dict], begun: str = "") -> list[int]:
+        """Ids of the chat template filled with `messages`, up to the point where the assistant starts to write, and of what it
+        has `begun` to write; see `prompt_parts`."""
         ids = []
         for part in self.prompt_parts(messages):
             ids += [part] if isinstance(part, int) else self.encode_text(part[0], after_text=part[1])
-        return ids
+        return ids + self.encode_text(begun, after_text=True)
 
     def prompt_parts(self, messages: list[dict]) -> list[int | tuple[str, bool]]:
         """What a prompt is made of: ids of control tokens, and texts with whether something stands before them.

@@ -1,7 +1,8 @@
 """Stage 3: the base model, or another behind an endpoint, gives reasons for a verdict it is told, one for the label and one against it: `hinted.jsonl`.
 
 The reason is put into the JSON of a judgment with the verdict of the hint, so that every prompt gets a right and a
-wrong judgment, also where sampling gave only one kind (paper, section 3.2). A thought, which may speak of the hint, is
+wrong judgment, also where sampling gave only one kind (paper, section 3.2). Where the judge's file says how reasons begin, the
+model is given that as the start of its turn. A thought, which may speak of the hint, is
 thrown away, and a text that ends within it is no reason. Run it again after a kill and it goes on.
 
     python -m conj.sample.hinted --run-dir runs/demo --model demo/base
@@ -40,6 +41,10 @@ class HintedOptions(SamplingOptions):
     def __post_init__(self):
         super().__post_init__()
         judge = self.read_judge()
+        require(
+            judge.reason_start is None or self.api_model is None,
+            f"--judge {self.judge}: expected no reason_start with --api-model: an endpoint cannot be given the start of a turn",
+        )
         missing = "hint_1 and hint_2" if judge.hint_1 is None else "judgment" if not judge.can_write else ""
         require(not missing, f"--judge {self.judge}: expected {missing} in its file, to ask for reasons; found none")
         require(
@@ -53,13 +58,18 @@ def sample_hinted(options: HintedOptions) -> None:
     """Writes `hinted.jsonl`. Raises InputError for unusable prompts, model or options."""
     model, judge = options.read_model(), options.read_judge()
     kinds, opened = ("hint", "hint_reversed"), opens_thought(model, judge)
+    require(
+        judge.reason_start is None or not opened,
+        f"--judge {options.judge}: expected no reason_start: the model's prompts begin a thought, which is no reason",
+    )
 
     def make_requests(row: dict) -> list[Request]:
         requests = []
         for kind, hint in zip(kinds, (row["label"], 3 - row["label"])):
             messages = judge_prompt(judge, question_of(row), row["answer_1"], row["answer_2"], hint)
             key = {"id": row["id"], "kind": kind, "index": 0}
-            requests.append(Request(key=key, hint=hint, **options.prompt(model, messages)))
+            begun = judge.reason_starts[hint - 1]
+            requests.append(Request(key=key, hint=hint, **options.prompt(model, messages, begun)))
         return requests
 
     def read(request: Request, completion: Completion) -> dict:
@@ -71,13 +81,14 @@ def sample_hinted(options: HintedOptions) -> None:
 def hinted_judgment(
     completion: Completion, hint: int, judge: Judge, tokenizer: JudgeTokenizer | None, opened: bool = False
 ) -> dict:
-    """What the model wrote for a hint, its thought aside, as a judgment with that verdict; as written and without a verdict if
-    it cannot be one: it is empty, has no full sentence up to where it is cut, or states another verdict or tries to. Of a
+    """What the model wrote for a hint, behind how reasons for it begin and its thought aside, as a judgment with that verdict; as
+    written and without a verdict if it cannot be one: it is empty, has no full sentence up to where it is cut, or states another verdict or tries to. Of a
     thought that does not end, or that begins anew, nothing is left. A judgment in a thought that the prompt `opened` ends it.
 
     Rungs: `hint`, the text is the reason; `hint_cut`, its full sentences are; the parser's, it is a judgment already; `none`;
     `unfinished`."""
-    closing, answer = f"{judge.thought[1]}\n\n" if opened else "", judge.answer(completion.text, opened)
+    closing = f"{judge.thought[1]}\n\n" if opened else ""
+    answer = judge.answer(judge.reason_starts[hint - 1] + completion.text, opened)
     if answer is None or any(mark in answer for mark in judge.thought):
         return {"text": closing, "verdict": None, "rung": UNFINISHED}
     written = answer.strip()

@@ -23,7 +23,7 @@ from conj.data.options import option, require, run_command
 from conj.model.folder import JudgeModel, check_model
 from conj.sample.engines.completion import Decoding, Request
 from conj.sample.engines.vllm import EngineOptions, generate, running_engine
-from conj.sample.stage import json_keys, opens_thought
+from conj.sample.stage import object_form, opens_thought
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def judge(
     own = None if judge else judge_in_folder(find_model(options.model))
     asked = own or load_judge(judge or "con-j")
     require(asked.backend == "vllm", f"--judge {judge}: is behind an endpoint; expected one whose model runs here")
-    json_keys(asked, structured_output)
+    object_form(asked, structured_output)
     checked, engine = _start(options, asked.max_length, asked.chat_template, structured_output)
     opened = opens_thought(checked, asked)
     prompt_ids = checked.tokenizer.prompt_ids(judge_prompt(asked, question, answer_1, answer_2))
@@ -87,7 +87,7 @@ def judge(
         raise InputError(f"the prompt has {len(prompt_ids)} tokens, the context {checked.max_length}")
     decoding = Decoding(
         max_new_tokens=min(max_new_tokens or asked.max_new_tokens, room),
-        json_keys=json_keys(asked, structured_output, opened),
+        form=object_form(asked, structured_output, opened),
         **decoding_of(asked),
     )
     [(_, completion)] = generate(engine, [Request(key={}, prompt_ids=prompt_ids)], checked, decoding)

@@ -16,7 +16,7 @@ from conj.data.judges import judge_prompt, with_parser
 from conj.data.options import option, require_each, run_command
 from conj.data.prompts import question_of
 from conj.sample.engines.completion import Completion, Request
-from conj.sample.stage import STRUCTURED, SamplingOptions, json_keys, opens_thought, sample_prompts
+from conj.sample.stage import STRUCTURED, SamplingOptions, object_form, opens_thought, sample_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class RepeatedOptions(SamplingOptions):
         super().__post_init__()
         require_each(self, ("num_samples",), lambda value: value >= 1, "1 or more")
         judge = with_parser(self.read_judge(), self.parser)
-        json_keys(judge, self.structured_output)
+        object_form(judge, self.structured_output)
         object.__setattr__(self, "parser", None if judge.verdict_pattern else judge.parser)
 
 
@@ -54,8 +54,8 @@ def sample_repeated(options: RepeatedOptions) -> None:
         verdict = judge.parse(completion.text, opened)
         return {"text": completion.text, "verdict": verdict.value, "rung": verdict.rung}
 
-    structure = json_keys(judge, options.structured_output, opened)
-    sample_prompts(options, model, keys, make_requests, read, structure)
+    form = object_form(judge, options.structured_output, opened)
+    sample_prompts(options, model, keys, make_requests, read, form)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from conj.data.options import option, refuse, require, require_each
 from conj.data.preprocess import stream_prompts
 from conj.data.progress import progress
 from conj.model.folder import TRAINING_MAX_LENGTH, JudgeModel, check_model
-from conj.sample.engines.completion import Complete, Completion, Decoding, Request
+from conj.sample.engines.completion import Complete, Completion, Decoding, ObjectForm, Request
 from conj.sample.engines.fleet import ENGINES_ALONE, FleetOptions, complete_by_engines
 from conj.sample.engines.http import EndpointOptions, complete_by_http
 from conj.sample.rows import Rows
@@ -89,9 +89,10 @@ class SamplingOptions(JudgedRunOptions, FleetOptions, EndpointOptions):
         """The model of --model, checked; None where there is none."""
         return self.model and check_model(self.model, self.max_length, most=TRAINING_MAX_LENGTH)
 
-    def prompt(self, model: JudgeModel | None, messages: list[dict]) -> dict:
-        """What a request holds of its prompt: token ids where they are made here, and what an endpoint is sent."""
-        prompt = {} if model is None else {"prompt_ids": model.tokenizer.prompt_ids(messages)}
+    def prompt(self, model: JudgeModel | None, messages: list[dict], begun: str = "") -> dict:
+        """What a request holds of its prompt: token ids where they are made here, and what an endpoint is sent. `begun`: how the
+        assistant's turn begins, which no endpoint can be sent."""
+        prompt = {} if model is None else {"prompt_ids": model.tokenizer.prompt_ids(messages, begun)}
         return prompt | ({} if self.api_model is None else {"messages": messages})
 
 
@@ -111,8 +112,8 @@ def opens_thought(model: JudgeModel | None, judge: Judge) -> bool:
     return any(prompt.rstrip().endswith(judge.thought[0]) for prompt in model.tokenizer.template.prompts())
 
 
-def json_keys(judge: Judge, structured: bool, opened: bool = False) -> tuple[str, str] | None:
-    """For Decoding: the keys of the object that --structured-output asks for. Raises InputError for a judge that does not
+def object_form(judge: Judge, structured: bool, opened: bool = False) -> ObjectForm | None:
+    """The object that --structured-output asks for. Raises InputError for a judge that does not
     write one, or a prompt that ends within a thought."""
     if not structured:
         return None
@@ -121,7 +122,7 @@ def json_keys(judge: Judge, structured: bool, opened: bool = False) -> tuple[str
     )
     require(judge.verdict_pattern is None, pattern)
     require(not opened, "--structured-output: the model's prompts begin a thought, which cannot be an object")
-    return judge.reason_key, judge.verdict_key
+    return ObjectForm(judge.reason_key, judge.verdict_key, judge.reason_starts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ class Task:
 
 def sample_prompts(
     options: SamplingOptions, model: JudgeModel | None, keys: list[dict], make_requests: Callable, judge: Callable,
-    json_keys: tuple[str, str] | None = None,
+    form: ObjectForm | None = None,
 ) -> None:  # fmt: skip
     """Writes the stage's file: for each row of prompts.jsonl the requests `make_requests` makes of it, completed and judged.
 
@@ -148,7 +149,7 @@ def sample_prompts(
     decoding = Decoding(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
         top_k=options.top_k, repetition_penalty=options.repetition_penalty, seed=options.seed,
-        thought=options.read_judge().thought, json_keys=json_keys, needs_reason=True,  # reasons are what is trained on
+        thought=options.read_judge().thought, form=form, needs_reason=True,  # reasons are what is trained on
     )  # fmt: skip
     if options.api_model is None:
         if model.untrainable is not None:

@@ -181,8 +181,8 @@ def main(options: DPOOptions) -> None:
             num_done, usable = 0, plan.train + plan.held_out
             spot = random.Random(options.seed).sample(usable, min(NUM_SPOT_CHECKS, len(usable)))
             alone = [[Group(prompt=pairs.prompt_of[pair], pairs=[pair])] for pair in spot]
-            # A GPU's kernels round by the shapes of a pack; on a CPU a pair's bits do not depend on it.
-            check_reference(model, pairs, reference, alone, world, options.dtype, exact=world.device.type == "cpu")
+            exact = backends.rounds_rows_alike(world.device)  # then a pair's bits do not depend on its pack
+            check_reference(model, pairs, reference, alone, world, options.dtype, exact=exact)
 
         saver = Saver(folder=checkpoints, world=world, identity=run_identity, keep=options.keep_checkpoints)
         with (

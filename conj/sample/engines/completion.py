@@ -7,11 +7,21 @@ import math
 import re
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from conj.data.verdicts import CARD
 
 NUM_TOP_LOGPROBS = 20  # the most that vLLM and the OpenAI API give
 BESIDE_NAME = " \t\r\n▁\"'`*()[]{}<>:：,，.。;；"  # what one token may hold beside an answer's name
+
+
+class ObjectForm(NamedTuple):
+    """The JSON object that a judgment is: the keys of a reason and of 1 or 2, and how the reasons for 1 and for 2 begin, which
+    an endpoint's schema does not say."""
+
+    reason_key: str
+    verdict_key: str
+    reason_starts: tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +37,8 @@ class Decoding:
     verdict_probability: bool = False  # asks for the likeliest tokens, and fills Completion.p_first
     verdict_place: tuple[str, str, str] = ("", "", "")  # with it, a judge's: where a judgment names the better answer
     thought: tuple[str, str] = CARD.thought  # put around what a server gives apart as such
-    json_keys: tuple[str, str] | None = None  # what is written is one object: a reason, and 1 or 2, under these keys
-    needs_reason: bool = False  # with json_keys: the reason may not be left out; an endpoint's schema never lets it
+    form: ObjectForm | None = None  # what is written is one such object
+    needs_reason: bool = False  # with a form: the reason may not be left out; an endpoint's schema never lets it
 
 
 @dataclass(frozen=True, kw_only=True)

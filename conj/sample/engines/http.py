@@ -29,6 +29,7 @@ from conj.sample.engines.completion import (
     Completion,
     Completions,
     Decoding,
+    ObjectForm,
     Request,
     first_probability,
     request_seed,
@@ -142,8 +143,8 @@ def _limit_rate(requests_per_minute: float | None):
 def _complete(client, request: Request, model: str, decoding: Decoding) -> Completion:
     extra = {name: value for name in EXTRA if (value := getattr(decoding, name)) is not None}
     asked = {"logprobs": True, "top_logprobs": NUM_TOP_LOGPROBS} if decoding.verdict_probability else {}
-    if decoding.json_keys is not None:
-        asked["response_format"] = _response_format(*decoding.json_keys)
+    if decoding.form is not None:
+        asked["response_format"] = _response_format(decoding.form)
     messages = [message | {"content": replace_surrogates(message["content"])} for message in request.messages]
     try:
         reply = client.chat.completions.create(
@@ -163,10 +164,10 @@ def _complete(client, request: Request, model: str, decoding: Decoding) -> Compl
         raise InputError(f"{model}: expected a chat completion, found {brief(reply)}") from None
 
 
-def _response_format(reason_key: str, verdict_key: str) -> dict:
+def _response_format(form: ObjectForm) -> dict:
     schema = {
-        "type": "object", "required": [reason_key, verdict_key], "additionalProperties": False,
-        "properties": {reason_key: {"type": "string"}, verdict_key: {"type": "integer", "enum": [1, 2]}},
+        "type": "object", "required": [form.reason_key, form.verdict_key], "additionalProperties": False,
+        "properties": {form.reason_key: {"type": "string"}, form.verdict_key: {"type": "integer", "enum": [1, 2]}},
     }  # fmt: skip
     return {"type": "json_schema", "json_schema": {"name": "judgment", "strict": True, "schema": schema}}
 

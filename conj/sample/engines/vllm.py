@@ -27,6 +27,7 @@ from conj.sample.engines.completion import (
     Completion,
     Completions,
     Decoding,
+    ObjectForm,
     Request,
     first_probability,
     request_seed,
@@ -157,7 +158,7 @@ def complete_by_vllm(
     requests: Iterable[Request], model: JudgeModel, options: EngineOptions, decoding: Decoding
 ) -> Completions:
     """Each request with its completion, as it finishes, by an engine that lives as long as the generator."""
-    with running_engine(model, options, structured=decoding.json_keys is not None) as engine:
+    with running_engine(model, options, structured=decoding.form is not None) as engine:
         yield from generate(engine, requests, model, decoding)
 
 
@@ -185,11 +186,11 @@ def _sampling_params(request: Request, model: JudgeModel, decoding: Decoding):
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-    form = None
-    if decoding.json_keys is not None:
-        form = StructuredOutputsParams(regex=judgment_regex(*decoding.json_keys, decoding.needs_reason))
+    structure = None
+    if decoding.form is not None:
+        structure = StructuredOutputsParams(regex=judgment_regex(decoding.form, decoding.needs_reason))
     return SamplingParams(
-        structured_outputs=form,
+        structured_outputs=structure,
         temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k or 0,
         repetition_penalty=decoding.repetition_penalty or 1.0, max_tokens=decoding.max_new_tokens,
         seed=request_seed(decoding.seed, request.key), stop_token_ids=model.end_ids, detokenize=False,
@@ -197,16 +198,22 @@ def _sampling_params(request: Request, model: JudgeModel, decoding: Decoding):
     )  # fmt: skip
 
 
-def judgment_regex(reason_key: str, verdict_key: str, needs_reason: bool = False) -> str:
-    """All judgments as `judgment_text` writes them, with a reason or, unless it is needed, without. A JSON schema would leave the
-    white space open, which a model may fill until its tokens are used up; a least length of the reason would be counted at
-    each token of the vocabulary, which takes more time than the model does (seen, vLLM 0.32 on a CPU)."""
-    text = r'"([^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})%s"' % ("+" if needs_reason else "*")
-    quoted = [json.dumps(key, ensure_ascii=False) for key in (reason_key, verdict_key)]
-    # Not re.escape, which escapes spaces and more that other readers of regular expressions take for a mistake.
-    reason, verdict = (re.sub(r"[\\.^$*+?()\[\]{}|]", r"\\\g<0>", key) for key in quoted)
-    given = f"({reason}: {text}, )" + ("" if needs_reason else "?")
-    return rf"\{{{given}{verdict}: [12]\}}"
+def judgment_regex(form: ObjectForm, needs_reason: bool = False) -> str:
+    """All judgments as `judgment_text` writes them, with a reason, which begins as those for its verdict do, or, unless it is
+    needed, without. A JSON schema would leave the white space open, which a model may fill until its tokens are used up; a least
+    length of the reason would be counted at each token of the vocabulary, which takes more time than the model does (seen,
+    vLLM 0.32 on a CPU)."""
+
+    def quoted(text: str) -> str:
+        # Not re.escape, which escapes spaces and more that other readers of regular expressions take for a mistake.
+        return re.sub(r"[\\.^$*+?()\[\]{}|]", r"\\\g<0>", json.dumps(text, ensure_ascii=False))
+
+    text = r'([^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})' + ("+" if needs_reason else "*")
+    reason, verdict = quoted(form.reason_key), quoted(form.verdict_key)
+    verdicts = {form.reason_starts[0]: 1, form.reason_starts[1]: 2} if form.reason_starts[0] else {"": "[12]"}
+    given = [f'{reason}: {quoted(start)[:-1]}{text}", {verdict}: {value}' for start, value in verdicts.items()]
+    without = [] if needs_reason else [f"{verdict}: [12]"]
+    return rf"\{{({'|'.join(given + without)})\}}"
 
 
 def _completion(output, model: JudgeModel, decoding: Decoding) -> Completion:

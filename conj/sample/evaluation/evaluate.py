@@ -40,7 +40,7 @@ from conj.sample.engines.http import EndpointOptions, complete_by_http
 from conj.sample.evaluation.figures import Judged, score_all
 from conj.sample.evaluation.judgments import read_judgments_file
 from conj.sample.evaluation.report import write_report
-from conj.sample.stage import STRUCTURED, Task, json_keys, opens_thought, write_judgments
+from conj.sample.stage import STRUCTURED, Task, object_form, opens_thought, write_judgments
 
 NAME = re.compile(r"[\w.+-]{1,100}")  # of a judge: it becomes a part of file names
 
@@ -111,7 +111,7 @@ class EvaluateOptions(RunOptions, FleetOptions, EndpointOptions):
                       "verdict_probability", "parser", "structured_output")  # fmt: skip
             refuse(self, unread, "with --judgments no model is asked")
         elif self.structured_output:
-            json_keys(judge_of(self), True)
+            object_form(judge_of(self), True)
         require_each(self, ("name",), NAME.fullmatch, "letters, digits, dots, dashes, plus signs and underscores")
 
     def at_hand(self) -> "EvaluateOptions":
@@ -278,7 +278,7 @@ def judge_prompts(
         max_new_tokens=options.max_new_tokens or judge.max_new_tokens, temperature=temperature_of(options),
         top_p=judge.top_p, top_k=judge.top_k, thought=judge.thought, seed=options.seed,
         verdict_probability=options.verdict_probability, verdict_place=judge.verdict_place,
-        json_keys=json_keys(judge, options.structured_output, opened),
+        form=object_form(judge, options.structured_output, opened),
     )  # fmt: skip
 
     def read(request: Request, completion: Completion) -> dict:

@@ -17,6 +17,7 @@ from conj.data.model_files import JUDGE_FILE, weight_files
 from conj.data.options import require
 from conj.data.packs import plan_packs
 from conj.data.tokens import TOKENS, check_tokens, read_key
+from conj.model.backends import rounds_rows_alike
 from conj.train.audit.chain import Check, check, recorded_base
 from conj.train.audit.compare import first_difference
 from conj.train.checkpoint import check_checkpoint, list_checkpoints, read_tensors
@@ -104,7 +105,7 @@ def compare_tokens(path: Path, expected: str) -> str:
 
 def check_step_0(run: TrainedRun, options: AuditOptions, world: World) -> str:
     """The base model, in packs of the training, gives the stored logprobs: every margin starts at 0."""
-    exact, sample = run.is_here and world.device.type == "cpu", draw_pairs(run, options)
+    exact, sample = run.is_here and rounds_rows_alike(world.device), draw_pairs(run, options)
     packs = plan_packs(run.plan.pairs, sample, max_tokens=run.options.max_tokens_per_pack, share=run.options.share)
     model = build_sharded_model(run.options.model, world, run.options.dtype)
     check_reference(model, run.plan.pairs, run.plan.reference, packs, world, run.options.dtype, exact=exact)
