@@ -79,14 +79,19 @@ def test_conj_names_its_commands_at_once_and_without_torch():
     assert not {"torch", "vllm", "datasets", "transformers", "numpy"} & set(done.stdout.splitlines()[-1].split())
 
 
-def test_conj_help_takes_less_than_half_a_second_of_cpu():
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        conj("--help")
-        after = os.times()
-        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert min(seconds) < 0.5, seconds
+def cpu_seconds(*line) -> float:
+    before = os.times()
+    subprocess.run(line, capture_output=True, cwd=ROOT, check=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def test_conj_help_takes_hardly_more_than_that_of_an_app_without_commands():
+    """Seconds would be the machine's: one that is busy took 0.5 for what another does in 0.3."""
+    empty = "import cyclopts; cyclopts.App(result_action='return_value')(['--help'])"
+    lines = [(sys.executable, "-m", "conj", "--help"), (sys.executable, "-c", empty)]
+    ours, least = map(min, zip(*([cpu_seconds(*line) for line in lines] for _ in range(5))))
+    assert ours < 1.5 * least, (ours, least)
 
 
 def test_conj_and_python_m_are_the_same_command(tmp_path):

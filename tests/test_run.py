@@ -124,6 +124,19 @@ def test_a_later_file_goes_over_an_earlier_one_table_by_table(tmp_path):
     assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
 
 
+@pytest.mark.parametrize(("files", "runs"), [
+    (["demo/demo.toml", "demo/betas.toml"], 3),
+    (["demo/demo.toml", "scripts/ablations.toml"], 6),
+    (["real/real.toml"], 1),
+    (["real/real.toml", "real/ladder.toml"], 8),
+    (["real/real.toml", "real/ablations.toml"], 8),
+])  # fmt: skip
+def test_the_settings_that_are_shipped_are_those_of_as_many_runs(files, runs, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = resolved(*files, "--run-dir", "runs/x")
+    assert len({repr({**run.options, "name": run.folder}) for run in found}) == len(found) == runs
+
+
 def test_the_resolved_settings_are_a_file_that_gives_the_same_run(tmp_path):
     import tomli_w
 
