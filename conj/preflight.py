@@ -32,6 +32,7 @@ from conj.model.folder import DecoderFolder, JudgeModel, check_finite, check_mod
 from conj.sample.engines.http import check_endpoint
 from conj.sample.engines.vllm import check_engine
 from conj.sample.evaluation.evaluate import find_models, is_of_runs, judge_of
+from conj.sample.stage import SamplingOptions
 from conj.settings import Run, check_file_options, resolve
 from conj.train.memory import disk_bytes
 from conj.train.options import DPOOptions, check_machine, choose_shard_size
@@ -95,6 +96,8 @@ def check(runs: list[Run]) -> dict[Path, JudgeModel]:
                 require(model.untrainable is None, f"[{stage}] cannot be trained: {model.untrainable}")
             else:
                 check_engine(model, options)
+            if isinstance(options, SamplingOptions):
+                options.opens_thought(model)
     if trained := [(stage, options) for stage, options in stages if stage in ON_ALL_RANKS]:
         for stage, options in trained:
             try:

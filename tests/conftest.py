@@ -107,6 +107,13 @@ def untied_model(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "untied", tied=False)
 
 
+def open_thoughts(model: Path) -> None:
+    """Changes a model's chat template to one whose prompts begin a thought."""
+    opening = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": opening}))
+
+
 @pytest.fixture
 def model_copy(tied_model, tmp_path) -> Path:
     """A model folder that a test may damage."""

@@ -1,12 +1,13 @@
 """One judge for all stages: what each asks, writes and names, and that a thought, or a hint in it, goes no further."""
 
+import dataclasses
 import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import CHATML, judgment_text, make_run
+from conftest import ROOT, judgment_text, make_run, open_thoughts
 from fake_engine import use_fake_engine
 from test_dpo import dpo_options
 from test_evaluate import make_benchmark
@@ -17,15 +18,18 @@ from conj.data.card import render_card
 from conj.data.files import read_jsonl
 from conj.data.identity import describe_judge, hash_judge
 from conj.data.judges import load_judge
+from conj.data.options import parse_options
 from conj.data.pairs import PairsOptions, build_pairs, trained_text
 from conj.data.tokenizer import JudgeTokenizer
 from conj.model.folder import check_model
+from conj.preflight import check
 from conj.sample.engines.completion import Completion
 from conj.sample.evaluation.evaluate import EvaluateOptions, evaluate
 from conj.sample.hinted import HintedOptions, hinted_judgment, sample_hinted
 from conj.sample.judge import judge
 from conj.sample.repeated import RepeatedOptions, sample_repeated
 from conj.sample.stage import opens_thought
+from conj.settings import resolve, run_file_options
 from conj.train import dpo, reference
 from conj.train.audit.chain import check_chain
 from conj.train.options import ReferenceOptions
@@ -285,9 +289,7 @@ def test_a_judgment_that_quotes_the_end_mark_is_never_torn():
 def test_a_template_that_opens_the_thought_is_heeded(tied_model, tmp_path, monkeypatch):
     """Without its start mark, what a model thinks looks like its answer, and a draft like its verdict."""
     model = shutil.copytree(tied_model, tmp_path / "model")
-    opening = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": opening}))
+    open_thoughts(model)
     assert opens_thought(check_model(model, None), THINKING) and not opens_thought(
         check_model(tied_model, None), THINKING
     )
@@ -350,8 +352,36 @@ def test_where_a_turn_cannot_be_begun_it_is_refused(model_copy, tmp_path):
     options = {"run_dir": make_run(tmp_path / "run", 1), "judge": str(tmp_path / "starts.toml")}
     with pytest.raises(InputError, match="expected no reason_start with --api-model"):
         HintedOptions(api_model="x", base_url="http://localhost:1", **options)
-    opening = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
-    config = json.loads((model_copy / "tokenizer_config.json").read_text())
-    (model_copy / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": opening}))
+    open_thoughts(model_copy)
     with pytest.raises(InputError, match="expected no reason_start: the model's prompts begin a thought"):
         sample_hinted(HintedOptions(model=model_copy, **options))
+
+
+@pytest.mark.parametrize(("written", "finish", "said"), [
+    (" is short. It", "stop", " is short. It"), (" is short. It", "length", " is short."), ("\n is short", "stop", "\n is short"),
+    ("", "stop", None), (" \n", "stop", None), (".", "stop", None), (". It i", "length", None), (" is sho", "length", None),
+    (" <think>hm</think> is short.", "stop", None), ("</think> It is short.", "stop", None),
+    (' is: {"reason": "It is short.", "better_answer": 2}', "stop", None),
+])  # fmt: skip
+def test_a_reason_is_what_follows_on_how_it_begins(written, finish, said):
+    """And never without that start: the judge would learn to leave it out."""
+    start = "Answer 2 beats 1: it"
+    judge = dataclasses.replace(ENGLISH, reason_start="Answer {verdict} beats {other}: it")
+    judged = hinted_judgment(Completion(text=written, token_ids=[], finish_reason=finish), 2, judge, None)
+    assert judged["verdict"] == (2 if said else None)
+    assert judged["text"] == text(start + said, 2) if said else judge.parse(judged["text"]).value != 2
+
+
+@pytest.mark.parametrize(("above", "table", "said"), [
+    ("judge = '{}/starts.toml'\n", "", "expected no reason_start: the model's prompts begin a thought"),
+    ("", "[repeated]\nstructured_output = true\n", "--structured-output: the model's prompts begin a thought"),
+])  # fmt: skip
+def test_what_cannot_follow_on_a_thought_is_refused_before_the_first_stage(above, table, said, model_copy, tmp_path):
+    """Stage 3 would say so after stage 2."""
+    open_thoughts(model_copy)
+    (tmp_path / "starts.toml").write_text(STARTS)
+    shared = f"run_dir = '{tmp_path}/run'\nmodel = '{model_copy}'\nstages = ['preprocess', 'repeated', 'hinted']\n"
+    data = f"[preprocess]\ndata = ['{ROOT}/demo/train.jsonl']\n"
+    (tmp_path / "run.toml").write_text(above.format(tmp_path) + shared + data + table)
+    with pytest.raises(InputError, match=said):
+        check(resolve(parse_options(run_file_options(), [str(tmp_path / "run.toml")])))

@@ -155,8 +155,14 @@ TEXTS = "user = '{question}{answer_1}{answer_2}'\n"
     (TEXTS + "thought = ['|', '|']", "expected two marks of a thought, and two keys of a judgment, that differ"),
     (TEXTS + "reason_key = 'x'\nverdict_key = 'x'", "two keys of a judgment, that differ"),
     (TEXTS + "verdict_key = 'x'\nparser = 'released'", "parser: released reads 更好的回答 alone, found x"),
-    (TEXTS + "reason_start = 'Because'", "reason_start: expected a text with {verdict} in it"),
-    (TEXTS + "reason_start = '{verdict} as '", "in it that ends in no white space, found '{verdict} as '"),
+    (TEXTS + "reason_start = 'Because'", "reason_start: expected a text with {verdict} and, if"),
+    (TEXTS + "reason_start = '{verdict} as '", "no white space at its ends, found '{verdict} as '"),
+    (TEXTS + "reason_start = '{verdict} beats {answer_2}'", "reason_start: expected a text with {verdict} and, if"),
+    (TEXTS + "reason_start = '<think>{verdict}'", "mine.toml: reason_start: expected a text without a mark"),
+    (TEXTS + """reason_start = '{"原因": "{verdict}'""", "nothing that is read as a judgment or another verdict"),
+    (TEXTS + "parser = 'released'\nreason_start = '与回答{other}相比，回答{verdict}更好'", "another verdict; found '与回答2"),
+    (OWN + "judgment = '{reason} better: {verdict}'\nreason_start = 'It is better: {verdict}'", "read as a judgment"),
+    (OWN + "judgment = 'better: {verdict} {reason}'\nreason_start = 'B: {other}. better: {other}? {verdict}'", "found 'B: B."),
     (TEXTS + "judgment = '{reason} {verdict}'", "judgment: expected none without a verdict_pattern"),
     (OWN + "judgment = 'better: {verdict}'", "judgment: expected a text with {reason} and {verdict}"),
     (OWN + "judgment = '{reason} {verdict}'", "read as None and None"),
@@ -372,3 +378,23 @@ def test_the_probability_of_a_pattern_is_read_at_its_letter(tmp_path):
     assert probability(tokens, {5: {" B": 0.6, " A": 0.3, "A": 0.1}}, auto_j.verdict_place) == pytest.approx(0.4)
     own = load_judge(write(tmp_path, OWN))
     assert probability(["better: ", "neither"], {1: {"neither": 1.0}}, own.verdict_place) is None
+
+
+# ---- How reasons begin ----
+
+
+def test_a_reason_begins_with_the_names_of_both_answers(tmp_path):
+    own = OWN + "judgment = '{reason} So better: {verdict}'\nreason_start = '{verdict} beats {other}:'\n"
+    judge = load_judge(write(tmp_path, own))
+    assert judge.reason_starts == ("A beats B:", "B beats A:")
+    assert load_judge(write(tmp_path, judge_file(judge))) == judge
+    assert load_judge("english").reason_starts == ("", "")
+    english = load_judge(write(tmp_path, 'prompt = "english"\nreason_start = "{verdict}, as it"'))
+    assert english.reason_starts == ("1, as it", "2, as it") and english.user == load_judge("english").user
+
+
+def test_where_reasons_begin_with_the_verdict_its_probability_is_read_there(tmp_path):
+    """The judge has decided; the token at the end is sure, whatever it was before."""
+    judge = load_judge(write(tmp_path, """prompt = "english"\nreason_start = '"{verdict}" (not {other}): it'"""))
+    tokens = ['{"reason": "', '\\"', "1", '\\" (not ', "2", "): it", ' is.", "better_answer": ', "1", "}"]
+    assert probability(tokens, {2: {"1": 0.6, "2": 0.2}}, judge.verdict_place) == pytest.approx(0.75)

@@ -238,6 +238,20 @@ def test_sentencepiece_prompts_equal_the_official_ids(template, llama2):
     assert ids.count(tokenizer.special["<s>"]) == 1  # the template says so, and nothing adds another
 
 
+def test_what_follows_on_a_begun_turn_keeps_its_space(llama2):
+    """By itself its first token is decoded without: "because it" and "is short" would be one word."""
+    tokenizer = JudgeTokenizer.load(llama2, LLAMA2)
+    begun, said = "It is better because it", " is short."
+    ids = tokenizer.prompt_ids([{"role": "user", "content": "q"}], begun)
+    assert ids == tokenizer.prompt_ids([{"role": "user", "content": "q"}]) + tokenizer.encode_text(
+        begun, after_text=True
+    )
+    both = tokenizer.encode_text(begun + said, after_text=True)
+    written = both[len(tokenizer.encode_text(begun, after_text=True)) :]
+    assert tokenizer.decode_after(begun, written) == said != tokenizer.decode(written)
+    assert tokenizer.decode_after("", both) == tokenizer.decode(both)
+
+
 def test_sentencepiece_text_has_the_ids_of_sentencepiece_itself(llama2):
     """The reference that the model was trained with."""
     import sentencepiece

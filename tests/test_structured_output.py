@@ -1,11 +1,10 @@
 """--structured-output: what it allows is a judgment, all judgments are allowed, and where it cannot hold it is refused."""
 
 import dataclasses
-import json
 import re
 
 import pytest
-from conftest import CHATML, make_run
+from conftest import make_run, open_thoughts
 from fake_engine import use_fake_engine
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,8 +41,10 @@ def test_stage_2_asks_for_a_reason(tied_model, tmp_path, monkeypatch):
     monkeypatch.setattr("conj.sample.stage.write_judgments", lambda *_, decoding, **others: asked.append(decoding))
     options = {"run_dir": make_run(tmp_path, 1), "model": tied_model, "judge": "english"}
     sample_repeated(RepeatedOptions(**options, structured_output=True))
-    assert [(decoding.form, decoding.needs_reason) for decoding in asked] == [(object_form(JUDGES[1], True), True)]
-    allowed = re.compile(judgment_regex(asked[0].form, needs_reason=True))
+    assert [(decoding.object_form, decoding.needs_reason) for decoding in asked] == [
+        (object_form(JUDGES[1], True), True)
+    ]
+    allowed = re.compile(judgment_regex(asked[0].object_form, needs_reason=True))
     for reason, holds in (
         ('It says "what" was asked.', True),
         ("语", True),
@@ -85,9 +86,7 @@ def test_a_judge_that_is_read_by_a_pattern_is_refused(tmp_path):
 
 def test_a_prompt_that_ends_within_a_thought_is_refused(model_copy, tmp_path, monkeypatch):
     """An object would be written into the thought, and be no verdict."""
-    opening = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
-    config = json.loads((model_copy / "tokenizer_config.json").read_text())
-    (model_copy / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": opening}))
+    open_thoughts(model_copy)
     use_fake_engine(monkeypatch, lambda prompt: "")
     options = RepeatedOptions(run_dir=make_run(tmp_path / "run", 1), model=model_copy, structured_output=True)
     with pytest.raises(InputError, match="--structured-output: the model's prompts begin a thought"):

@@ -1,6 +1,7 @@
 """The keys of a judge's file: what a value must be, and how an error says it."""
 
 import math
+import re
 from pathlib import Path
 
 from conj import InputError
@@ -24,7 +25,11 @@ COUNT = (lambda value: type(value) is int and value >= 1, "a number from 1 up")
 AMOUNT = (lambda value: _is_number(value) and value >= 0, "a number from 0 up")
 KEYS = {  # of a file: what a value must be, and how an error says it
     "name": TEXT, "model": TEXT, "prompt": _choice("con-j", "english"), "system": (lambda v: isinstance(v, str), "a text"),
-    **dict.fromkeys((*TEXTS, "reason_key", "verdict_key", "answer_name", "reason_start", "verdict_pattern", "judgment", "chat_template"), TEXT),
+    **dict.fromkeys((*TEXTS, "reason_key", "verdict_key", "answer_name", "verdict_pattern", "judgment", "chat_template"), TEXT),
+    "reason_start": (
+        lambda v: isinstance(v, str) and v == v.strip() and set(re.findall(r"{\w+}", v)) in ({"{verdict}"}, {"{verdict}", "{other}"}),
+        "a text with {verdict} and, if it is to name the other answer, {other}; no white space at its ends",
+    ),
     "roles": (
         lambda v: isinstance(v, dict) and v.keys() == ROLES.keys() and all(isinstance(text, str) for text in v.values()),
         f"a table of texts, {', '.join(ROLES)}",

@@ -44,9 +44,7 @@ PLACE = re.compile("{(" + "|".join(PLACES) + ")}")
 QUOTES = "\"'“”‘’"
 UNFINISHED = "unfinished"  # the rung of a text that ends within its thought
 # What `prompt` takes from the judge that it names.
-OF_PROMPT = (
-    "system", *TEXTS, "roles", "reason_key", "verdict_key", "answer_name", "language", "judgment",
-)  # fmt: skip
+OF_PROMPT = ("system", *TEXTS, "roles", "reason_key", "verdict_key", "answer_name", "language", "judgment")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +138,17 @@ class Judge:
     @property
     def reason_starts(self) -> tuple[str, str]:
         """How the reasons for the first and for the second answer begin; "" where the file does not say."""
-        names = {verdict: self._verdict_name(verdict) for verdict in (1, 2)}
-        given = [{"verdict": names[verdict], "other": names[3 - verdict]} for verdict in (1, 2)]
-        return tuple(_fill(self.reason_start or "", texts) for texts in given)
+        names = (self._verdict_name(1), self._verdict_name(2))
+        return tuple(_fill(self.reason_start or "", {"verdict": a, "other": b}) for a, b in (names, names[::-1]))
 
     @property
     def verdict_place(self) -> tuple[str, str, str]:
-        """Where a judgment states its verdict, for Decoding: a regular expression, whose last match counts, and what tells
+        """Where a judgment first states its verdict, for Decoding: a regular expression, whose last match counts, and what tells
         its names of the first and the second answer apart."""
+        if self.verdict_pattern is None and self.reason_start is not None:
+            start = re.escape(json.dumps(self.reason_start, ensure_ascii=False)[1:-1])
+            place = start.replace(r"\{verdict\}", "([12])", 1)
+            return re.sub(r"\\{(verdict|other)\\}", "[12]", place), "1", "2"
         if self.verdict_pattern is None:
             key, answer = re.escape(self.verdict_key), re.escape(self.answer_name)
             return rf"""{key}["\']?\s*[:：]\s*["\']?(?:{answer}\s*)?([12])""", "1", "2"
@@ -177,9 +178,8 @@ def judge_prompt(
 ) -> list[dict]:
     """The chat messages that ask for a judgment; with `hint` (1 or 2), for the reason why that answer is better. One function
     writes them for every stage, so that sampling, training and evaluation see the same."""
-    user = judge.user if hint is None else (judge.hint_1, judge.hint_2)[hint - 1]
     given = dict(zip(PLACES, (question_text(question, judge.roles), answer_1, answer_2)))
-    user = _fill(user, given)
+    user = _fill(judge.user if hint is None else (judge.hint_1, judge.hint_2)[hint - 1], given)
     system = [] if judge.system is None else [{"role": "system", "content": judge.system}]
     return [*system, {"role": "user", "content": user}]
 
@@ -193,7 +193,7 @@ def judgment_text(judge: Judge, reason: str | None, verdict: int) -> str:
 
 
 def _fill(text: str, given: dict[str, str]) -> str:
-    """A text with its places filled in one pass: what is put in may hold a place."""
+    """A text with its places filled in one pass: an answer may hold "{answer_2}"."""
     return re.sub("{(" + "|".join(given) + ")}", lambda place: given[place[1]], text)
 
 
@@ -254,6 +254,8 @@ def load_judge(name_or_path: str, text_file: Path | None = None) -> Judge:
     _check_texts(judge, path if text_file is None else text_file)
     _check_backend(judge, path)
     _check_pattern(judge, path)
+    if judge.reason_start is not None:
+        _check_reason_start(judge, path)
     return judge
 
 
@@ -286,9 +288,6 @@ def _check_texts(judge: Judge, path: Path) -> None:
             found = PLACE.findall(text)
             if missing := [f"{{{place}}}" for place in PLACES if place not in found]:
                 raise InputError(f"{path}: {name}: expected {', '.join(missing)} in the text, found none")
-    if judge.reason_start is not None and ("{verdict}" not in judge.reason_start or judge.reason_start[-1].isspace()):
-        expected = "a text with {verdict} in it that ends in no white space"
-        raise InputError(f"{path}: reason_start: expected {expected}, found {brief(judge.reason_start)}")
     if judge.thought[0] == judge.thought[1] or judge.reason_key == judge.verdict_key:
         raise InputError(f"{path}: expected two marks of a thought, and two keys of a judgment, that differ")
     if judge.parser == "released" and judge.verdict_key != Judge.verdict_key:
@@ -296,19 +295,29 @@ def _check_texts(judge: Judge, path: Path) -> None:
 
 
 def _check_backend(judge: Judge, path: Path) -> None:
-    if judge.backend == "openai" and judge.model is None:
-        raise InputError(f"{path}: model: expected the name that the endpoint knows, found none")
-    for key in ("chat_template", "max_length"):
-        if judge.backend == "openai" and getattr(judge, key) is not None:
-            raise InputError(f"{path}: {key}: expected none with an endpoint, which has its own")
+    if judge.backend == "openai":
+        if judge.model is None:
+            raise InputError(f"{path}: model: expected the name that the endpoint knows, found none")
+        if given := [key for key in ("chat_template", "max_length") if getattr(judge, key) is not None]:
+            raise InputError(f"{path}: {given[0]}: expected none with an endpoint, which has its own")
     if (judge.prompt_dollars is None) != (judge.completion_dollars is None):
         raise InputError(f"{path}: expected prompt_dollars and completion_dollars, or neither")
 
 
 def _read_back(judge: Judge) -> list[int | None]:
     """How its own judgments for 1 and for 2 are read."""
-    texts = [judgment_text(judge, f"{start}…", verdict) for verdict, start in zip((1, 2), judge.reason_starts)]
-    return [judge.parse(text).value for text in texts]
+    return [judge.parse(judgment_text(judge, "…", verdict)).value for verdict in (1, 2)]
+
+
+def _check_reason_start(judge: Judge, path: Path) -> None:
+    """Stage 3 reads a reason by itself: one that is taken for a judgment, another verdict or a thought is lost."""
+    for verdict, start in zip((1, 2), judge.reason_starts):
+        begun = f"{start} …"
+        judgment = judgment_text(judge, begun, verdict) if judge.can_write else begun
+        read = {judge.parse(text).value for text in (begun, judgment)} - {None, verdict}
+        if read or judge.attempts(begun) or any(mark in start for mark in judge.thought):
+            expected = "without a mark of a thought, and nothing that is read as a judgment or another verdict"
+            raise InputError(f"{path}: reason_start: expected a text {expected}; found {brief(start)} for {verdict}")
 
 
 def _check_pattern(judge: Judge, path: Path) -> None:

@@ -280,6 +280,11 @@ class JudgeTokenizer:
             ids += [part] if isinstance(part, int) else self.encode_text(part[0], after_text=part[1])
         return ids + self.encode_text(begun, after_text=True)
 
+    def decode_after(self, begun: str, ids: Sequence[int]) -> str:
+        """The text of what follows on the text of a turn that is `begun`: alone, the first of them may lose its space."""
+        before = self.encode_text(begun, after_text=True)
+        return self.decode([*before, *ids])[len(self.decode(before)) :]
+
     def prompt_parts(self, messages: list[dict]) -> list[int | tuple[str, bool]]:
         """What a prompt is made of: ids of control tokens, and texts with whether something stands before them.
 

@@ -52,7 +52,7 @@ class Form:
         return re.compile(QUOTE + re.escape(self.verdict_key) + QUOTE)
 
     @cached_property
-    def reason_start(self) -> re.Pattern:
+    def reason_opening(self) -> re.Pattern:
         return re.compile(QUOTE + re.escape(self.reason_key) + QUOTE + COLON + f"({QUOTE}?)")
 
     @cached_property
@@ -265,10 +265,10 @@ def _mend(text: str, form: Form) -> Judgment | None:
     if body[-1:] not in ("}", "｝") or num_named != 1 or not is_introduced(before):
         return None
     start, body = opening.end() - 1, _without_comma(body[:-1])
-    if (reason := form.reason_start.match(body, start)) and verdict.end() == len(body):
+    if (reason := form.reason_opening.match(body, start)) and verdict.end() == len(body):
         # A literal \n stands here in the card's sample.
         written = _without_comma(body[reason.end() : verdict.start()].rstrip().removesuffix("\\n"))
-    elif verdict.start() == start and (reason := form.reason_start.match(body, _after_comma(body, verdict.end()))):
+    elif verdict.start() == start and (reason := form.reason_opening.match(body, _after_comma(body, verdict.end()))):
         written = body[reason.end() :]
     else:
         return None

@@ -17,8 +17,9 @@ from conj.data.judges import UNFINISHED, Judge, judge_prompt, judgment_text
 from conj.data.options import option, require, run_command
 from conj.data.prompts import question_of
 from conj.data.tokenizer import JudgeTokenizer
+from conj.model.folder import JudgeModel
 from conj.sample.engines.completion import Completion, Request
-from conj.sample.stage import SamplingOptions, opens_thought, sample_prompts
+from conj.sample.stage import SamplingOptions, sample_prompts
 
 MAX_REASON_TOKENS = 400
 # A full stop of a number (3.14) or an abbreviation within a word ends no sentence.
@@ -53,15 +54,19 @@ class HintedOptions(SamplingOptions):
             "tokens a longer reason is cut",
         )
 
+    def opens_thought(self, model: JudgeModel | None) -> bool:
+        opened = super().opens_thought(model)
+        require(
+            self.read_judge().reason_start is None or not opened,
+            f"--judge {self.judge}: expected no reason_start: the model's prompts begin a thought, which is no reason",
+        )
+        return opened
+
 
 def sample_hinted(options: HintedOptions) -> None:
     """Writes `hinted.jsonl`. Raises InputError for unusable prompts, model or options."""
     model, judge = options.read_model(), options.read_judge()
-    kinds, opened = ("hint", "hint_reversed"), opens_thought(model, judge)
-    require(
-        judge.reason_start is None or not opened,
-        f"--judge {options.judge}: expected no reason_start: the model's prompts begin a thought, which is no reason",
-    )
+    kinds, opened = ("hint", "hint_reversed"), options.opens_thought(model)
 
     def make_requests(row: dict) -> list[Request]:
         requests = []
@@ -81,27 +86,29 @@ def sample_hinted(options: HintedOptions) -> None:
 def hinted_judgment(
     completion: Completion, hint: int, judge: Judge, tokenizer: JudgeTokenizer | None, opened: bool = False
 ) -> dict:
-    """What the model wrote for a hint, behind how reasons for it begin and its thought aside, as a judgment with that verdict; as
-    written and without a verdict if it cannot be one: it is empty, has no full sentence up to where it is cut, or states another verdict or tries to. Of a
-    thought that does not end, or that begins anew, nothing is left. A judgment in a thought that the prompt `opened` ends it.
+    """What the model wrote for a hint, its thought aside, as a judgment with that verdict; as written and without a verdict if it
+    cannot be one: it says nothing, has no full sentence up to where it is cut, or states another verdict or tries to. Of a thought
+    that does not end, or that begins anew, nothing is left. A judgment in a thought that the prompt `opened` ends it.
+
+    Where the judge says how reasons begin, the model wrote what follows on that: no thought, and no judgment of its own.
 
     Rungs: `hint`, the text is the reason; `hint_cut`, its full sentences are; the parser's, it is a judgment already; `none`;
     `unfinished`."""
-    closing = f"{judge.thought[1]}\n\n" if opened else ""
-    answer = judge.answer(judge.reason_starts[hint - 1] + completion.text, opened)
+    closing, start = f"{judge.thought[1]}\n\n" if opened else "", judge.reason_starts[hint - 1]
+    answer = start + completion.text if start else judge.answer(completion.text, opened)
     if answer is None or any(mark in answer for mark in judge.thought):
         return {"text": closing, "verdict": None, "rung": UNFINISHED}
     written = answer.strip()
     own, attempted = judge.parse(written), judge.attempts(written)
-    if own.value == hint and (attempted or judge.reason(written)):
+    if own.value == hint and (attempted or judge.reason(written)) and not start:
         reason, rung = judge.reason(written), own.rung
     elif (own.value == hint or own == (None, "none")) and not attempted:
         reason, rung = written, "hint"
     else:
         reason, rung = "", "none"
     kept = cut_reason(reason, tokenizer, torn=rung == "hint" and completion.finish_reason == "length")
-    text = judgment_text(judge, kept, hint)
-    if kept and judge.parse(text).value == hint:  # a reason may hold what a pattern reads
+    text, says_something = judgment_text(judge, kept, hint), re.search(r"\w", kept[len(start) :])
+    if says_something and judge.parse(text).value == hint:  # a reason may hold what a pattern reads
         return {"text": closing + text, "verdict": hint, "rung": rung if kept == reason else f"{rung}_cut"}
     return {"text": closing + answer, "verdict": None, "rung": "none"}
 

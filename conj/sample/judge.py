@@ -87,7 +87,7 @@ def judge(
         raise InputError(f"the prompt has {len(prompt_ids)} tokens, the context {checked.max_length}")
     decoding = Decoding(
         max_new_tokens=min(max_new_tokens or asked.max_new_tokens, room),
-        form=object_form(asked, structured_output, opened),
+        object_form=object_form(asked, structured_output, opened),
         **decoding_of(asked),
     )
     [(_, completion)] = generate(engine, [Request(key={}, prompt_ids=prompt_ids)], checked, decoding)

@@ -15,8 +15,9 @@ from typing import Literal
 from conj.data.judges import judge_prompt, with_parser
 from conj.data.options import option, require_each, run_command
 from conj.data.prompts import question_of
+from conj.model.folder import JudgeModel
 from conj.sample.engines.completion import Completion, Request
-from conj.sample.stage import STRUCTURED, SamplingOptions, object_form, opens_thought, sample_prompts
+from conj.sample.stage import STRUCTURED, SamplingOptions, object_form, sample_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +40,16 @@ class RepeatedOptions(SamplingOptions):
         object_form(judge, self.structured_output)
         object.__setattr__(self, "parser", None if judge.verdict_pattern else judge.parser)
 
+    def opens_thought(self, model: JudgeModel | None) -> bool:
+        opened = super().opens_thought(model)
+        object_form(self.read_judge(), self.structured_output, opened)
+        return opened
+
 
 def sample_repeated(options: RepeatedOptions) -> None:
     """Writes `repeated.jsonl`. Raises InputError for unusable prompts, model or options."""
     model, judge = options.read_model(), with_parser(options.read_judge(), options.parser)
-    opened = opens_thought(model, judge)
+    opened = options.opens_thought(model)
     keys = [{"kind": "repeated", "index": index} for index in range(options.num_samples)]
 
     def make_requests(row: dict) -> list[Request]:

@@ -30,7 +30,10 @@ from conj.sample.engines.fleet import ENGINES_ALONE, FleetOptions, complete_by_e
 from conj.sample.engines.http import EndpointOptions, complete_by_http
 from conj.sample.rows import Rows
 
-STRUCTURED = "every judgment is the judge's JSON object with a verdict, unless it is cut off; it cannot think first"
+STRUCTURED = (
+    "every judgment is the judge's JSON object with a verdict, unless it is cut off; its reason begins as the judge says; it "
+    "cannot think first"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +92,14 @@ class SamplingOptions(JudgedRunOptions, FleetOptions, EndpointOptions):
         """The model of --model, checked; None where there is none."""
         return self.model and check_model(self.model, self.max_length, most=TRAINING_MAX_LENGTH)
 
+    def opens_thought(self, model: JudgeModel | None) -> bool:
+        """See the function of this name. Raises InputError too where what the stage asks for cannot follow on a thought."""
+        return opens_thought(model, self.read_judge())
+
     def prompt(self, model: JudgeModel | None, messages: list[dict], begun: str = "") -> dict:
         """What a request holds of its prompt: token ids where they are made here, and what an endpoint is sent. `begun`: how the
         assistant's turn begins, which no endpoint can be sent."""
-        prompt = {} if model is None else {"prompt_ids": model.tokenizer.prompt_ids(messages, begun)}
+        prompt = {} if model is None else {"prompt_ids": model.tokenizer.prompt_ids(messages, begun), "begun": begun}
         return prompt | ({} if self.api_model is None else {"messages": messages})
 
 
@@ -113,8 +120,8 @@ def opens_thought(model: JudgeModel | None, judge: Judge) -> bool:
 
 
 def object_form(judge: Judge, structured: bool, opened: bool = False) -> ObjectForm | None:
-    """The object that --structured-output asks for. Raises InputError for a judge that does not
-    write one, or a prompt that ends within a thought."""
+    """The object that --structured-output asks for. Raises InputError for a judge that does not write one, or a prompt that ends
+    within a thought."""
     if not structured:
         return None
     pattern = (
@@ -149,7 +156,7 @@ def sample_prompts(
     decoding = Decoding(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
         top_k=options.top_k, repetition_penalty=options.repetition_penalty, seed=options.seed,
-        thought=options.read_judge().thought, form=form, needs_reason=True,  # reasons are what is trained on
+        thought=options.read_judge().thought, object_form=form, needs_reason=True,  # reasons are what is trained on
     )  # fmt: skip
     if options.api_model is None:
         if model.untrainable is not None:

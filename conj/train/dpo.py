@@ -38,7 +38,7 @@ from conj.train.log import COLUMNS, step_order, summary, training_log
 from conj.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
 from conj.train.options import DPOOptions
 from conj.train.plan import make_plan, naming_what_fits
-from conj.train.reference import check_reference
+from conj.train.reference import check_reference, is_exact
 from conj.train.sharding import (
     World,
     build_sharded_model,
@@ -181,8 +181,7 @@ def main(options: DPOOptions) -> None:
             num_done, usable = 0, plan.train + plan.held_out
             spot = random.Random(options.seed).sample(usable, min(NUM_SPOT_CHECKS, len(usable)))
             alone = [[Group(prompt=pairs.prompt_of[pair], pairs=[pair])] for pair in spot]
-            exact = backends.rounds_rows_alike(world.device)  # then a pair's bits do not depend on its pack
-            check_reference(model, pairs, reference, alone, world, options.dtype, exact=exact)
+            check_reference(model, pairs, reference, alone, world, options.dtype, exact=is_exact(world))
 
         saver = Saver(folder=checkpoints, world=world, identity=run_identity, keep=options.keep_checkpoints)
         with (

@@ -195,6 +195,11 @@ def measure_logits(model: nn.Module, pairs: TokenizedPairs, packs: list, world: 
     return (squares / count) ** 0.5
 
 
+def is_exact(world: World) -> bool:
+    """Whether a pair's logprobs have the same bits in any pack, on every rank."""
+    return not world.any(not backends.rounds_rows_alike(world.device))
+
+
 def check_reference(
     model: nn.Module,
     pairs: TokenizedPairs,

@@ -37,8 +37,8 @@ class Decoding:
     verdict_probability: bool = False  # asks for the likeliest tokens, and fills Completion.p_first
     verdict_place: tuple[str, str, str] = ("", "", "")  # with it, a judge's: where a judgment names the better answer
     thought: tuple[str, str] = CARD.thought  # put around what a server gives apart as such
-    form: ObjectForm | None = None  # what is written is one such object
-    needs_reason: bool = False  # with a form: the reason may not be left out; an endpoint's schema never lets it
+    object_form: ObjectForm | None = None  # what is written is one such object
+    needs_reason: bool = False  # of the object: the reason may not be left out; an endpoint's schema never lets it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,7 @@ class Request:
     key: dict
     prompt_ids: list[int] = field(default_factory=list)  # none where the prompt goes out as text
     hint: int | None = None  # the verdict that the prompt gives away
+    begun: str = ""  # what of the assistant's turn is given; the prompt ends with it
     messages: list[dict] | None = None  # the chat messages of a prompt that goes out as text, over HTTP
 
     @property

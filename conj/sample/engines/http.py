@@ -143,8 +143,8 @@ def _limit_rate(requests_per_minute: float | None):
 def _complete(client, request: Request, model: str, decoding: Decoding) -> Completion:
     extra = {name: value for name in EXTRA if (value := getattr(decoding, name)) is not None}
     asked = {"logprobs": True, "top_logprobs": NUM_TOP_LOGPROBS} if decoding.verdict_probability else {}
-    if decoding.form is not None:
-        asked["response_format"] = _response_format(decoding.form)
+    if decoding.object_form is not None:
+        asked["response_format"] = _response_format(decoding.object_form)
     messages = [message | {"content": replace_surrogates(message["content"])} for message in request.messages]
     try:
         reply = client.chat.completions.create(

@@ -158,7 +158,7 @@ def complete_by_vllm(
     requests: Iterable[Request], model: JudgeModel, options: EngineOptions, decoding: Decoding
 ) -> Completions:
     """Each request with its completion, as it finishes, by an engine that lives as long as the generator."""
-    with running_engine(model, options, structured=decoding.form is not None) as engine:
+    with running_engine(model, options, structured=decoding.object_form is not None) as engine:
         yield from generate(engine, requests, model, decoding)
 
 
@@ -179,7 +179,8 @@ def generate(engine, requests: Iterable[Request | None], model: JudgeModel, deco
             return
         for output in engine.step():
             if output.finished:
-                yield running.pop(output.request_id), _completion(output.outputs[0], model, decoding)
+                request = running.pop(output.request_id)
+                yield request, _completion(output.outputs[0], request, model, decoding)
 
 
 def _sampling_params(request: Request, model: JudgeModel, decoding: Decoding):
@@ -187,8 +188,8 @@ def _sampling_params(request: Request, model: JudgeModel, decoding: Decoding):
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     structure = None
-    if decoding.form is not None:
-        structure = StructuredOutputsParams(regex=judgment_regex(decoding.form, decoding.needs_reason))
+    if decoding.object_form is not None:
+        structure = StructuredOutputsParams(regex=judgment_regex(decoding.object_form, decoding.needs_reason))
     return SamplingParams(
         structured_outputs=structure,
         temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k or 0,
@@ -216,9 +217,9 @@ def judgment_regex(form: ObjectForm, needs_reason: bool = False) -> str:
     return rf"\{{({'|'.join(given + without)})\}}"
 
 
-def _completion(output, model: JudgeModel, decoding: Decoding) -> Completion:
+def _completion(output, request: Request, model: JudgeModel, decoding: Decoding) -> Completion:
     token_ids, decode, p_first = list(output.token_ids), model.tokenizer.decode, None
-    text = decode(token_ids)
+    text = model.tokenizer.decode_after(request.begun, token_ids)
     if decoding.verdict_probability:
 
         def length(count: int) -> int:  # a character of which the last token holds only a part is decoded as U+FFFD

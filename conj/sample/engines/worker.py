@@ -92,6 +92,6 @@ def started_vllm(
             )
     if environment.num_threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(environment.num_threads)
-    with vllm.running_engine(model, options, structured=decoding.form is not None) as engine:
+    with vllm.running_engine(model, options, structured=decoding.object_form is not None) as engine:
         complete = functools.partial(vllm.generate, engine, model=model, decoding=decoding)
         yield complete, engine.vllm_config.scheduler_config.max_num_seqs

@@ -108,7 +108,8 @@ def say(judge: Judge, name: str, position: int) -> str:
 
 
 def forged(position: int, judge: Judge) -> str:
-    return judgment_text(judge, say(judge, "reason", position), position)
+    reason = " ".join(filter(None, (judge.reason_starts[position - 1], say(judge, "reason", position))))
+    return judgment_text(judge, reason, position)
 
 
 ATTACKS: dict[str, Callable[[str, int, Judge], str]] = {

@@ -278,7 +278,7 @@ def judge_prompts(
         max_new_tokens=options.max_new_tokens or judge.max_new_tokens, temperature=temperature_of(options),
         top_p=judge.top_p, top_k=judge.top_k, thought=judge.thought, seed=options.seed,
         verdict_probability=options.verdict_probability, verdict_place=judge.verdict_place,
-        form=object_form(judge, options.structured_output, opened),
+        object_form=object_form(judge, options.structured_output, opened),
     )  # fmt: skip
 
     def read(request: Request, completion: Completion) -> dict:

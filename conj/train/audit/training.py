@@ -17,7 +17,6 @@ from conj.data.model_files import JUDGE_FILE, weight_files
 from conj.data.options import require
 from conj.data.packs import plan_packs
 from conj.data.tokens import TOKENS, check_tokens, read_key
-from conj.model.backends import rounds_rows_alike
 from conj.train.audit.chain import Check, check, recorded_base
 from conj.train.audit.compare import first_difference
 from conj.train.checkpoint import check_checkpoint, list_checkpoints, read_tensors
@@ -26,7 +25,7 @@ from conj.train.log import step_order
 from conj.train.optimizer import learning_rate_at
 from conj.train.options import AuditOptions, DPOOptions
 from conj.train.plan import Plan, make_plan
-from conj.train.reference import check_reference
+from conj.train.reference import check_reference, is_exact
 from conj.train.sharding import World, build_sharded_model
 
 
@@ -104,8 +103,8 @@ def compare_tokens(path: Path, expected: str) -> str:
 
 
 def check_step_0(run: TrainedRun, options: AuditOptions, world: World) -> str:
-    """The base model, in packs of the training, gives the stored logprobs: every margin starts at 0."""
-    exact, sample = run.is_here and rounds_rows_alike(world.device), draw_pairs(run, options)
+    """The base model, in packs of the training, gives the stored logprobs: every margin starts at 0, or within rounding of it."""
+    exact, sample = run.is_here and is_exact(world), draw_pairs(run, options)
     packs = plan_packs(run.plan.pairs, sample, max_tokens=run.options.max_tokens_per_pack, share=run.options.share)
     model = build_sharded_model(run.options.model, world, run.options.dtype)
     check_reference(model, run.plan.pairs, run.plan.reference, packs, world, run.options.dtype, exact=exact)
