@@ -1,0 +1,103 @@
+"""scripts/real_results.py: rows say what the files of a run say, and docs/real.md holds what the rows say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+from conftest import ROOT, assert_one_line_error
+
+from conj.data import manifest
+from conj.data.files import read_jsonl, write_jsonl
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import real_results
+
+RESULTS = ROOT / "benchmarks" / "results" / "real" / "runs.jsonl"
+FIGURES = {
+    "n": 100, "accuracy": 0.5, "accuracy_ci95": [0.41, 0.59], "consistency": 0.1, "consistency_ci95": [0.0, 0.2],
+    "unparsed": 0.98, "first_position_rate": None, "longer_answer_rate": None, "longer_is_right": 0.43,
+}  # fmt: skip
+TRAINED = FIGURES | {"accuracy": 0.95, "unparsed": 0.0, "first_position_rate": 0.55, "longer_answer_rate": 0.4}
+
+
+def make_finished(folder: Path, seed: int = 7, **taken) -> Path:
+    """A run folder as it is left; `taken`: of these files, the folder that they were taken from."""
+    folder.mkdir(parents=True)
+    found = {"versions": {"python": "3.11.7", "tqdm": "4"}, "git": {"commit": "abc"}, "machine": {"threads": 2}}
+    for name in ("prompts.jsonl", "pairs.jsonl", *real_results.STAGES.values()):
+        more = {"taken_from": taken[name]} if name in taken else {}
+        counts = {"train": 8, "eval": 0, "hinted": 8}
+        made = {
+            "complete": True,
+            "inputs": [],
+            "options": {},
+            "seconds": 60.0,
+            "num_rows": 10,
+            "counts": counts,
+            **found,
+            **more,
+        }
+        manifest.write_sealed(manifest.manifest_path(folder / name), {"artefact": name, **made})
+    if "model" not in taken:
+        (folder / "model").mkdir()
+        write_jsonl(folder / "metrics.jsonl", iter([{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6}]))
+    judges = {
+        name: {"benchmarks": {"test.jsonl": {"subsets": {"cut": parts}}}}
+        for name, parts in (("base", FIGURES), ("trained", TRAINED))
+    }
+    compared = {"judge": "trained", "against": "base", "subsets": {"test.jsonl": {"cut": {"p_value": 0.0005}}}}
+    (folder / "report.json").write_text(json.dumps({"judges": judges, "comparisons": [compared]}))
+    settings = {"preprocess": {"data": ["runs/real-data/train/cut.jsonl"]}, "dpo": {"seed": seed}}
+    (folder / "settings.toml").write_text(tomli_w.dumps(settings))
+    return folder
+
+
+def results(*arguments) -> subprocess.CompletedProcess:
+    line = [sys.executable, "scripts/real_results.py", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_a_run_is_a_row_and_a_line_under_its_folder(tmp_path):
+    """Runs of other seeds have the same names; what was taken from another run took no time here."""
+    first = make_finished(tmp_path / "one" / "cut")
+    second = make_finished(tmp_path / "two" / "cut", 8, **{"model": str(first), "repeated.jsonl": str(first)})
+    (tmp_path / "one" / "report.html").write_text("of the sweep")
+    out = tmp_path / "runs.jsonl"
+    done = results(first, tmp_path / "one" / "report.html", second, "--out", out)
+    *_, a, b = done.stdout.splitlines()
+    asked = (
+        "0.500 [0.41, 0.59] | 0.950 [0.41, 0.59] | 0.100 [0.00, 0.20] | 0.980 → 0.000 | 0.55 | 0.40 | 0.43 | 0.0005 |"
+    )
+    assert a == f"| {first} | 7 | cut, 10 prompts | 8 | 2 | 6 | {asked}"
+    assert b == f"| {second} | 8 | cut, 10 prompts | 8 | 2 | 4 | {asked}"
+    again = results(second, "--out", out)
+    assert again.stdout == done.stdout and len(read_jsonl(out)) == 2
+    one = results("--out", out, "--asked", first).stdout.splitlines()
+    assert one[2:] == [f"| cut | 100 | {asked}"]
+    row = read_jsonl(out)[0]
+    assert row["curve"]["loss"] == [0.7, 0.6] and row["pairs"] == {"train": 8, "hinted": 8} and row["commit"] == "abc"
+
+
+def test_what_is_no_finished_run_is_one_line_and_no_row(tmp_path):
+    run = make_finished(tmp_path / "cut")
+    assert_one_line_error(results("--out", tmp_path / "x", "--asked", "y"), "--asked: expected one of no run, found y")
+    manifest.manifest_path(run / "model").unlink()
+    assert_one_line_error(results(run, "--out", tmp_path / "x"), "dpo: expected a finished run, found none")
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_page_holds_what_the_rows_say():
+    rows, page = read_jsonl(RESULTS), (ROOT / "docs" / "real.md").read_text()
+    assert real_results.table(rows) in page
+    [first] = [row for row in rows if row["run"] == "runs/real"]
+    assert real_results.table_of_one(first) in page
+
+
+@pytest.mark.parametrize("row", read_jsonl(RESULTS), ids=lambda row: row["run"])
+def test_every_judge_that_is_shown_writes_verdicts(row):
+    """At most one of twenty judgments, written freely, has none."""
+    assert row["judges"]["trained"][f"test.jsonl/{row['rung']}"]["unparsed"] <= 0.05
