@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CARD, change_config, random_pairs
+from conftest import CARD, change_config, random_pairs, same_bits_in_any_pack
 from safetensors.torch import load_file, save_file
 from test_dpo import dpo_options, make_reference, one_ulp
 
@@ -123,6 +123,7 @@ def test_a_reference_of_other_code_is_stale_from_the_start_and_not_taken_from_an
     assert not manifest.is_complete(tmp_path / "new" / artefact.name, manifest.describe(inputs, new), new)
 
 
+@same_bits_in_any_pack
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_stored_logprob_off_by_one_ulp_is_refused_before_training(side, run_folder, tied_model):
     """By the spot check, since its manifest is gone too: the pairs are so few that all are computed again."""
@@ -135,6 +136,24 @@ def test_a_stored_logprob_off_by_one_ulp_is_refused_before_training(side, run_fo
         dpo.main(dpo_options(run_folder, tied_model, pairs_per_step=2))
 
 
+def test_where_the_number_of_rows_decides_the_bits_a_stored_logprob_is_compared_within_rounding(
+    run_folder, tied_model, monkeypatch
+):
+    """On such a CPU every run would be refused, whose pairs are computed again outside of their packs."""
+    monkeypatch.setattr(reference.backends, "rounds_rows_alike", lambda device: False)
+    write_jsonl(run_folder / "pairs.jsonl", random_pairs(3, max_pairs=2))
+    make_reference(run_folder, tied_model)
+    spoil(run_folder, 0, by=0.1)
+    manifest_path(run_folder / "reference.safetensors").unlink()
+    options = dpo_options(run_folder, tied_model, pairs_per_step=2, max_steps=1)
+    with pytest.raises(
+        InputError, match=r"pair 2 \(prompt p00\d\): expected .* that the model gives, within 0.00\d and"
+    ):
+        dpo.main(options)
+    spoil(run_folder, 0, by=-0.1)  # and a rounding or two
+    dpo.main(options)
+
+
 def test_a_stored_logprob_off_by_one_ulp_is_refused_by_its_manifest(run_folder, tied_model):
     """Also where no spot check looks at it."""
     make_reference(run_folder, tied_model)
@@ -144,9 +163,9 @@ def test_a_stored_logprob_off_by_one_ulp_is_refused_by_its_manifest(run_folder, 
         dpo.main(dpo_options(run_folder, tied_model))
 
 
-def spoil(run, side: int) -> None:
-    """One unit in the last place of pair 2."""
+def spoil(run, side: int, by: float = 0.0) -> None:
+    """One unit in the last place of pair 2, or `by` nats."""
     path = run / "reference.safetensors"
     key, logps = reference.read_reference(path)
-    logps[1, side] = torch.nextafter(logps[1, side], torch.tensor(0.0))
+    logps[1, side] = logps[1, side] + by if by else torch.nextafter(logps[1, side], torch.tensor(0.0))
     save_file({"logps": logps}, path, metadata={"key": json.dumps(key)})
