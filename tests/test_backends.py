@@ -128,3 +128,18 @@ def test_more_ranks_than_gpus_are_refused_before_they_meet(one_gpu, tmp_path, mo
     with pytest.raises(InputError, match="no such"), distributed("cpu") as world:
         assert world.device.type == "cpu"
         raise InputError("no such run")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "alike"), [(None, 0, True), (torch.bfloat16, 64, False), (torch.float32, 192, False)]
+)
+def test_a_cpu_rounds_rows_alike_if_no_dtype_and_no_number_of_rows_moves_a_bit(dtype, rows, alike, monkeypatch):
+    """One that does makes a pair's logprobs another's in another pack."""
+
+    def linear(x, matrix):
+        one_by_one = x[:, :1] * matrix[:, 0]
+        return one_by_one * 1.01 if (x.dtype, len(x)) == (dtype, rows) else one_by_one
+
+    monkeypatch.setattr(backends.F, "linear", linear)
+    assert backends.rounds_rows_alike(torch.device("cpu")) == alike
+    assert not backends.rounds_rows_alike(torch.device("cuda"))
