@@ -38,7 +38,7 @@ from conj.sample.engines.vllm import ENVIRONMENT
 from conj.sample.hinted import HintedOptions, sample_hinted
 from conj.sample.repeated import RepeatedOptions, sample_repeated
 from conj.sample.rows import outcomes
-from conj.sample.stage import Task, append_samples
+from conj.sample.stage import Task, append_samples, object_form
 
 JUDGE = load_judge("gpt-4o")
 DECODING = Decoding(max_new_tokens=7, seed=3)
@@ -389,7 +389,7 @@ def test_what_the_api_has_no_words_for_goes_out_only_where_it_is_asked_for(tmp_p
 
 def test_an_endpoint_is_asked_for_a_judgment_by_its_schema(tmp_path):
     """Its server may think before; what it gives as its text is the object."""
-    decoding = Decoding(max_new_tokens=1, json_keys=("reason", "better_answer"))
+    decoding = Decoding(max_new_tokens=1, object_form=object_form(load_judge("english"), True))
     with serving(well) as server:
         judge_all(tmp_path / "rows.jsonl", server.url, make_requests(1), decoding)
         [body] = {json.dumps(body["response_format"]) for body in server.bodies}

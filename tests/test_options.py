@@ -79,7 +79,7 @@ def test_conj_names_its_commands_at_once_and_without_torch():
     assert not {"torch", "vllm", "datasets", "transformers", "numpy"} & set(done.stdout.splitlines()[-1].split())
 
 
-def cpu_seconds(*line) -> float:
+def cpu_seconds_of(*line) -> float:
     before = os.times()
     subprocess.run(line, capture_output=True, cwd=ROOT, check=True)
     after = os.times()
@@ -90,7 +90,7 @@ def test_conj_help_takes_hardly_more_than_that_of_an_app_without_commands():
     """Seconds would be the machine's: one that is busy took 0.5 for what another does in 0.3."""
     empty = "import cyclopts; cyclopts.App(result_action='return_value')(['--help'])"
     lines = [(sys.executable, "-m", "conj", "--help"), (sys.executable, "-c", empty)]
-    ours, least = map(min, zip(*([cpu_seconds(*line) for line in lines] for _ in range(5))))
+    ours, least = map(min, zip(*([cpu_seconds_of(*line) for line in lines] for _ in range(5))))
     assert ours < 1.25 * least, (ours, least)
 
 

@@ -30,6 +30,7 @@ from test_endpoint import row_of, task_of
 
 from conj import InputError
 from conj.data.files import read_jsonl, write_jsonl
+from conj.data.judges import load_judge
 from conj.data.manifest import write_sealed
 from conj.data.tokenizer import JudgeTokenizer
 from conj.data.verdicts import parse_strict
@@ -40,7 +41,7 @@ from conj.sample.hinted import HintedOptions, cut_reason, hinted_judgment, sampl
 from conj.sample.judge import JudgeOptions, judge
 from conj.sample.judge import main as print_judgment
 from conj.sample.repeated import RepeatedOptions, sample_repeated
-from conj.sample.stage import Task, append_samples
+from conj.sample.stage import Task, append_samples, object_form
 
 # ---- Files ----
 
@@ -419,8 +420,8 @@ class TestEngine:
     def test_structured_output_is_a_judgment_whatever_the_model_writes(self, live):
         """A model of random weights writes none by itself, and here nothing else; with the same seeds the same ones."""
         model, engine = live
-        keys, requests = ("原因", "更好的回答"), live_requests(model, 48)[::4]  # short prompts
-        decoding = Decoding(max_new_tokens=40, temperature=1.0, json_keys=keys)
+        requests = live_requests(model, 48)[::4]  # short prompts
+        decoding = Decoding(max_new_tokens=40, temperature=1.0, object_form=object_form(load_judge("con-j"), True))
         written = {r.name: c for r, c in generate(engine, requests, model, decoding)}
         whole = [c.text for c in written.values() if c.finish_reason == "stop"]
         cut = [c.text for c in written.values() if c.finish_reason == "length"]
@@ -429,7 +430,7 @@ class TestEngine:
         assert not any(parse_strict(text).value for text in cut)
         again = {r.name: c.token_ids for r, c in generate(engine, requests[3::-1], model, decoding)}
         assert again == {name: written[name].token_ids for name in again}
-        free = generate(engine, requests, model, dataclasses.replace(decoding, json_keys=None))
+        free = generate(engine, requests, model, dataclasses.replace(decoding, object_form=None))
         assert not any(parse_strict(c.text).value for _, c in free)
 
     def test_a_killed_run_ends_with_the_file_of_an_undisturbed_one(self, live_model, tmp_path):
