@@ -347,7 +347,7 @@ def test_attention_in_bf16_on_a_cpu_is_that_in_fp32_rounded_once():
     *inputs, upstream = (torch.randn(120, heads, 16, generator=generator).bfloat16() for heads in (4, 2, 2, 4))
     results = []
     for dtype in (torch.bfloat16, torch.float32):
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
         found = attention(*leaves, segments)
         assert found.dtype == dtype
         found.backward(upstream.to(dtype))
