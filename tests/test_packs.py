@@ -1,6 +1,7 @@
 """The plan: which pairs make a step, which packs hold them, and that neither loses, repeats or splits anything."""
 
 import cProfile
+import dataclasses
 import inspect
 import pstats
 import random
@@ -236,6 +237,39 @@ def test_composed_steps_come_in_random_order_and_hold_whole_prompts(share, size)
     if share == "prompt":
         places = {(pairs.prompt_of[pair], i) for i, step in enumerate(steps) for pair in step}
         assert len(places) <= len(pairs.prompts) + len(steps)
+
+
+def in_both_orders(num_questions: int) -> TokenizedPairs:
+    """A question's two prompts are as long, each with 1 or 2 pairs: as `conj preprocess --both-orders` and stage 4 make them."""
+    pairs = drawn_pairs(2 * num_questions, 0, 1, 2)
+    prompts = [pairs.prompts[prompt // 2 * 2] for prompt in range(2 * num_questions)]
+    ids = [f"p{prompt // 2}" + "-swapped" * (prompt % 2) for prompt in pairs.prompt_of]
+    return dataclasses.replace(pairs, ids=ids, prompts=prompts)
+
+
+@pytest.mark.parametrize(("size", "multiple"), [(16, 1), (16, 8), (24, 16)])
+def test_both_orders_of_a_question_share_a_step(size, multiple):
+    """Else which verdict is right more often in a step says more than the answers, and a judge learns that, to and fro. Where
+    steps are composed for ranks (the last of the three), and where they are not; but for one a step, to make it exact."""
+    pairs, apart = in_both_orders(600), []
+    for ids in (pairs.ids, [f"{name}, alone" for name in pairs.ids]):
+        one = dataclasses.replace(pairs, ids=ids)
+        steps = plan_steps(one, list(range(len(one))), pairs_per_step=size, share="prompt", seed="0", multiple=multiple)
+        assert sorted(pair for step in steps for pair in step) == list(range(len(one)))
+        assert {len(step) for step in steps[:-1]} == {size}
+        places = {(pairs.ids[pair].removesuffix("-swapped"), i) for i, step in enumerate(steps) for pair in step}
+        apart.append((len(places) - 600) / len(steps))
+    assert apart[0] <= 1 and apart[1] > 4, apart  # the second: the negative control
+
+
+def test_ranks_wait_half_as_long_where_steps_of_both_orders_are_composed():
+    ratios, tokens = zip(
+        *(
+            balance_of_an_epoch(in_both_orders(800), "prompt", composed=composed, pairs_per_step=12)
+            for composed in (True, False)
+        )
+    )
+    assert ratios[0] < 1.15 and ratios[1] > 1.25 and tokens[0] < 1.1, (ratios, tokens)
 
 
 def test_steps_of_many_prompts_are_those_of_one_rank():

@@ -22,7 +22,7 @@ TWO_AT_ONCE = 0.4  # share of trades that take two prompts of a step
 
 
 class Prompt(NamedTuple):
-    """Pairs of one prompt, and what they take in packs."""
+    """Pairs of one prompt, or of a question's two, and what they take in packs."""
 
     pairs: list[int]
     largest: list[
@@ -39,6 +39,20 @@ def measure(pairs: list[int], prompt_tokens: int, judgment_tokens: Sequence[int]
             pieces[pieces.index(min(pieces))] += length
         largest.append(prompt_tokens + max(pieces))
     return Prompt(pairs, largest)
+
+
+def together(prompts: list[Prompt], most: int) -> Prompt:
+    """Prompts that stay together as if they were one: in one piece, or each in its own and the largest cut further."""
+    counts = [1] * len(prompts)
+    largest = [sum(prompt.largest[0] for prompt in prompts)] * (len(prompts) - 1)
+    while len(largest) < most:
+        sizes = [prompt.largest[cut - 1] for prompt, cut in zip(prompts, counts)]
+        place = sizes.index(max(sizes))
+        largest.append(sizes[place])
+        if counts[place] == len(prompts[place].largest):
+            break
+        counts[place] += 1
+    return Prompt([pair for prompt in prompts for pair in prompt.pairs], largest)
 
 
 def fullest(step: list[Prompt], num_packs: int) -> tuple[int, int]:

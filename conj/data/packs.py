@@ -9,11 +9,12 @@ number, but for `deal`, which hands out packs that are made. Fill, balance and s
 import heapq
 import random
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from conj import InputError
-from conj.data.compose import Prompt, compose_steps, measure
+from conj.data.compose import Prompt, compose_steps, measure, together
+from conj.data.rows import SWAPPED
 from conj.data.tokens import TokenizedPairs
 
 FEW_PROMPTS = 1.25  # a pack: of fewer, those that share a step decide how even its packs can be
@@ -24,16 +25,22 @@ def plan_steps(
 ) -> list[list[int]]:
     """One epoch: steps of exactly `pairs_per_step` pair numbers each (the last takes what is left).
 
-    `share="prompt"` puts all pairs of a prompt into one step: shuffled prompts go first-fit into open steps, and only
-    what then still leaves steps unfilled at the end of the epoch is joined and cut to size, prompts split if need be.
-    The other modes shuffle pairs. Where that gives a step few prompts for `multiple` packs, prompts whose pieces are of
-    like length share it instead (`compose_steps`). `seed` names run and epoch."""
+    `share="prompt"` puts all pairs of a prompt into one step, and with them those of the same answers in the other order: of the
+    two together no verdict is right more often than the other, and what a step learns is not that one of them is likelier.
+    Shuffled prompts go first-fit into open steps, and only what then still leaves steps unfilled at the end of the epoch is
+    joined and cut to size, prompts split if need be. The other modes shuffle pairs. Where that gives a step few prompts for
+    `multiple` packs, prompts whose pieces are of like length share it instead (`compose_steps`). `seed` names run and epoch."""
     rng = random.Random(seed)
     groups = _group(pairs, members, share)
-    if multiple > 1 and len(groups) * pairs_per_step < FEW_PROMPTS * multiple * len(members):
+    num_prompts = len({pairs.prompt_of[pair] for pair in members}) if share == "prompt" else len(groups)
+    if multiple > 1 and num_prompts * pairs_per_step < FEW_PROMPTS * multiple * len(members):
 
         def measured(part: list[int]) -> Prompt:
-            return measure(part, copies_tokens(pairs, part[0], share), pairs.judgment_tokens, multiple)
+            by_prompt = _by(pairs.prompt_of.__getitem__, part).values() if share == "prompt" else [part]
+            prompts = [
+                measure(of, copies_tokens(pairs, of[0], share), pairs.judgment_tokens, multiple) for of in by_prompt
+            ]
+            return together(prompts, multiple)
 
         groups = [part for group in groups for part in _cut(group, pairs_per_step)]
         rng.shuffle(groups)
@@ -69,13 +76,24 @@ def plan_steps(
 
 
 def _group(pairs: TokenizedPairs, members: list, share: str) -> list[list[int]]:
-    """The pairs that share a step: all of a prompt, or each alone."""
+    """The pairs that share a step: all of a question's prompts, or each alone."""
     if share != "prompt":
         return [[pair] for pair in members]
-    by_prompt: dict[int, list[int]] = {}
-    for pair in members:
-        by_prompt.setdefault(pairs.prompt_of[pair], []).append(pair)
-    return list(by_prompt.values())
+    both = {pairs.ids[pair].removesuffix(SWAPPED) for pair in members if pairs.ids[pair].endswith(SWAPPED)}
+
+    def question(pair: int) -> str | int:
+        name = pairs.ids[pair].removesuffix(SWAPPED)
+        return name if name in both else pairs.prompt_of[pair]
+
+    return list(_by(question, members).values())
+
+
+def _by(key: Callable[[int], Hashable], members: list[int]) -> dict[Hashable, list[int]]:
+    """Members of the same key together, in the order in which keys come up."""
+    found = {}
+    for member in members:
+        found.setdefault(key(member), []).append(member)
+    return found
 
 
 def _cut(items: list, size: int) -> list[list]:

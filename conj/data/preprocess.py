@@ -43,7 +43,7 @@ from conj.data.readers import (
     split_name,
     without_revision,
 )
-from conj.data.rows import Preference, swapped
+from conj.data.rows import SWAPPED, Preference, swapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +105,10 @@ def _write(options: PreprocessOptions, data: Sequence, exclude: Sequence) -> Non
 
 
 def in_both_orders(rows: Iterable[dict]) -> Iterator[dict]:
-    """Each row, and then the same with its answers the other way round, whose id ends with `-swapped`."""
+    """Each row, and then the same with its answers the other way round, whose id ends with SWAPPED."""
     for row in rows:
         yield row
-        other = {"id": f"{row['id']}-swapped", "answer_1": row["answer_2"], "answer_2": row["answer_1"]}
+        other = {"id": row["id"] + SWAPPED, "answer_1": row["answer_2"], "answer_2": row["answer_1"]}
         yield row | other | {"label": swapped(row["label"])}
 
 

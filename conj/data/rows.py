@@ -40,6 +40,9 @@ class Preference:
     where: str = field(default="", compare=False)  # file and row, for messages and for subsets that file names tell
 
 
+SWAPPED = "-swapped"  # how the id of a prompt ends that shows the answers of another one the other way round
+
+
 def swapped(choice: int | None) -> int | None:
     """A choice between two answers (1, 2, 0 for a tie, None for none) when they are shown the other way round."""
     return 3 - choice if choice else choice
