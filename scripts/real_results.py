@@ -140,18 +140,21 @@ def table_beside(rows: list[dict], name: str) -> str:
     arms = {}
     for row in rows:
         arms.setdefault(Path(row["run"]).name, []).append(row)
-    lines = []
-    for arm, judge in [
-        (arm, judge) for arm in arms for judge in ("base", "trained") if judge == "trained" or arm in (name, HELD)
-    ]:
+    lines, asked = [], [(arm, judge) for arm in arms for judge in ("base", "trained")]
+    for arm, judge in asked:
+        if judge == "base" and arm not in (name, HELD):  # the same one as that of `name`
+            continue
         found = arms[arm]
         ratios, clusters = pooled(found, judge)
         figures, change = scores.summarize(ratios, RESAMPLES, 0, clusters), ["", ""]
         if (arm, judge) != (name, "trained"):
-            seeds = {row["seed"] for row in found}
-            compared = scores.compare(
-                pooled([row for row in arms[name] if row["seed"] in seeds])[0], ratios, RESAMPLES, 0, clusters
+            seeds = [row["seed"] for row in found]
+            same = [row for row in arms[name] if row["seed"] in seeds]
+            require(
+                len(same) == len(seeds),
+                f"{arm}: expected a run {name} of each seed ({', '.join(map(str, seeds))}), found {len(same)}",
             )
+            compared = scores.compare(pooled(same)[0], ratios, RESAMPLES, 0, clusters)
             low, high = compared["accuracy_ci95"]
             change = [f"{compared['accuracy']:+.3f} [{low:+.2f}, {high:+.2f}]", f"{compared['p_value']:.1g}"]
         each = [row["judges"][judge][f"test.jsonl/{row['rung']}"]["accuracy"] for row in found]
@@ -165,8 +168,8 @@ def table_beside(rows: list[dict], name: str) -> str:
 
 
 def draw(rows: list[dict]) -> dict[str, bytes]:
-    """name -> SVG. `rungs`: the first run of each rung, asked what it learned from, beside the base and the longer answer, if there are several.
-    `training`: how many pairs of a step have a positive margin, a mean of WINDOW steps, of all runs of the first row's rung."""
+    """name -> SVG. `rungs`, if there are several: the first run of each, asked what it learned from, beside the base and the longer
+    answer. `training`: how many pairs of a step have a positive margin, a mean of WINDOW steps, of all runs of the first row's rung."""
     first_of_rung = {}
     for row in rows:
         first_of_rung.setdefault(row["rung"], row)
@@ -182,12 +185,12 @@ def draw(rows: list[dict]) -> dict[str, bytes]:
             shares = np.array(row["curve"]["rewards/accuracies"], float)  # NaN where every margin of a step is 0
             size = min(WINDOW, len(shares))
             means = np.nanmean(np.lib.stride_tricks.sliding_window_view(shares, size), axis=1)
-            curves[f"seed {row['seed']}"] = list(enumerate(means, size))
+            curves[f"{Path(row['run']).name}, seed {row['seed']}"] = list(enumerate(means, size))
     with matplotlib.rc_context(pictures.STYLE):
         drawn = {"training": pictures.draw_training(curves, pictures.judge_colours(list(curves)))}
         if len(first_of_rung) > 1:
-            names = {rung: rung for rung in first_of_rung}
-            drawn["rungs"] = pictures.draw_figures(judges, names, pictures.judge_colours(list(judges)))
+            titles = {rung: rung for rung in first_of_rung}
+            drawn["rungs"] = pictures.draw_figures(judges, titles, pictures.judge_colours(list(judges)))
     return {name: base64.b64decode(uri.partition(",")[2]) for name, uri in drawn.items()}
 
 
@@ -206,7 +209,7 @@ def main() -> None:
     given = parser.parse_args()
     rows = {row["run"]: row for row in read_jsonl(given.out)} if given.out.exists() else {}
     rows |= {str(folder): read_run(folder) for folder in given.folders if (folder / "settings.toml").exists()}
-    names = {Path(run).name for run in rows}
+    names, each = {Path(run).name for run in rows}, list(rows.values())
     for option, known, found in (("--asked", rows, given.asked), ("--beside", names, given.beside)):
         require(
             found is None or found in known,
@@ -215,11 +218,11 @@ def main() -> None:
     if given.asked:
         print(table_of_one(rows[given.asked]))
     else:
-        print(table_beside(list(rows.values()), given.beside) if given.beside else table(list(rows.values())))
-    for name, svg in draw(list(rows.values())).items() if given.pictures else ():
+        print(table_beside(each, given.beside) if given.beside else table(each))
+    for name, svg in draw(each).items() if given.pictures else ():
         write_atomic(given.pictures / f"real_{name}.svg", svg)
     if given.folders:
-        write_atomic(given.out, "".join(map(dump_line, rows.values())).encode())
+        write_atomic(given.out, "".join(map(dump_line, each)).encode())
 
 
 if __name__ == "__main__":

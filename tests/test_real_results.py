@@ -38,16 +38,8 @@ def make_finished(folder: Path, seed: int = 7, wrong: int = 1, rung: str = "cut"
         for i, prompt in enumerate(load_prompts([str(data)], seed)[0]):
             choice = None if judge == "base" else swapped(prompt["label"]) if i < wrong else prompt["label"]
             for order, verdict in ((1, choice), (2, swapped(choice))):
-                judged.append(
-                    {
-                        "id": prompt["id"],
-                        "order": order,
-                        "text": "",
-                        "verdict": verdict,
-                        "label": prompt["label"],
-                        "rung": "-",
-                    }
-                )
+                of = {"id": prompt["id"], "label": prompt["label"], "order": order}
+                judged.append(of | {"verdict": verdict, "text": "", "rung": "-"})
         write_jsonl(folder / f"judgments_{judge}.jsonl", iter(judged))
     found = {"versions": {"python": "3.11.7", "tqdm": "4"}, "git": {"commit": "abc"}, "machine": {"threads": 2}}
     for name in ("prompts.jsonl", "pairs.jsonl", *real_results.STAGES.values()):
@@ -112,7 +104,7 @@ def test_a_run_is_a_row_and_a_line_under_its_folder(tmp_path):
 
 
 def test_a_row_holds_every_choice_and_seeds_of_one_run_are_taken_together(tmp_path):
-    """Eight questions, one wrong with the first seed and three with the second: of sixteen judgments each twice 2 and 6."""
+    """Eight questions, in both orders of which one judge is wrong with one seed in one, with the other in three: of 32 in 8."""
     runs = [make_finished(tmp_path / str(seed) / name, seed, wrong)
             for seed, of in ((7, {"whole": 1, "less": 8}), (8, {"whole": 3, "less": 8})) for name, wrong in of.items()]  # fmt: skip
     out = tmp_path / "runs.jsonl"
@@ -127,6 +119,10 @@ def test_a_row_holds_every_choice_and_seeds_of_one_run_are_taken_together(tmp_pa
     assert whole.startswith("| whole | 8, 8 | 0.750 [") and "|  |  | 1.000 [1.00, 1.00] | 0.000 |" in whole
     assert less.startswith("| less | 8, 8 | 0.000 [0.00, 0.00] | 0.95, 0.95 | -0.750 [")
     assert float(less.split(" | ")[5]) < 0.05
+    alone = make_finished(tmp_path / "9" / "less", 9)
+    assert_one_line_error(
+        results(alone, "--out", out, "--beside", "whole"), "less: expected a run whole of each seed (7, 8, 9), found 2"
+    )
 
 
 def test_the_picture_is_drawn_again_to_the_byte(tmp_path):

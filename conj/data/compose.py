@@ -10,7 +10,8 @@ length (docs/performance.md says how much). Only data, seed and options decide, 
 
 import heapq
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 STEPS_IN_POOL = 64  # more: prompts fit better, and are more alike; fewer: the opposite
@@ -41,40 +42,40 @@ def measure(pairs: list[int], prompt_tokens: int, judgment_tokens: Sequence[int]
     return Prompt(pairs, largest)
 
 
+def cuts(prompts: list[Prompt]) -> Iterator[tuple[int, int]]:
+    """Tokens of the largest piece and the place of its prompt: with a piece for each prompt, then with one more at a time, where
+    the prompt of the largest is cut further, until that has no more pairs to part."""
+    sizes, copies = [prompt.largest[0] for prompt in prompts], [1] * len(prompts)
+    while True:
+        longest = max(sizes)
+        place = sizes.index(longest)
+        yield longest, place
+        largest = prompts[place].largest
+        if copies[place] == len(largest):
+            return
+        sizes[place] = largest[copies[place]]
+        copies[place] += 1
+
+
 def together(prompts: list[Prompt], most: int) -> Prompt:
     """Prompts that stay together as if they were one: in one piece, or each in its own and the largest cut further."""
-    counts = [1] * len(prompts)
-    largest = [sum(prompt.largest[0] for prompt in prompts)] * (len(prompts) - 1)
-    while len(largest) < most:
-        sizes = [prompt.largest[cut - 1] for prompt, cut in zip(prompts, counts)]
-        place = sizes.index(max(sizes))
-        largest.append(sizes[place])
-        if counts[place] == len(prompts[place].largest):
-            break
-        counts[place] += 1
-    return Prompt([pair for prompt in prompts for pair in prompt.pairs], largest)
+    whole = [sum(prompt.largest[0] for prompt in prompts)] * (len(prompts) - 1)
+    parted = [longest for longest, _ in islice(cuts(prompts), max(0, most - len(whole)))]
+    return Prompt([pair for prompt in prompts for pair in prompt.pairs], whole + parted)
 
 
 def fullest(step: list[Prompt], num_packs: int) -> tuple[int, int]:
     """Tokens of the fullest of a step's packs, and the place of the prompt with the largest piece. Where there are fewer
     prompts than packs, whichever has that is cut into one more, until there is a piece for each; where there are more, they
     go to the emptiest pack, the longest first."""
-    sizes, copies = [prompt.largest[0] for prompt in step], [1] * len(step)
-    if len(step) > num_packs:
-        packs, order = [0] * num_packs, sorted(range(len(sizes)), key=lambda i: -sizes[i])
-        for i in order:
-            heapq.heapreplace(packs, packs[0] + sizes[i])
-        return max(packs), order[0]
-    left = num_packs - len(step)
-    while True:
-        longest = max(sizes)
-        place = sizes.index(longest)
-        largest = step[place].largest
-        if not left or copies[place] == len(largest):
-            return longest, place
-        sizes[place] = largest[copies[place]]
-        copies[place] += 1
-        left -= 1
+    if len(step) <= num_packs:
+        *_, last = islice(cuts(step), num_packs - len(step) + 1)
+        return last
+    sizes, packs = [prompt.largest[0] for prompt in step], [0] * num_packs
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    for i in order:
+        heapq.heapreplace(packs, packs[0] + sizes[i])
+    return max(packs), order[0]
 
 
 def compose_steps(

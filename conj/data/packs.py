@@ -9,6 +9,7 @@ number, but for `deal`, which hands out packs that are made. Fill, balance and s
 import heapq
 import random
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,10 +37,8 @@ def plan_steps(
     if multiple > 1 and num_prompts * pairs_per_step < FEW_PROMPTS * multiple * len(members):
 
         def measured(part: list[int]) -> Prompt:
-            by_prompt = _by(pairs.prompt_of.__getitem__, part).values() if share == "prompt" else [part]
-            prompts = [
-                measure(of, copies_tokens(pairs, of[0], share), pairs.judgment_tokens, multiple) for of in by_prompt
-            ]
+            by_prompt, tokens = _by(pairs.prompt_of.__getitem__, part), pairs.judgment_tokens
+            prompts = [measure(of, copies_tokens(pairs, of[0], share), tokens, multiple) for of in by_prompt]
             return together(prompts, multiple)
 
         groups = [part for group in groups for part in _cut(group, pairs_per_step)]
@@ -85,15 +84,15 @@ def _group(pairs: TokenizedPairs, members: list, share: str) -> list[list[int]]:
         name = pairs.ids[pair].removesuffix(SWAPPED)
         return name if name in both else pairs.prompt_of[pair]
 
-    return list(_by(question, members).values())
+    return _by(question, members)
 
 
-def _by(key: Callable[[int], Hashable], members: list[int]) -> dict[Hashable, list[int]]:
+def _by(key: Callable[[int], Hashable], members: list[int]) -> list[list[int]]:
     """Members of the same key together, in the order in which keys come up."""
-    found = {}
+    found = defaultdict(list)
     for member in members:
-        found.setdefault(key(member), []).append(member)
-    return found
+        found[key(member)].append(member)
+    return list(found.values())
 
 
 def _cut(items: list, size: int) -> list[list]:
